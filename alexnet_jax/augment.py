@@ -1,0 +1,118 @@
+"""Data augmentation (section 4.1) and the test patches: pure, jittable functions of (key, images).
+
+Images are [B, H, W, C]. Every random choice is drawn once per image, from the key and the image's place in the batch.
+"""
+
+from collections.abc import Iterable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+
+def _example_keys(key: jax.Array, images: jax.Array) -> jax.Array:
+    return jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(images.shape[0]))
+
+
+def _check_size(name: str, images: jax.Array, size: int) -> None:
+    if images.ndim != 4 or not 0 < size <= min(images.shape[1:3]):
+        raise ValueError(f"{name}: size={size} from shape {images.shape}: expected [B, H, W, C] and 1 ≤ size ≤ H, W")
+
+
+def random_crop(key: jax.Array, images: jax.Array, size: int) -> jax.Array:
+    """A size×size patch at a random place of each image (section 4.1), in the images' dtype: [B, size, size, C].
+
+    Raises:
+      ValueError: size does not fit into the images.
+    """
+    _check_size("random_crop", images, size)
+    limits = jnp.array([images.shape[1] - size + 1, images.shape[2] - size + 1])
+
+    def crop(key, image):
+        top, left = jax.random.randint(key, (2,), 0, limits)
+        return lax.dynamic_slice(image, (top, left, 0), (size, size, image.shape[-1]))
+
+    return jax.vmap(crop)(_example_keys(key, images), images)
+
+
+def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
+    """Each image mirrored left to right with probability one half (section 4.1)."""
+    flip = jax.vmap(jax.random.bernoulli)(_example_keys(key, images))
+    return jnp.where(flip[:, None, None, None], images[:, :, ::-1], images)
+
+
+def pca_lighting(
+    key: jax.Array, images: jax.Array, eigenvalues: jax.Array, eigenvectors: jax.Array, stddev: float = 0.1
+) -> jax.Array:
+    """Adds [p1 p2 p3][α1 λ1, α2 λ2, α3 λ3]ᵀ to every pixel of an image, αi ~ N(0, stddev²) (section 4.1).
+
+    Args:
+      images: float [B, H, W, 3].
+      eigenvalues, eigenvectors: λ [3] and p [3, 3], a column each, as `rgb_pca` gives them. The formula adds λ, the
+        square of a pixel's scale, to a pixel; the usual reading (λ = 0.2175, 0.0188, 0.0045 on ImageNet) has pixels
+        in [0, 1]. For images in 0 to 255 with λ computed from such images, pass λ / 255.
+
+    Raises:
+      ValueError: images without three channels; a grey image has no colour to vary.
+    """
+    if images.shape[-1] != 3:
+        raise ValueError(f"pca_lighting: {images.shape[-1]} channel(s): expected 3; grey images have no colour to vary")
+    alpha = stddev * jax.vmap(lambda k: jax.random.normal(k, (3,)))(_example_keys(key, images))
+    shift = (alpha * eigenvalues) @ eigenvectors.T
+    return images + shift[:, None, None, :].astype(images.dtype)
+
+
+def ten_crop(images: jax.Array, size: int) -> jax.Array:
+    """The paper's test patches (section 4.1): four corners and the centre, then the mirror image of each.
+
+    Returns:
+      [B, 10, size, size, C].
+
+    Raises:
+      ValueError: size does not fit into the images.
+    """
+    _check_size("ten_crop", images, size)
+    bottom, right = images.shape[1] - size, images.shape[2] - size
+    corners = [(0, 0), (0, right), (bottom, 0), (bottom, right), (bottom // 2, right // 2)]
+    patches = jnp.stack([images[:, t : t + size, l : l + size] for t, l in corners], axis=1)
+    return jnp.concatenate([patches, patches[:, :, :, ::-1]], axis=1)
+
+
+def center_crop(images: jax.Array, size: int) -> jax.Array:
+    """The central size×size patch: [B, size, size, C]."""
+    _check_size("center_crop", images, size)
+    top, left = (images.shape[1] - size) // 2, (images.shape[2] - size) // 2
+    return images[:, top : top + size, left : left + size]
+
+
+def rgb_pca(images: np.ndarray | Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Eigenvalues and eigenvectors of the covariance of RGB over all pixels of a data set (section 4.1).
+
+    Args:
+      images: one array [N, H, W, 3] or an iterable of arrays [..., 3], read once; integer or float.
+
+    Returns:
+      Eigenvalues [3], largest first, and eigenvectors [3, 3], a column each, in float64. Pixels are taken as they are,
+      so the eigenvalues are in their scale squared.
+
+    Raises:
+      ValueError: an array without three channels, or fewer than two pixels in all.
+    """
+    count, total, products = 0, np.zeros(3), np.zeros((3, 3))
+    for array in [images] if isinstance(images, np.ndarray | jax.Array) else images:
+        array = np.asarray(array)
+        if array.shape[-1:] != (3,):
+            raise ValueError(f"rgb_pca: shape {array.shape}: expected [..., 3]")
+        pixels = array.reshape(-1, 3)
+        for start in range(0, len(pixels), 1 << 20):  # 24 MB of float64 at a time
+            block = pixels[start : start + (1 << 20)].astype(np.float64)
+            count += len(block)
+            total += block.sum(axis=0)
+            products += block.T @ block
+    if count < 2:
+        raise ValueError("rgb_pca: a covariance needs at least two pixels")
+    mean = total / count
+    eigenvalues, eigenvectors = np.linalg.eigh(products / count - np.outer(mean, mean))
+    return eigenvalues[::-1].copy(), eigenvectors[:, ::-1].copy()

@@ -1,0 +1,49 @@
+"""Every field that a recipe can set, with its type. The other files of this folder change values, never names."""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    c = ml_collections.ConfigDict()
+
+    c.seed = 0  # every random number of a run comes from it
+
+    # Data. Splits in TFDS's notation; the validation split steers the schedule, the test split is read once, at the end.
+    c.dataset = "fashion_mnist"  # a TFDS name
+    c.data_dir = ""  # where TFDS keeps prepared data sets; "": ~/tensorflow_datasets
+    c.source_dir = ""  # a folder with the four IDX files of Fashion-MNIST, if you have them
+    c.train_split = "train[:55000]"
+    c.validation_split = "train[55000:]"
+    c.test_split = "test"
+
+    # What the network sees (section 4.1).
+    c.pad = 0  # mean-coloured border, in pixels, added before cropping
+    c.image_size = 224  # side of the cropped patch, in pixels of the data set
+    c.resize = 0  # side to which the patch is enlarged on the device; 0: not
+    c.flip = True
+    c.lighting = False  # PCA lighting; needs three colour channels
+    c.input_scale = 1.0  # the network sees (pixel − mean) × this; 1: the paper's 0 to 255
+    c.ten_crop = True  # test on ten patches; False: on the central one
+
+    # The network (section 3.5).
+    c.variant = "paper"
+    c.dtype = "float32"  # of the activations; or "bfloat16". Parameters are float32
+    c.stem = (11, 4, 0)  # kernel, stride and padding of conv1
+    c.widths = (96, 256, 384, 384, 256, 4096, 4096)  # conv1 … conv5, fc6, fc7
+    c.kernel_std = ()  # initial standard deviation of the eight layers; (): the variant's own
+
+    # Stochastic gradient descent (section 5).
+    c.batch_size = 128
+    c.num_train_steps = 0  # 0: num_epochs decides
+    c.num_epochs = 90
+    c.learning_rate = 0.01
+    c.momentum = 0.9
+    c.weight_decay = 5e-4
+    c.warmup_steps = 0
+    c.drop_at_epochs = ()  # ÷ 10 at these epochs
+    c.plateau_patience = 0  # ÷ 10 after this many evaluations without a better validation error, three times; 0: never
+
+    # How often, in steps.
+    c.log_every = 100
+    c.eval_every = 0  # validate and save; 0: once an epoch
+    return c

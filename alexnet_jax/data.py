@@ -1,0 +1,102 @@
+"""TFDS data sets in ArrayRecord: uint8 images and integer labels. TensorFlow is never imported."""
+
+import contextlib
+import fcntl
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from alexnet_jax import fashion_mnist
+
+log = logging.getLogger(__name__)
+
+
+class Examples(NamedTuple):
+    """A split in memory."""
+
+    images: np.ndarray  # uint8 [N, H, W, C]
+    labels: np.ndarray  # int32 [N]
+
+
+class DataError(Exception):
+    """A data set, or a split of one, that is not there; one line that says what to do."""
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """One preparation at a time; the system releases the lock of a process that dies."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".fashion_mnist.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def open_builder(name: str, data_dir: str = "", source_dir: str = "") -> tfds.core.DatasetBuilder:
+    """The TFDS builder of a prepared data set; Fashion-MNIST is prepared here if it is not yet.
+
+    Args:
+      name: a TFDS name.
+      data_dir: where TFDS keeps prepared data sets; "" is TFDS's default, ~/tensorflow_datasets.
+      source_dir: where the original files of Fashion-MNIST are, if the user has them.
+
+    Raises:
+      DataError: an unknown name, or a data set that is neither prepared nor can be prepared here.
+    """
+    folder = Path(data_dir).expanduser() if data_dir else Path(tfds.core.constants.DATA_DIR).expanduser()
+    try:
+        builder = tfds.builder(name, data_dir=folder)
+        if not builder.info.splits and name == "fashion_mnist":
+            with _lock(folder):
+                if not tfds.builder(name, data_dir=folder).info.splits:
+                    start = time.monotonic()
+                    fashion_mnist.prepare(folder, source_dir)
+                    log.info("Prepared %s in %.0f s", builder.data_path, time.monotonic() - start)
+            builder = tfds.builder(name, data_dir=folder)
+    except tfds.core.registered.DatasetNotFoundError:
+        raise DataError(f"config.dataset={name!r}: TFDS knows no such data set, and {folder} holds none") from None
+    except OSError as error:
+        raise DataError(f"config.dataset={name!r}: {error}") from None
+    if not builder.info.splits:
+        raise DataError(
+            f"config.data_dir={str(folder)!r}: no prepared data set {name!r} there; name the folder that has it, or "
+            f"prepare it once: pip install tensorflow && tfds build {name} --file_format=array_record "
+            f"--data_dir={folder}"
+        )
+    return builder
+
+
+def load(builder: tfds.core.DatasetBuilder, split: str) -> Examples:
+    """Reads a split, in TFDS's notation ("train[:1000]"), into memory.
+
+    Raises:
+      DataError: no such split, an empty one, a file format other than ArrayRecord, or images of several sizes.
+    """
+    try:
+        source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+        size = len(source)
+    except NotImplementedError:
+        raise DataError(
+            f"config.data_dir: {builder.data_path} is stored as {builder.info.file_format}; training reads "
+            "ArrayRecord: prepare it with file_format=array_record"
+        ) from None
+    except (ValueError, KeyError, AssertionError) as error:
+        known = ", ".join(f"{k} ({v.num_examples:,})" for k, v in builder.info.splits.items())
+        raise DataError(f"split {split!r} of {builder.name}: {error}; it has {known}") from None
+    if not size:
+        raise DataError(f"split {split!r} of {builder.name} is empty")
+    image_feature = builder.info.features["image"]
+    images, labels = None, np.empty(size, np.int32)
+    for start in range(0, size, 1000):
+        for i, example in enumerate(source.__getitems__(range(start, min(start + 1000, size))), start):
+            image = image_feature.decode_example_np(example["image"])
+            if images is None:
+                images = np.empty((size, *image.shape), np.uint8)
+            if image.shape != images.shape[1:]:
+                raise DataError(f"{builder.name}: images of several sizes, {images.shape[1:]} and {image.shape}")
+            images[i], labels[i] = image, example["label"]
+    return Examples(images, labels)

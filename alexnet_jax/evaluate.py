@@ -1,0 +1,83 @@
+"""Top-1 and top-5 error on the central patch or on the paper's ten (section 4.1)."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from alexnet_jax.preprocess import Preprocess
+
+
+class Evaluation(NamedTuple):
+    """Over one set: errors as fractions, and confusion[label, prediction] as counts."""
+
+    loss: float
+    top1_error: float
+    top5_error: float
+    confusion: np.ndarray
+
+
+def predict(model: nn.Module, params: Any, images: jax.Array, preprocess: Preprocess, ten_crop: bool) -> jax.Array:
+    """Class probabilities [B, K] of uint8 images [B, H, W, C]: of the central patch, or the mean over the ten patches."""
+    if not ten_crop:
+        return jax.nn.softmax(model.apply({"params": params}, preprocess.center(images)))
+    patches = preprocess.ten(images)
+    logits = model.apply({"params": params}, patches.reshape(-1, *patches.shape[2:]))
+    return jax.nn.softmax(logits).reshape(*patches.shape[:2], -1).mean(axis=1)
+
+
+@partial(jax.jit, static_argnames=("model", "pad", "crop", "resize", "scale", "ten_crop", "batch_size"))
+def _count(params, images, labels, start, mean, *, model, pad, crop, resize, scale, ten_crop, batch_size):
+    # A last partial batch is moved back to end with the set; the examples already counted get weight 0.
+    first = jnp.minimum(start, images.shape[0] - batch_size)
+    images = jax.lax.dynamic_slice_in_dim(images, first, batch_size)
+    labels = jax.lax.dynamic_slice_in_dim(labels, first, batch_size)
+    weight = (first + jnp.arange(batch_size) >= start).astype(jnp.int32)
+    preprocess = Preprocess(mean, pad, crop, resize, flip=False, lighting=None, scale=scale)
+    probabilities = predict(model, params, images, preprocess, ten_crop)
+    true = jnp.take_along_axis(probabilities, labels[:, None], axis=1)
+    # An equal probability counts against the network, and so does one that is not a number.
+    rank = jnp.sum(~(probabilities < true), axis=1) - 1
+    prediction = jnp.argmax(probabilities, axis=1)
+    classes = probabilities.shape[1]
+    confusion = jnp.zeros((classes, classes), jnp.int32).at[labels, prediction].add(weight)
+    return {
+        "loss": jnp.sum(-jnp.log(jnp.maximum(true[:, 0], 1e-30)) * weight),
+        "top1": jnp.sum((rank >= 1) * weight),
+        "top5": jnp.sum((rank >= 5) * weight),
+        "confusion": confusion,
+    }
+
+
+def evaluate(
+    model: nn.Module,
+    params: Any,
+    images: jax.Array,
+    labels: jax.Array,
+    preprocess: Preprocess,
+    ten_crop: bool = False,
+    batch_size: int = 500,
+) -> Evaluation:
+    """Errors over a whole set, each example counted once.
+
+    Args:
+      images: uint8 [N, H, W, C].
+      labels: int [N].
+      ten_crop: whether to average the softmax over ten patches.
+      batch_size: patches through the network at a time.
+    """
+    size = len(labels)
+    batch = min(max(1, batch_size // 10) if ten_crop else batch_size, size)
+    counts = [
+        _count(params, images, labels, start, preprocess.mean, model=model, pad=preprocess.pad, crop=preprocess.crop,
+               resize=preprocess.resize, scale=preprocess.scale, ten_crop=ten_crop, batch_size=batch)
+        for start in range(0, size, batch)
+    ]  # fmt: skip
+    total = jax.tree.map(lambda *x: np.sum([np.asarray(i, np.float64) for i in x], axis=0), *counts)
+    return Evaluation(
+        float(total["loss"] / size), float(total["top1"] / size), float(total["top5"] / size),
+        total["confusion"].astype(np.int64),
+    )  # fmt: skip

@@ -1,0 +1,206 @@
+"""AlexNet as a Flax module: sections 3.1 to 3.5 of Krizhevsky, Sutskever and Hinton (2012).
+
+Between two layers the activations are a list with one NHWC array a tower. A layer that is given the whole list stays
+inside its towers; a layer that is given the joined array, `[join(x)]`, sees both. That is figure 2 of the paper.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from alexnet_jax.ops import conv, dropout, local_response_norm, max_pool
+
+TOWERS = 2
+LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
+
+
+class Variant(NamedTuple):
+    """What the published forms of the network differ in."""
+
+    lrn: dict[str, float]
+    kernel_std: tuple[float, ...]  # of N(0, std²), conv1 … fc8
+    bias: tuple[float, ...]  # initial value, conv1 … fc8
+
+
+VARIANTS = {
+    "paper": Variant(
+        lrn=dict(k=2.0, n=5, alpha=1e-4, beta=0.75),  # section 3.3
+        kernel_std=(0.01,) * 8,  # section 5
+        bias=(0, 1, 0, 1, 1, 1, 1, 0),  # section 5
+    ),
+}
+
+
+class Stem(NamedTuple):
+    """The first convolution: a square kernel, its stride, and the zero padding on every side."""
+
+    kernel: int = 11
+    stride: int = 4
+    padding: int = 0
+
+
+def join(towers: Sequence[jax.Array]) -> jax.Array:
+    """The towers' activations as one array: the first half of the channels is tower 0, the second tower 1."""
+    return jnp.concatenate(towers, axis=-1)
+
+
+def split(x: jax.Array) -> list[jax.Array]:
+    """The inverse of `join`."""
+    return jnp.split(x, TOWERS, axis=-1)
+
+
+class TowerConv(nn.Module):
+    """A convolution with bias, over one input that both towers see or over one input per tower."""
+
+    features: int
+    kernel: int
+    kernel_std: float
+    bias: float
+    stride: int = 1
+    padding: int = 0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, inputs: Sequence[jax.Array]) -> list[jax.Array]:
+        shape = (self.kernel, self.kernel, inputs[0].shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.normal(self.kernel_std), shape).astype(self.dtype)
+        bias = self.param("bias", nn.initializers.constant(self.bias), (self.features,)).astype(self.dtype)
+        # The output size rounds up, as in the original code: the last window may hang over the right and bottom edge.
+        padding = tuple(
+            (self.padding, self.padding + -(size + 2 * self.padding - self.kernel) % self.stride)
+            for size in inputs[0].shape[1:3]
+        )
+        if len(inputs) == 1:
+            outputs = split(conv(inputs[0], kernel, self.stride, padding))
+        else:
+            outputs = [conv(x, k, self.stride, padding) for x, k in zip(inputs, split(kernel), strict=True)]
+        return [x + b for x, b in zip(outputs, split(bias), strict=True)]
+
+
+class Dense(nn.Module):
+    """A fully connected layer: [B, in] to [B, features]."""
+
+    features: int
+    kernel_std: float
+    bias: float
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.normal(self.kernel_std), shape).astype(self.dtype)
+        bias = self.param("bias", nn.initializers.constant(self.bias), (self.features,)).astype(self.dtype)
+        return x @ kernel + bias
+
+
+class AlexNet(nn.Module):
+    """The network of section 3.5.
+
+    Attributes:
+      num_classes: the number of logits.
+      variant: a name in `VARIANTS`.
+      dtype: of the activations; parameters are float32 always.
+      stem: the first convolution; the default is the paper's 11×11, stride 4.
+      widths: kernels or units of conv1 … conv5, fc6, fc7, both towers together.
+      kernel_std: the initial standard deviation of the eight layers' kernels; None is the variant's own.
+
+    `init(key, images)["params"]` holds `conv1` … `conv5`, `fc6`, `fc7`, `fc8`, each with `kernel` and `bias`.
+    `apply({"params": p}, images, train)` maps float images [B, H, W, C], in the paper's scale (0 to 255, mean
+    subtracted), to float32 logits [B, num_classes]; training takes `rngs={"dropout": key}`.
+
+    Raises:
+      ValueError: an unknown variant, widths that two towers cannot share, or images that the network cannot take.
+    """
+
+    num_classes: int = 1000
+    variant: str = "paper"
+    dtype: Any = jnp.float32
+    stem: Stem = Stem()
+    widths: tuple[int, ...] = (96, 256, 384, 384, 256, 4096, 4096)
+    kernel_std: tuple[float, ...] | None = None
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        variant = self._check(images)
+        std = dict(zip(LAYERS, self.kernel_std or variant.kernel_std, strict=True))
+        bias = dict(zip(LAYERS, variant.bias, strict=True))
+        width = dict(zip(LAYERS, (*self.widths, self.num_classes), strict=True))
+
+        outputs = {}
+
+        def see(name, towers):
+            outputs[name] = towers
+            return towers
+
+        def common(name):
+            return dict(features=width[name], kernel_std=std[name], bias=bias[name], dtype=self.dtype, name=name)
+
+        def convolve(name, inputs, kernel, stride=1, padding=0):
+            layer = TowerConv(kernel=kernel, stride=stride, padding=padding, **common(name))
+            return see(name, [nn.relu(x) for x in layer(inputs)])
+
+        def normalize(name, towers):  # section 3.3
+            return see(name, [local_response_norm(x, **variant.lrn) for x in towers])
+
+        def pool(name, towers):  # section 3.4
+            return see(name, [max_pool(x, window=3, stride=2) for x in towers])
+
+        def connect(name, x):
+            x = see(name, [nn.relu(Dense(**common(name))(x))])[0]
+            # Section 4.2: half of the outputs in training, half of each output in testing.
+            return dropout(self.make_rng("dropout"), x) if train else x * 0.5
+
+        # Section 3.5, with the sizes of a 224×224 image.
+        x = [images.astype(self.dtype)]
+        x = convolve("conv1", x, *self.stem)  # 55×55×96
+        x = pool("pool1", normalize("norm1", x))  # 27×27×96
+        x = convolve("conv2", x, kernel=5, padding=2)  # 27×27×256, within the towers
+        x = pool("pool2", normalize("norm2", x))  # 13×13×256
+        x = convolve("conv3", [join(x)], kernel=3, padding=1)  # 13×13×384, the towers meet
+        x = convolve("conv4", x, kernel=3, padding=1)  # 13×13×384, within the towers
+        x = convolve("conv5", x, kernel=3, padding=1)  # 13×13×256, within the towers
+        x = join(pool("pool5", x))  # 6×6×256
+        x = connect("fc6", x.reshape(x.shape[0], -1))  # 4096, the towers meet from here on
+        x = connect("fc7", x)  # 4096
+        x = see("fc8", [Dense(**common("fc8"))(x)])[0]  # 1000
+        if self.is_mutable_collection("activations") and not self.is_initializing():
+            self.sow("activations", "layers", {name: join(towers) for name, towers in outputs.items()})
+        return x.astype(jnp.float32)
+
+    def _check(self, images: jax.Array) -> Variant:
+        if self.variant not in VARIANTS:
+            raise ValueError(f"variant={self.variant!r}: unknown; the known variants are {', '.join(VARIANTS)}")
+        if len(self.widths) != 7 or any(w < TOWERS or w % TOWERS for w in self.widths):
+            raise ValueError(f"widths={self.widths}: expected seven even numbers, conv1 to conv5, fc6 and fc7")
+        if self.kernel_std and len(self.kernel_std) != len(LAYERS):
+            raise ValueError(f"kernel_std={self.kernel_std}: expected eight numbers, conv1 to fc8")
+        if images.ndim != 4:
+            raise ValueError(f"images of shape {images.shape}: expected [B, H, W, C]")
+        kernel, stride, padding = self.stem
+        size = min(images.shape[1:3])
+        maps = 1 + -(-(size + 2 * padding - kernel) // stride)
+        for _ in range(3):
+            maps = (maps - 3) // 2 + 1
+        if maps < 1:
+            raise ValueError(
+                f"images of {images.shape[1]}×{images.shape[2]}: too small for a {kernel}×{kernel} stem of stride "
+                f"{stride} and three 3×3 poolings of stride 2; use larger images or a smaller stem"
+            )
+        return VARIANTS[self.variant]
+
+
+def activations(model: AlexNet, params: Any, images: jax.Array) -> dict[str, jax.Array]:
+    """Every layer's output on a batch of images, without dropout.
+
+    Args:
+      params: the model's parameters, as `init(...)["params"]`.
+      images: [B, H, W, C].
+
+    Returns:
+      conv1 … conv5, fc6 and fc7 (after ReLU), norm1, norm2, pool1, pool2, pool5, and fc8 (the logits), each with the
+      channels of tower 0 before those of tower 1.
+    """
+    return model.apply({"params": params}, images, mutable=["activations"])[1]["activations"]["layers"][0]

@@ -1,0 +1,198 @@
+"""The operations of section 3 that a framework does not give in the paper's form, with their gradients.
+
+Arrays are NHWC. Each function is pure and jittable; a gradient is written by hand where a measurement says that it pays
+(two CPU cores, JAX 0.10.2; medians of alternating runs stand beside each).
+"""
+
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def _window_sum(x: jax.Array, n: int) -> jax.Array:
+    """Sum over the n adjacent channels centred on each one, clipped at both ends."""
+    window = (1,) * (x.ndim - 1) + (n,)
+    padding = ((0, 0),) * (x.ndim - 1) + ((n // 2, n // 2),)
+    zero = jnp.zeros((), x.dtype)
+    return lax.reduce_window(x, zero, lax.add, window, (1,) * x.ndim, padding)
+
+
+def _negative_power(scale: jax.Array, beta: float) -> jax.Array:
+    if beta == 0.75:  # two square roots are several times cheaper than a power
+        root = lax.rsqrt(scale)
+        return root * lax.sqrt(root)
+    return scale**-beta
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def _lrn(x, k, n, alpha, beta):
+    return _lrn_forward(x, k, n, alpha, beta)[0]
+
+
+def _lrn_forward(x, k, n, alpha, beta):
+    x32 = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    scale = k + alpha * _window_sum(x32 * x32, n)
+    return (x32 * _negative_power(scale, beta)).astype(x.dtype), x
+
+
+def _lrn_backward(k, n, alpha, beta, x, g):
+    # b_i = a_i s_i^-β, s_i = k + α Σ_j a_j²  ⇒  da_i = g_i s_i^-β − 2αβ a_i Σ_j g_j a_j s_j^(-β-1), same window.
+    # 37 ms against 81 ms for autodiff of the power form at 32×55×55×48.
+    x32 = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    scale = k + alpha * _window_sum(x32 * x32, n)
+    g_power = g.astype(x32.dtype) * _negative_power(scale, beta)
+    dx = g_power - (2 * alpha * beta) * x32 * _window_sum(g_power * x32 / scale, n)
+    return (dx.astype(x.dtype),)
+
+
+_lrn.defvjp(_lrn_forward, _lrn_backward)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4), static_argnames=("k", "n", "alpha", "beta"))
+def local_response_norm(
+    x: jax.Array, k: float = 2.0, n: int = 5, alpha: float = 1e-4, beta: float = 0.75
+) -> jax.Array:
+    """Local response normalization (section 3.3): b_i = a_i / (k + α Σ_j a_j²)^β.
+
+    Args:
+      x: activations [..., C]. The sum runs over the n channels centred on each one, clipped at both ends of the axis.
+      k, n, alpha, beta: the paper's constants. Unlike some frameworks, α is not divided by n.
+
+    Returns:
+      The normalized activations, in the shape and dtype of x; computed in float32 at least.
+
+    Raises:
+      ValueError: n is not a positive odd number.
+    """
+    if n < 1 or n % 2 == 0:
+        raise ValueError(f"local_response_norm: n={n}: the window is centred, so n must be a positive odd number")
+    return _lrn(x, float(k), n, float(alpha), float(beta))
+
+
+def _taps(x: jax.Array, window: int, stride: int) -> Iterator[tuple[int, int, jax.Array]]:
+    """Yields (i, j, what position (i, j) of every window sees), row by row."""
+    height, width = ((size - window) // stride + 1 for size in x.shape[1:3])
+    for i in range(window):
+        for j in range(window):
+            limits = (x.shape[0], i + (height - 1) * stride + 1, j + (width - 1) * stride + 1, x.shape[3])
+            yield i, j, lax.slice(x, (0, i, j, 0), limits, (1, stride, stride, 1))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _max_pool(x, window, stride):
+    # 1.5 ms against 7.9 ms for lax.reduce_window at 32×55×55×48.
+    return functools.reduce(jnp.maximum, (tap for _, _, tap in _taps(x, window, stride)))
+
+
+def _max_pool_forward(x, window, stride):
+    y = _max_pool(x, window, stride)
+    return y, (x, y)
+
+
+def _max_pool_backward(window, stride, residuals, g):
+    # Each window gives its gradient to the first position that holds its maximum. An input pixel (r, c) is hit only by
+    # taps (i, j) with i ≡ r, j ≡ c modulo the stride, so the taps are summed by residue and interleaved at the end.
+    # 18 ms against 95 ms for XLA's select-and-scatter at 32×55×55×48.
+    x, y = residuals
+    batch, height, width, channels = x.shape
+    rows, columns = y.shape[1:3]
+    extra = (window - 1) // stride
+    taken = jnp.zeros(y.shape, bool)
+    sums = [[jnp.zeros((), x.dtype)] * stride for _ in range(stride)]
+    for i, j, tap in _taps(x, window, stride):
+        hit = (tap == y) & ~taken
+        taken |= hit
+        (down, r), (right, c) = divmod(i, stride), divmod(j, stride)
+        place = ((0, 0, 0), (down, extra - down, 0), (right, extra - right, 0), (0, 0, 0))
+        zero = jnp.zeros((), x.dtype)
+        sums[r][c] += lax.pad(jnp.where(hit, g, zero), zero, place)
+    shape = (batch, rows + extra, columns + extra, channels)
+    grid = [jnp.stack([jnp.broadcast_to(s, shape) for s in row], axis=3) for row in sums]
+    dx = jnp.stack(grid, axis=2).reshape(batch, shape[1] * stride, shape[2] * stride, channels)[:, :height, :width]
+    return (jnp.pad(dx, ((0, 0), (0, height - dx.shape[1]), (0, width - dx.shape[2]), (0, 0))),)
+
+
+_max_pool.defvjp(_max_pool_forward, _max_pool_backward)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2), static_argnames=("window", "stride"))
+def max_pool(x: jax.Array, window: int = 3, stride: int = 2) -> jax.Array:
+    """Overlapping max pooling (section 3.4): z = window, s = stride.
+
+    Args:
+      x: activations [B, H, W, C].
+
+    Returns:
+      [B, (H − window) // stride + 1, (W − window) // stride + 1, C].
+
+    Raises:
+      ValueError: x is not 4-D, or smaller than one window.
+    """
+    if x.ndim != 4 or min(x.shape[1:3]) < window:
+        raise ValueError(f"max_pool: shape {x.shape}: expected [B, H, W, C] with H and W at least {window}")
+    return _max_pool(x, window, stride)
+
+
+def _convolve(x, kernel, stride, padding):
+    return lax.conv_general_dilated(
+        x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _few_channel_conv(x, kernel, stride, padding):
+    return _convolve(x, kernel, stride, padding)
+
+
+def _few_channel_conv_forward(x, kernel, stride, padding):
+    return _convolve(x, kernel, stride, padding), (x, kernel)
+
+
+def _few_channel_conv_backward(stride, padding, residuals, g):
+    # XLA reads the weight gradient as a convolution with a huge window. With 1 to 3 input channels one matrix product
+    # over the patches is faster: 7 ms against 25 ms at 128×28×28×1, 5×5; 308 ms against 396 ms at 32×224×224×3, 11×11/4.
+    x, kernel = residuals
+    padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    patches = jnp.concatenate([tap for _, _, tap in _taps(padded, kernel.shape[0], stride)], axis=-1)
+    dkernel = lax.dot_general(
+        patches, g, (((0, 1, 2), (0, 1, 2)), ((), ())), preferred_element_type=kernel.dtype
+    ).reshape(kernel.shape)
+    dx = jax.vjp(lambda x: _convolve(x, kernel, stride, padding), x)[1](g)[0]
+    return dx, dkernel
+
+
+_few_channel_conv.defvjp(_few_channel_conv_forward, _few_channel_conv_backward)
+
+
+def conv(x: jax.Array, kernel: jax.Array, stride: int, padding: tuple[tuple[int, int], tuple[int, int]]) -> jax.Array:
+    """Two-dimensional convolution, ungrouped: [B, H, W, I] with a square HWIO kernel gives [B, H', W', O].
+
+    A layer that is confined to its tower calls this once per tower: XLA's grouped convolution
+    (`feature_group_count=2`) ran at 19 GFLOP/s forward on the CPU, one convolution per tower at 113.
+    """
+    if x.shape[-1] <= 4:
+        return _few_channel_conv(x, kernel, stride, padding)
+    return _convolve(x, kernel, stride, padding)
+
+
+def dropout(key: jax.Array, x: jax.Array, rate: float = 0.5, towers: int = 2) -> jax.Array:
+    """Dropout as in section 4.2: each unit is zeroed with probability `rate`, and nothing is rescaled in training.
+
+    The mask depends on the key, the example's place in the batch and the tower alone, so that it does not change with
+    the layout of the devices.
+
+    Args:
+      key: one key a layer and step.
+      x: activations [B, N]; N divisible by `towers`.
+    """
+    batch, units = x.shape
+
+    def mask(example, tower):
+        tower_key = jax.random.fold_in(jax.random.fold_in(key, example), tower)
+        return jax.random.bernoulli(tower_key, 1 - rate, (units // towers,))
+
+    kept = jax.vmap(jax.vmap(mask, (None, 0)), (0, None))(jnp.arange(batch), jnp.arange(towers))
+    return jnp.where(kept.reshape(batch, units), x, jnp.zeros((), x.dtype))

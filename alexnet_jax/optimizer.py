@@ -1,0 +1,81 @@
+"""The loss, the paper's stochastic gradient descent, and its learning-rate schedule (section 5)."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Mean softmax cross-entropy of logits [B, K] against integer labels [B] (section 3.5's objective, negated)."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+class PaperSgdState(NamedTuple):
+    velocity: Any
+
+
+def paper_sgd(momentum: float = 0.9, weight_decay: float = 5e-4) -> optax.GradientTransformationExtraArgs:
+    """The update of section 5:  v ← 0.9 v − 0.0005 ε w − ε ∂L/∂w;  w ← w + v.
+
+    `update` takes ε as the keyword `learning_rate`, so that a schedule that listens to the validation error can set it.
+    """
+    # `optax.sgd(momentum)` after `add_decayed_weights` accumulates ∂L/∂w + 0.0005 w and multiplies the sum by ε at the
+    # end: when ε drops tenfold, the whole velocity drops with it. Here ε is inside v, and old steps keep their size.
+
+    def init(params):
+        return PaperSgdState(jax.tree.map(jnp.zeros_like, params))
+
+    def update(gradients, state, params=None, *, learning_rate, **unused):
+        del unused
+        if params is None:
+            raise ValueError("paper_sgd: weight decay needs the parameters: call update(gradients, state, params, …)")
+        velocity = jax.tree.map(
+            lambda v, g, w: momentum * v - weight_decay * learning_rate * w - learning_rate * g,
+            state.velocity, gradients, params,
+        )  # fmt: skip
+        return velocity, PaperSgdState(velocity)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+class Plateau(NamedTuple):
+    """Where the schedule stands: three scalars that a checkpoint carries."""
+
+    best_error: jax.Array
+    evaluations_since_best: jax.Array
+    drops: jax.Array
+
+
+def plateau_init() -> Plateau:
+    return Plateau(jnp.float32(jnp.inf), jnp.int32(0), jnp.int32(0))
+
+
+def plateau_update(state: Plateau, validation_error: jax.Array, patience: int, max_drops: int = 3) -> Plateau:
+    """Section 5: divide ε by 10 when the validation error stops improving, three times.
+
+    Args:
+      validation_error: of one evaluation.
+      patience: evaluations without a new best error after which ε drops.
+    """
+    improved = validation_error < state.best_error
+    waited = jnp.where(improved, 0, state.evaluations_since_best + 1)
+    drop = (waited >= patience) & (state.drops < max_drops)
+    return Plateau(
+        jnp.where(improved, validation_error, state.best_error).astype(jnp.float32),
+        jnp.where(drop, 0, waited).astype(jnp.int32),
+        state.drops + drop.astype(jnp.int32),
+    )
+
+
+def learning_rate_at(
+    step: jax.Array, plateau: Plateau, base: float, warmup_steps: int = 0, drop_at: tuple[int, ...] = ()
+) -> jax.Array:
+    """ε at a step: `base`, ÷ 10 for each drop of the plateau and for each fixed step in `drop_at` that has passed.
+
+    The first `warmup_steps` steps rise linearly to it; the paper has no warm-up (0).
+    """
+    drops = plateau.drops + sum((step >= at).astype(jnp.int32) for at in drop_at)
+    warmup = jnp.minimum(1.0, (step + 1) / max(warmup_steps, 1))
+    return jnp.float32(base) * warmup * jnp.float32(0.1) ** drops

@@ -1,0 +1,86 @@
+"""From stored uint8 images to what the network sees: the mean, augmentation in training, patches in testing."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from alexnet_jax import augment
+
+
+class Preprocess(NamedTuple):
+    """How images reach the network. Every method takes uint8 images [B, H, W, C] and gives float32, (pixel − mean) × scale.
+
+    Attributes:
+      mean: the training set's mean image [H, W, C] (section 2).
+      pad: rows and columns of mean colour added on every side before cropping.
+      crop: the side of the square patch that is cut out.
+      resize: the side to which a patch is enlarged (bilinear); 0 leaves it as it is.
+      flip: whether training mirrors images at random.
+      lighting: eigenvalues [3], for pixels in 0 to 255 and already divided by 255, and eigenvectors [3, 3]; or None.
+      scale: what the centred pixels are multiplied by at the end; 1 is the paper's 0 to 255.
+    """
+
+    mean: np.ndarray
+    pad: int
+    crop: int
+    resize: int
+    flip: bool
+    lighting: tuple[np.ndarray, np.ndarray] | None
+    scale: float
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """[H, W, C] of what the network sees."""
+        side = self.resize or self.crop
+        return side, side, self.mean.shape[-1]
+
+    def train(self, key: jax.Array, images: jax.Array) -> jax.Array:
+        """A random patch, its mirror image, its lighting (section 4.1): [B, *image_shape]."""
+        crop_key, flip_key, lighting_key = jax.random.split(key, 3)
+        x = augment.random_crop(crop_key, self._centred(images), self.crop)
+        if self.flip:
+            x = augment.random_flip(flip_key, x)
+        if self.lighting is not None:
+            x = augment.pca_lighting(lighting_key, x, *self.lighting)
+        return self._finish(x)
+
+    def center(self, images: jax.Array) -> jax.Array:
+        """The central patch: [B, *image_shape]."""
+        return self._finish(augment.center_crop(self._centred(images), self.crop))
+
+    def ten(self, images: jax.Array) -> jax.Array:
+        """The ten test patches of section 4.1: [B, 10, *image_shape]."""
+        patches = augment.ten_crop(self._centred(images), self.crop)
+        return self._finish(patches.reshape(-1, *patches.shape[2:])).reshape(*patches.shape[:2], *self.image_shape)
+
+    def _centred(self, images):
+        margin = ((0, 0), (self.pad, self.pad), (self.pad, self.pad), (0, 0))
+        return jnp.pad(images.astype(jnp.float32) - self.mean, margin)
+
+    def _finish(self, x):
+        if self.resize:
+            x = jax.image.resize(x, (x.shape[0], *self.image_shape), "bilinear")
+        return x * self.scale
+
+
+def fit(images: np.ndarray, pad: int, crop: int, resize: int, flip: bool, lighting: bool, scale: float = 1.0) -> Preprocess:
+    """The preprocessing of a training set: its mean image and, for `lighting`, the covariance of its colours.
+
+    Args:
+      images: the training set, uint8 [N, H, W, C].
+      pad, crop, resize, flip, scale: as in `Preprocess`.
+      lighting: whether to vary the colours.
+
+    Raises:
+      ValueError: lighting of images without three channels.
+    """
+    mean = np.zeros(images.shape[1:])
+    for start in range(0, len(images), 10_000):
+        mean += images[start : start + 10_000].sum(axis=0, dtype=np.int64)
+    principal = None
+    if lighting:
+        eigenvalues, eigenvectors = augment.rgb_pca(images)
+        principal = (eigenvalues / 255).astype(np.float32), eigenvectors.astype(np.float32)
+    return Preprocess((mean / len(images)).astype(np.float32), pad, crop, resize, flip, principal, scale)

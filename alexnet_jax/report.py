@@ -1,0 +1,187 @@
+"""What a run shows and leaves behind: tables, the progress bar, metrics and pictures."""
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import matplotlib
+import numpy as np
+from tqdm import tqdm
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
+
+
+def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
+    """A plain-text table, numbers to the right."""
+    cells = [[str(x) for x in row] for row in [header, *rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    right = [all(not isinstance(row[i], str) for row in rows) for i in range(len(header))]
+    line = lambda row: "  ".join(  # noqa: E731
+        c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)
+    ).rstrip()
+    return "\n".join([line(cells[0]), "  ".join("-" * w for w in widths), *map(line, cells[1:])])
+
+
+def layer_table(outputs: Mapping[str, Any], params: Mapping[str, Any]) -> str:
+    """The layers in order, with the shape of their output for one image, their kernel and their number of parameters."""
+    rows = []
+    for name, out in outputs.items():
+        shape = "×".join(map(str, out.shape[1:]))
+        if name in params:
+            kernel = "×".join(map(str, params[name]["kernel"].shape))
+            rows.append((name, shape, kernel, f"{sum(x.size for x in jax.tree.leaves(params[name])):,}"))
+        else:
+            rows.append((name, shape, "", ""))
+    rows.append(("total", "", "", f"{sum(x.size for x in jax.tree.leaves(params)):,}"))
+    return table(rows, ("layer", "output", "kernel", "parameters"))
+
+
+class Progress:
+    """A tqdm bar on a terminal; elsewhere a plain line each time the postfix changes."""
+
+    def __init__(self, total: int, start: int):
+        self._terminal = sys.stdout.isatty()
+        self._total = total
+        self._bar = tqdm(total=total, initial=start, unit="step", file=sys.stdout, disable=not self._terminal)
+
+    def advance(self) -> None:
+        self._bar.update()
+
+    def show(self, step: int, seconds_left: float, **values: str) -> None:
+        """Shows values of the last steps, as text."""
+        if self._terminal:
+            self._bar.set_postfix(values, refresh=False)
+        else:
+            text = "  ".join(f"{k.replace('_', ' ')} {v}" for k, v in values.items())
+            print(f"step {step}/{self._total}  {text}  time left {tqdm.format_interval(seconds_left)}", flush=True)
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        self._bar.write(text, file=sys.stdout) if self._terminal else print(text, flush=True)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes the whole file or nothing."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w") as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+class Metrics:
+    """`metrics.jsonl`, one object a line with its step, and the same values as TensorBoard events."""
+
+    def __init__(self, workdir: Path, step: int):
+        """Opens both; what an interrupted run wrote after `step` is dropped, since it will be written again."""
+        from tensorboardX import SummaryWriter  # a second to import
+
+        self.path = workdir / "metrics.jsonl"
+        kept = []
+        if self.path.exists():
+            for line in self.path.read_text().splitlines():
+                try:
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line + "\n")
+                except ValueError:  # the last line of a run that was killed
+                    continue
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        temporary.write_text("".join(kept))
+        temporary.replace(self.path)
+        self._file = open(self.path, "a", buffering=1)
+        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1 if step else None)
+
+    def write(self, step: int, **values: float) -> None:
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._events.close()
+
+
+def _tile(kernels: np.ndarray, columns: int) -> np.ndarray:
+    """Kernels [h, w, C, N], each scaled to [0, 1] on its own, as one picture with white lines between."""
+    h, w, channels, n = kernels.shape
+    low, high = kernels.min(axis=(0, 1, 2)), kernels.max(axis=(0, 1, 2))
+    kernels = (kernels - low) / np.maximum(high - low, 1e-12)
+    rows = -(-n // columns)
+    picture = np.ones((rows * (h + 1) + 1, columns * (w + 1) + 1, channels))
+    for i in range(n):
+        top, left = (i // columns) * (h + 1) + 1, (i % columns) * (w + 1) + 1
+        picture[top : top + h, left : left + w] = kernels[..., i]
+    return picture
+
+
+def plot_filters(kernel: np.ndarray, path: Path) -> None:
+    """The first-layer kernels [h, w, C, N], tower 0 above tower 1, as in figure 3."""
+    kernel = np.asarray(kernel)
+    half = kernel.shape[-1] // 2
+    figure, axes = plt.subplots(2, 1, figsize=(8, 5), layout="constrained")
+    for tower, axis in enumerate(axes):
+        picture = _tile(kernel[..., tower * half : (tower + 1) * half], columns=min(half, 16))
+        picture = picture if picture.shape[-1] == 3 else picture.mean(axis=-1)
+        axis.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        axis.set_title(f"conv1, tower {tower}", fontsize=10)
+        axis.axis("off")
+    _save(figure, path)
+
+
+def plot_confusion(confusion: np.ndarray, names: Sequence[str], path: Path) -> None:
+    """confusion[label, prediction] as counts: shares of each label by colour, counts as numbers where they fit."""
+    share = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    few = len(names) <= 20
+    figure, axis = plt.subplots(figsize=(7.5, 6.5) if few else (10, 9), layout="constrained")
+    image = axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, label="share of the label's images", shrink=0.8)
+    axis.set(xlabel="prediction", ylabel="label")
+    if few:
+        axis.set_xticks(range(len(names)), names, rotation=45, ha="right")
+        axis.set_yticks(range(len(names)), names)
+        for (i, j), count in np.ndenumerate(confusion):
+            if count:
+                color = "white" if share[i, j] > 0.5 else "black"
+                axis.text(j, i, count, ha="center", va="center", fontsize=8, color=color)
+    _save(figure, path)
+
+
+def plot_curves(metrics: Path, path: Path) -> None:
+    """Loss, error and learning rate against the step, from `metrics.jsonl`."""
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    for axis, title, names in (
+        (axes[0], "loss", ("train_loss", "validation_loss")),
+        (axes[1], "top-1 error, %", ("train_error", "validation_top1_error")),
+        (axes[2], "learning rate", ("learning_rate",)),
+    ):
+        for name in names:
+            points = [(x["step"], x[name]) for x in lines if name in x]
+            if points:
+                steps, values = np.array(points).T
+                values = values * 100 if "error" in name else values
+                marker = "o" if name.startswith("validation") else ""
+                axis.plot(steps, values, label=name.split("_")[0], marker=marker, markersize=3)
+        axis.set(xlabel="step", title=title)
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    axes[1].legend()
+    axes[2].set_yscale("log")
+    _save(figure, path)
+
+
+def _save(figure, path: Path) -> None:
+    temporary = path.with_name(path.stem + ".tmp.png")
+    figure.savefig(temporary, dpi=120)
+    plt.close(figure)
+    temporary.replace(path)
