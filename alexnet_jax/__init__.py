@@ -1,0 +1,29 @@
+"""AlexNet (Krizhevsky, Sutskever, Hinton 2012) in JAX and Flax: the public names.
+
+Importing this starts no backend and reads no data.
+"""
+
+from alexnet_jax.augment import center_crop, pca_lighting, random_crop, random_flip, rgb_pca, ten_crop
+from alexnet_jax.model import AlexNet, Stem, activations
+from alexnet_jax.ops import dropout, local_response_norm, max_pool
+from alexnet_jax.optimizer import cross_entropy, learning_rate_at, paper_sgd, plateau_init, plateau_update
+
+__all__ = [
+    "AlexNet",
+    "Stem",
+    "activations",
+    "center_crop",
+    "cross_entropy",
+    "dropout",
+    "learning_rate_at",
+    "local_response_norm",
+    "max_pool",
+    "paper_sgd",
+    "pca_lighting",
+    "plateau_init",
+    "plateau_update",
+    "random_crop",
+    "random_flip",
+    "rgb_pca",
+    "ten_crop",
+]

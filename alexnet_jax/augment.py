@@ -76,7 +76,7 @@ def ten_crop(images: jax.Array, size: int) -> jax.Array:
     _check_size("ten_crop", images, size)
     bottom, right = images.shape[1] - size, images.shape[2] - size
     corners = [(0, 0), (0, right), (bottom, 0), (bottom, right), (bottom // 2, right // 2)]
-    patches = jnp.stack([images[:, t : t + size, l : l + size] for t, l in corners], axis=1)
+    patches = jnp.stack([images[:, top : top + size, left : left + size] for top, left in corners], axis=1)
     return jnp.concatenate([patches, patches[:, :, :, ::-1]], axis=1)
 
 

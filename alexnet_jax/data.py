@@ -70,25 +70,36 @@ def open_builder(name: str, data_dir: str = "", source_dir: str = "") -> tfds.co
     return builder
 
 
+def split_size(builder: tfds.core.DatasetBuilder, split: str) -> int:
+    """The number of examples of a split, in TFDS's notation.
+
+    Raises:
+      DataError: no such split, or an empty one.
+    """
+    try:
+        size = builder.info.splits[split].num_examples
+    except (ValueError, KeyError, AssertionError):
+        known = ", ".join(f"{k} ({v.num_examples:,})" for k, v in builder.info.splits.items())
+        raise DataError(f"split {split!r} of {builder.name}: it has {known}; take train[:1000] for a part") from None
+    if not size:
+        raise DataError(f"split {split!r} of {builder.name} is empty")
+    return size
+
+
 def load(builder: tfds.core.DatasetBuilder, split: str) -> Examples:
     """Reads a split, in TFDS's notation ("train[:1000]"), into memory.
 
     Raises:
       DataError: no such split, an empty one, a file format other than ArrayRecord, or images of several sizes.
     """
+    size = split_size(builder, split)
     try:
         source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-        size = len(source)
     except NotImplementedError:
         raise DataError(
             f"config.data_dir: {builder.data_path} is stored as {builder.info.file_format}; training reads "
             "ArrayRecord: prepare it with file_format=array_record"
         ) from None
-    except (ValueError, KeyError, AssertionError) as error:
-        known = ", ".join(f"{k} ({v.num_examples:,})" for k, v in builder.info.splits.items())
-        raise DataError(f"split {split!r} of {builder.name}: {error}; it has {known}") from None
-    if not size:
-        raise DataError(f"split {split!r} of {builder.name} is empty")
     image_feature = builder.info.features["image"]
     images, labels = None, np.empty(size, np.int32)
     for start in range(0, size, 1000):

@@ -21,7 +21,7 @@ class Evaluation(NamedTuple):
 
 
 def predict(model: nn.Module, params: Any, images: jax.Array, preprocess: Preprocess, ten_crop: bool) -> jax.Array:
-    """Class probabilities [B, K] of uint8 images [B, H, W, C]: of the central patch, or the mean over the ten patches."""
+    """Class probabilities [B, K] of uint8 images [B, H, W, C]: of the central patch, or the mean over ten."""
     if not ten_crop:
         return jax.nn.softmax(model.apply({"params": params}, preprocess.center(images)))
     patches = preprocess.ten(images)

@@ -1,28 +1,39 @@
 """python -m alexnet_jax.main --workdir DIR [--config=FILE] [--config.FIELD=VALUE …]"""
 
+import difflib
 import logging
-import os
+import re
 import sys
 from pathlib import Path
 
 from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import config_flags
+
+from alexnet_jax.configs import default
 
 _CONFIGS = Path(__file__).parent / "configs"
 
-flags.DEFINE_string("workdir", None, "The run's folder: created, or gone on with.")
-config_flags.DEFINE_config_file(
-    "config", str(_CONFIGS / "fashion_mnist.py"), "A recipe; --config.FIELD=VALUE sets one field of it."
-)
-flags.mark_flag_as_required("workdir")
-
 
 def _parse(argv: list[str]) -> list[str]:
+    """Defines the flags and parses them; `config_flags` reads the command line already when a flag is defined."""
     try:
-        rest = flags.FLAGS(argv, known_only=False)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
+        flags.DEFINE_string("workdir", None, "The run's folder: created, or gone on with.", required=True)
+        config_flags.DEFINE_config_file(
+            "config", str(_CONFIGS / "fashion_mnist.py"), "A recipe; --config.FIELD=VALUE sets one field of it."
+        )
+        rest = flags.FLAGS(argv)
+        flags.FLAGS.config.to_dict()  # a file that could not be read shows only now
+    except (AttributeError, KeyError) as error:
+        known = sorted(default.get_config())
+        name = re.search(r"\w+", str(error)).group()
+        near = difflib.get_close_matches(name, known, n=1)
+        meant = f"did you mean config.{near[0]}? " if near else ""
+        sys.exit(f"Error: config.{name}: no such field; {meant}The fields are {', '.join(known)}")
+    except (flags.Error, TypeError, ValueError, OSError, SyntaxError) as error:
+        message = " ".join(str(error).split())
         recipes = ", ".join(sorted(p.stem for p in _CONFIGS.glob("*.py") if p.stem not in ("__init__", "default")))
-        sys.exit(f"Error: {' '.join(str(error).split())} (recipes in {_CONFIGS}: {recipes}; fields in default.py there)")
+        sys.exit(f"Error: {message} (the recipes in {_CONFIGS} are {recipes})")
     if len(rest) > 1:
         sys.exit(f"Error: unexpected argument {rest[1]!r}; flags begin with --, as in --config.batch_size=64")
     return rest
@@ -30,13 +41,15 @@ def _parse(argv: list[str]) -> list[str]:
 
 def main(argv: list[str]) -> None:
     del argv
-    logging.getLogger("alexnet_jax").setLevel(logging.INFO)
+    absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax tells of each file that it writes
+    logger = logging.getLogger("alexnet_jax")
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
-    logging.getLogger("alexnet_jax").addHandler(handler)
-    logging.getLogger("alexnet_jax").propagate = False
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
 
-    from alexnet_jax import checkpoint, data, train  # after the flags: a typo is answered without loading JAX
+    from alexnet_jax import checkpoint, data, train  # after the flags: a typo is answered at once
 
     try:
         train.train_and_evaluate(flags.FLAGS.config, flags.FLAGS.workdir)

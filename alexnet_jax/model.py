@@ -15,6 +15,9 @@ from alexnet_jax.ops import conv, dropout, local_response_norm, max_pool
 
 TOWERS = 2
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
+OUTPUTS = (
+    "conv1", "norm1", "pool1", "conv2", "norm2", "pool2", "conv3", "conv4", "conv5", "pool5", "fc6", "fc7", "fc8"
+)  # fmt: skip
 
 
 class Variant(NamedTuple):
@@ -200,7 +203,8 @@ def activations(model: AlexNet, params: Any, images: jax.Array) -> dict[str, jax
       images: [B, H, W, C].
 
     Returns:
-      conv1 … conv5, fc6 and fc7 (after ReLU), norm1, norm2, pool1, pool2, pool5, and fc8 (the logits), each with the
+      The arrays named in `OUTPUTS`, in that order: conv1 … conv5, fc6 and fc7 after ReLU, fc8 the logits; each with the
       channels of tower 0 before those of tower 1.
     """
-    return model.apply({"params": params}, images, mutable=["activations"])[1]["activations"]["layers"][0]
+    outputs = model.apply({"params": params}, images, mutable=["activations"])[1]["activations"]["layers"][0]
+    return {name: outputs[name] for name in OUTPUTS}

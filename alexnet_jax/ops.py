@@ -153,7 +153,7 @@ def _few_channel_conv_forward(x, kernel, stride, padding):
 
 def _few_channel_conv_backward(stride, padding, residuals, g):
     # XLA reads the weight gradient as a convolution with a huge window. With 1 to 3 input channels one matrix product
-    # over the patches is faster: 7 ms against 25 ms at 128×28×28×1, 5×5; 308 ms against 396 ms at 32×224×224×3, 11×11/4.
+    # over the patches is faster: 7 ms against 25 ms at 128×28×28×1, 5×5; 308 ms against 396 ms at 32×224×224×3, 11×11.
     x, kernel = residuals
     padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     patches = jnp.concatenate([tap for _, _, tap in _taps(padded, kernel.shape[0], stride)], axis=-1)

@@ -10,7 +10,7 @@ from alexnet_jax import augment
 
 
 class Preprocess(NamedTuple):
-    """How images reach the network. Every method takes uint8 images [B, H, W, C] and gives float32, (pixel − mean) × scale.
+    """How images reach the network: from uint8 [B, H, W, C] to float32, (pixel − mean) × scale.
 
     Attributes:
       mean: the training set's mean image [H, W, C] (section 2).
@@ -65,7 +65,9 @@ class Preprocess(NamedTuple):
         return x * self.scale
 
 
-def fit(images: np.ndarray, pad: int, crop: int, resize: int, flip: bool, lighting: bool, scale: float = 1.0) -> Preprocess:
+def fit(
+    images: np.ndarray, pad: int, crop: int, resize: int, flip: bool, lighting: bool, scale: float = 1.0
+) -> Preprocess:
     """The preprocessing of a training set: its mean image and, for `lighting`, the covariance of its colours.
 
     Args:

@@ -28,7 +28,7 @@ def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
 
 
 def layer_table(outputs: Mapping[str, Any], params: Mapping[str, Any]) -> str:
-    """The layers in order, with the shape of their output for one image, their kernel and their number of parameters."""
+    """The layers in order: output shape for one image, kernel shape, number of parameters."""
     rows = []
     for name, out in outputs.items():
         shape = "×".join(map(str, out.shape[1:]))
@@ -98,7 +98,7 @@ class Metrics:
         temporary = self.path.with_name(self.path.name + ".tmp")
         temporary.write_text("".join(kept))
         temporary.replace(self.path)
-        self._file = open(self.path, "a", buffering=1)
+        self._file = open(self.path, "a", buffering=1)  # noqa: SIM115  (open for as long as the run)
         self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1 if step else None)
 
     def write(self, step: int, **values: float) -> None:

@@ -1,8 +1,10 @@
 """The training run: state, step, loop, and what it leaves in its folder (section 5)."""
 
 import contextlib
+import json
 import logging
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +22,7 @@ import optax
 from alexnet_jax import data, report
 from alexnet_jax.checkpoint import Checkpoints
 from alexnet_jax.evaluate import evaluate
-from alexnet_jax.model import VARIANTS, AlexNet, Stem, activations
+from alexnet_jax.model import OUTPUTS, VARIANTS, AlexNet, Stem, activations
 from alexnet_jax.optimizer import (
     Plateau,
     cross_entropy,
@@ -87,15 +89,16 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     require("variant", config.variant in VARIANTS, f"one of {', '.join(VARIANTS)}")
     require("dtype", config.dtype in ("float32", "bfloat16"), "float32 or bfloat16")
     integers = lambda values: all(isinstance(v, int) for v in values)  # noqa: E731
+    numbers = lambda values: all(isinstance(v, int | float) and v > 0 for v in values)  # noqa: E731
     stem_takes = "(kernel, stride, padding), with kernel and stride at least 1"
     require("stem", len(config.stem) == 3 and integers(config.stem) and min(config.stem[:2]) >= 1
             and config.stem[2] >= 0, stem_takes)  # fmt: skip
     require("widths", len(config.widths) == 7 and integers(config.widths)
             and all(w >= 2 and w % 2 == 0 for w in config.widths),
             "seven even numbers (conv1 to conv5, fc6, fc7)")  # fmt: skip
-    require("kernel_std", len(config.kernel_std) in (0, 8) and all(s > 0 for s in config.kernel_std),
+    require("kernel_std", len(config.kernel_std) in (0, 8) and numbers(config.kernel_std),
             "eight positive numbers (conv1 to fc8), or none")  # fmt: skip
-    require("drop_at_epochs", all(e > 0 for e in config.drop_at_epochs), "positive numbers of epochs")
+    require("drop_at_epochs", numbers(config.drop_at_epochs), "positive numbers of epochs")
 
 
 def check_data(config: ml_collections.ConfigDict, shape: tuple[int, ...], examples: int) -> None:
@@ -135,7 +138,9 @@ def build_model(config: ml_collections.ConfigDict, num_classes: int) -> AlexNet:
     )
 
 
-def create_state(model: AlexNet, optimizer: optax.GradientTransformation, shape: tuple[int, ...], seed: int) -> TrainState:
+def create_state(
+    model: AlexNet, optimizer: optax.GradientTransformation, shape: tuple[int, ...], seed: int
+) -> TrainState:
     """The state before the first step; `shape` is [H, W, C] of what the network sees."""
     init_key, run_key = jax.random.split(jax.random.key(seed))
     params = jax.jit(model.init)(init_key, jnp.zeros((1, *shape)))["params"]
@@ -175,7 +180,7 @@ def make_train_step(
 
 
 class DeviceData:
-    """A small data set as arrays on the device; an epoch is a permutation drawn from the key, and costs no host copy."""
+    """A small data set as arrays on the device; an epoch is a permutation of it, and costs no host copy."""
 
     def __init__(self, examples: data.Examples, batch_size: int):
         self.images, self.labels = jnp.asarray(examples.images), jnp.asarray(examples.labels)
@@ -225,8 +230,6 @@ def _signals() -> Iterator[list[int]]:
 
 def _open_workdir(config: ml_collections.ConfigDict, workdir: Path) -> None:
     """Creates the folder, or checks that the run in it has this config."""
-    import json
-
     wanted = json.loads(config.to_json_best_effort())
     path = workdir / "config.json"
     if path.exists():
@@ -235,7 +238,8 @@ def _open_workdir(config: ml_collections.ConfigDict, workdir: Path) -> None:
         except ValueError:
             raise ConfigError(f"{path} is not JSON; restore it, or train into another --workdir") from None
         fields = [k for k in sorted({*wanted, *found}) if k not in UNRELATED_TO_RESULT]
-        differing = [f"{k}: {found.get(k)!r} there, {wanted.get(k)!r} now" for k in fields if found.get(k) != wanted.get(k)]
+        fields = [k for k in fields if found.get(k) != wanted.get(k)]
+        differing = [f"{k}: {found.get(k)!r} there, {wanted.get(k)!r} now" for k in fields]
         if differing:
             raise ConfigError(
                 f"--workdir={workdir} holds a run of another config ({'; '.join(differing)}); give the same config, or "
@@ -250,8 +254,6 @@ def _open_workdir(config: ml_collections.ConfigDict, workdir: Path) -> None:
 
 
 def _finished(workdir: Path) -> dict[str, Any] | None:
-    import json
-
     path = workdir / "result.json"
     return json.loads(path.read_text()) if path.exists() else None
 
@@ -294,6 +296,7 @@ class _Run:
                 log.info("%s is finished; its result:\n\n%s", self.workdir, show_result(done))
                 return done
         builder = data.open_builder(c.dataset, c.data_dir, c.source_dir)
+        test_size = data.split_size(builder, c.test_split)
         train_set = data.load(builder, c.train_split)
         validation_set = data.load(builder, c.validation_split)
         check_data(c, train_set.images.shape[1:], len(train_set.labels))
@@ -321,7 +324,7 @@ class _Run:
             state = jax.tree.map(jnp.asarray, state)
             seconds_before = extra["seconds"]
         first = int(state.step)
-        self._summary(model, state, preprocess, builder, train_set, validation_set, first, total, per_epoch)
+        self._summary(model, state, preprocess, builder, train_set, validation_set, test_size, first, total, per_epoch)
 
         run_key = jax.random.wrap_key_data(state.key)
         order_key, step_key = jax.random.split(run_key)
@@ -396,9 +399,8 @@ class _Run:
                     save(done)
                     checkpoints.wait()
                     name = signal.Signals(self.received[0]).name
-                    raise Interrupted(
-                        self.received[0], f"stopped by {name} at step {done} of {total}, saved; the same command goes on"
-                    )
+                    message = f"stopped by {name} at step {done} of {total}, saved; the same command goes on"
+                    raise Interrupted(self.received[0], message)
             checkpoints.wait()
         finally:
             progress.close()
@@ -432,12 +434,13 @@ class _Run:
             "raise config.warmup_steps, in another --workdir"
         )
 
-    def _summary(self, model, state, preprocess, builder, train_set, validation_set, first, total, per_epoch):
-        outputs = jax.eval_shape(
-            partial(activations, model), state.params, jnp.zeros((1, *preprocess.image_shape), jnp.float32)
-        )
+    def _summary(
+        self, model, state, preprocess, builder, train_set, validation_set, test_size, first, total, per_epoch
+    ):
+        image = jnp.zeros((1, *preprocess.image_shape), jnp.float32)
+        shapes = jax.eval_shape(partial(activations, model), state.params, image)
+        outputs = {name: shapes[name] for name in OUTPUTS}  # JAX sorts the names of a dict
         height, width, channels = train_set.images.shape[1:]
-        test_size = builder.info.splits[self.config.test_split].num_examples
         log.info(
             "device     %s\ndata       %s: %s to train, %s to validate, %s to test; %d×%d×%d, %d classes\n"
             "steps      %s of %d images (%d an epoch)%s\n\n%s\n",
@@ -451,6 +454,4 @@ def _device() -> str:
     device = jax.devices()[0]
     if device.platform != "cpu":
         return f"{jax.device_count()} × {device.device_kind}"
-    import os
-
     return f"CPU, {len(os.sched_getaffinity(0))} cores"

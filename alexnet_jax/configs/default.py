@@ -8,7 +8,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     c.seed = 0  # every random number of a run comes from it
 
-    # Data. Splits in TFDS's notation; the validation split steers the schedule, the test split is read once, at the end.
+    # Data. Splits in TFDS's notation. Validation steers the schedule; the test split is read once, at the end.
     c.dataset = "fashion_mnist"  # a TFDS name
     c.data_dir = ""  # where TFDS keeps prepared data sets; "": ~/tensorflow_datasets
     c.source_dir = ""  # a folder with the four IDX files of Fashion-MNIST, if you have them

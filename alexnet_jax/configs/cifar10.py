@@ -1,0 +1,13 @@
+"""The compact AlexNet on CIFAR-10: 28×28 crops of 32×32 images, mirrored, PCA lighting of its own colours."""
+
+from alexnet_jax.configs import fashion_mnist
+
+
+def get_config():
+    c = fashion_mnist.get_config()
+    c.dataset = "cifar10"
+    c.train_split = "train[:45000]"
+    c.validation_split = "train[45000:]"
+    c.pad = 0
+    c.lighting = True
+    return c

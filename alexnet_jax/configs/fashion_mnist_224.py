@@ -1,0 +1,14 @@
+"""The whole network of the paper on Fashion-MNIST, enlarged to 224×224 on the device: for a GPU."""
+
+from alexnet_jax.configs import default
+
+
+def get_config():
+    c = default.get_config()
+    c.pad = 2
+    c.image_size = 28
+    c.resize = 224
+    c.dtype = "bfloat16"
+    c.num_epochs = 30
+    c.plateau_patience = 3
+    return c

@@ -1,0 +1,212 @@
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.signal import correlate2d
+from test_ops import numpy_lrn, numpy_max_pool
+
+from alexnet_jax import AlexNet, Stem, activations
+from alexnet_jax.model import LAYERS
+
+KERNELS = {
+    "conv1": (11, 11, 3, 96), "conv2": (5, 5, 48, 256), "conv3": (3, 3, 256, 384), "conv4": (3, 3, 192, 384),
+    "conv5": (3, 3, 192, 256), "fc6": (9216, 4096), "fc7": (4096, 4096), "fc8": (4096, 1000),
+}  # fmt: skip
+MAPS = {
+    "conv1": (55, 55, 96), "pool1": (27, 27, 96), "conv2": (27, 27, 256), "pool2": (13, 13, 256),
+    "conv3": (13, 13, 384), "conv4": (13, 13, 384), "conv5": (13, 13, 256), "pool5": (6, 6, 256),
+    "fc6": (4096,), "fc7": (4096,), "fc8": (1000,),
+}  # fmt: skip
+SMALL = AlexNet(num_classes=6, stem=Stem(5, 2, 2), widths=(8, 12, 16, 8, 12, 20, 14), kernel_std=(0.3,) * 8)
+
+
+def shapes(model, size, channels=3):
+    image = jnp.zeros((2, size, size, channels))
+    return jax.eval_shape(model.init, jax.random.key(0), image)["params"]
+
+
+def small_params(images):
+    params = SMALL.init(jax.random.key(1), images)["params"]
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    return tree.unflatten([0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
+
+
+def images_of(size, batch=3, channels=1):
+    return jax.random.normal(jax.random.key(9), (batch, size, size, channels)) * 3
+
+
+@pytest.mark.parametrize("size", [224, 227])
+def test_shapes_and_parameter_count_of_the_paper(size):
+    params = shapes(AlexNet(), size)
+    assert tuple(params) == LAYERS
+    for name, kernel in KERNELS.items():
+        assert params[name]["kernel"].shape == kernel and params[name]["bias"].shape == kernel[-1:]
+    assert sum(x.size for x in jax.tree.leaves(params)) == 60_965_224
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(params))
+    outputs = jax.eval_shape(lambda p, x: activations(AlexNet(), p, x), params, jnp.zeros((2, size, size, 3)))
+    for name, shape in MAPS.items():
+        assert outputs[name].shape == (2, *shape), name
+
+
+def test_initial_values_of_section_5():
+    params = jax.jit(AlexNet().init)(jax.random.key(0), jnp.zeros((1, 224, 224, 3)))["params"]
+    for name in LAYERS:
+        kernel = np.asarray(params[name]["kernel"])
+        assert abs(kernel.std() / 0.01 - 1) < 0.02 and abs(kernel.mean()) < 2e-4, name
+        one = name in ("conv2", "conv4", "conv5", "fc6", "fc7")
+        np.testing.assert_array_equal(params[name]["bias"], float(one))
+
+
+def numpy_forward(params, images, stem, train_scale=0.5):
+    """The grouped network in float64 with SciPy's correlation, written from section 3.5 alone."""
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+
+    def conv(x, name, stride, padding, groups, after=(0, 0)):
+        kernel, bias = p[name]["kernel"], p[name]["bias"]
+        x = np.pad(x, ((0, 0), (padding, padding + after[0]), (padding, padding + after[1]), (0, 0)))
+        out_group, in_group = kernel.shape[3] // groups, x.shape[3] // groups
+        maps = []
+        for o in range(kernel.shape[3]):
+            first = (o // out_group) * in_group
+            maps.append([
+                sum(correlate2d(image[..., first + c], kernel[..., c, o], "valid") for c in range(in_group))
+                for image in x
+            ])  # fmt: skip
+        return np.maximum(np.moveaxis(maps, 0, 3)[:, ::stride, ::stride] + bias, 0)
+
+    def lrn(x):
+        half = x.shape[-1] // 2
+        return np.concatenate([numpy_lrn(t, 2.0, 5, 1e-4, 0.75) for t in (x[..., :half], x[..., half:])], -1)
+
+    hang = [-(s + 2 * stem.padding - stem.kernel) % stem.stride for s in images.shape[1:3]]
+    x = conv(np.asarray(images, np.float64), "conv1", stem.stride, stem.padding, 1, hang)
+    x = numpy_max_pool(lrn(x), 3, 2)
+    x = numpy_max_pool(lrn(conv(x, "conv2", 1, 2, 2)), 3, 2)
+    x = conv(x, "conv3", 1, 1, 1)
+    x = conv(x, "conv4", 1, 1, 2)
+    x = numpy_max_pool(conv(x, "conv5", 1, 1, 2), 3, 2).reshape(len(images), -1)
+    for name in ("fc6", "fc7"):
+        x = np.maximum(x @ p[name]["kernel"] + p[name]["bias"], 0) * train_scale
+    return x @ p["fc8"]["kernel"] + p["fc8"]["bias"]
+
+
+class ForwardTest(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_against_numpy(self):
+        images = images_of(40)
+        params = small_params(images)
+        logits = self.variant(lambda p, x: SMALL.apply({"params": p}, x))(params, images)
+        chex.assert_trees_all_close(logits, numpy_forward(params, images, SMALL.stem), rtol=2e-4, atol=2e-4)
+
+
+def test_against_flax_with_grouped_convolutions_at_full_size():
+    model = AlexNet(num_classes=20, widths=(96, 256, 384, 384, 256, 64, 64))
+    images = jax.random.normal(jax.random.key(0), (2, 224, 224, 3)) * 60
+    params = jax.jit(model.init)(jax.random.key(1), images)["params"]
+    outputs = jax.jit(lambda p, x: activations(model, p, x))(params, images)
+
+    def grouped(name, x, groups):
+        layer = nn.Conv(params[name]["kernel"].shape[3], params[name]["kernel"].shape[:2], padding="SAME",
+                        feature_group_count=groups)  # fmt: skip
+        return nn.relu(layer.apply({"params": params[name]}, x))
+
+    for name, before, groups in (("conv2", "pool1", 2), ("conv3", "pool2", 1), ("conv4", "conv3", 2),
+                                 ("conv5", "conv4", 2)):  # fmt: skip
+        chex.assert_trees_all_close(outputs[name], grouped(name, outputs[before], groups), rtol=1e-4, atol=1e-4)
+
+
+def test_towers_are_apart_until_conv3():
+    images = images_of(40)
+    params = small_params(images)
+    changed = jax.tree.map(lambda x: x, params)
+    for name in ("conv1", "conv2"):  # tower 0 is the first half of the output channels
+        for leaf in ("kernel", "bias"):
+            half = changed[name][leaf].shape[-1] // 2
+            changed[name][leaf] = changed[name][leaf].at[..., :half].add(0.5)
+    before, after = activations(SMALL, params, images), activations(SMALL, changed, images)
+    for name in ("conv1", "norm1", "pool1", "conv2", "norm2", "pool2"):
+        half = before[name].shape[-1] // 2
+        np.testing.assert_array_equal(before[name][..., half:], after[name][..., half:], name)
+        assert (before[name][..., :half] != after[name][..., :half]).any(), name
+    assert (before["conv3"][..., 8:] != after["conv3"][..., 8:]).any()
+
+
+@pytest.mark.parametrize("name", ["conv4", "conv5"])
+def test_conv4_and_conv5_stay_in_their_towers(name):
+    images = images_of(40)
+    params = small_params(images)
+    half = params["conv3"]["bias"].shape[0] // 2
+    changed = jax.tree.map(lambda x: x, params)
+    changed["conv3"]["bias"] = changed["conv3"]["bias"].at[:half].add(1.0)  # only tower 0 of conv3's output moves
+    before, after = activations(SMALL, params, images)[name], activations(SMALL, changed, images)[name]
+    half = before.shape[-1] // 2
+    np.testing.assert_array_equal(before[..., half:], after[..., half:])
+    assert (before[..., :half] != after[..., :half]).any()
+
+
+def test_activations_end_in_the_logits():
+    images = images_of(28)
+    params = small_params(images)
+    outputs = activations(SMALL, params, images)
+    np.testing.assert_array_equal(outputs["fc8"], SMALL.apply({"params": params}, images))
+    assert (outputs["fc7"] >= 0).all() and outputs["fc7"].shape == (3, 14)
+
+
+def test_dropout_needs_its_key_and_changes_with_it():
+    images = images_of(28)
+    params = small_params(images)
+    run = lambda key: SMALL.apply({"params": params}, images, train=True, rngs={"dropout": key})  # noqa: E731
+    first = run(jax.random.key(0))
+    np.testing.assert_array_equal(first, run(jax.random.key(0)))
+    assert (first != run(jax.random.key(1))).any()
+    with pytest.raises(Exception, match="dropout"):
+        SMALL.apply({"params": params}, images, train=True)
+
+
+def test_test_time_halving_is_the_mean_over_masks():
+    # One hidden unit's contribution is linear in its mask, so with fc6 untouched by ReLU's kink the means agree.
+    images = images_of(28, batch=1)
+    params = small_params(images)
+    params["fc7"]["kernel"] = jnp.abs(params["fc7"]["kernel"])
+    params["fc7"]["bias"] = jnp.ones_like(params["fc7"]["bias"])
+    run = lambda key: SMALL.apply({"params": params}, images, train=True, rngs={"dropout": key})  # noqa: E731
+    many = jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(0), 20_000))
+    error = np.abs(many.mean(0) - SMALL.apply({"params": params}, images))
+    assert (error < 5 * many.std(0) / np.sqrt(len(many))).all()
+
+
+def test_bfloat16_activations_float32_parameters_and_logits():
+    images = images_of(28)
+    model = SMALL.clone(dtype=jnp.bfloat16)
+    params = small_params(images)
+    outputs = activations(model, params, images)
+    assert outputs["conv5"].dtype == jnp.bfloat16
+    logits = model.apply({"params": params}, images)
+    assert logits.dtype == jnp.float32
+    exact = SMALL.apply({"params": params}, images)
+    assert np.abs(logits - exact).max() < 0.05 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("size", [28, 32])
+def test_compact_network_takes_small_images(size):
+    params = shapes(SMALL, size, channels=1)
+    assert tuple(params) == LAYERS
+
+
+@pytest.mark.parametrize("model,size,words", [
+    (AlexNet(variant="alexnet2"), 224, "known variants are paper"),
+    (AlexNet(), 60, "too small"),
+    (AlexNet(widths=(95, 256, 384, 384, 256, 4096, 4096)), 224, "even"),
+    (AlexNet(kernel_std=(0.1,)), 224, "eight"),
+])  # fmt: skip
+def test_what_cannot_be_built_says_so(model, size, words):
+    with pytest.raises(ValueError, match=words):
+        shapes(model, size)
+
+
+def test_images_need_four_axes():
+    with pytest.raises(ValueError, match=r"expected \[B, H, W, C\]"):
+        AlexNet().init(jax.random.key(0), jnp.zeros((224, 224, 3)))

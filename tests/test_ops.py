@@ -1,0 +1,141 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl.testing import parameterized
+from scipy.signal import correlate2d
+
+from alexnet_jax import ops
+
+
+def numpy_lrn(a, k, n, alpha, beta):
+    """Section 3.3 read aloud, in float64."""
+    a = np.asarray(a, np.float64)
+    channels = a.shape[-1]
+    b = np.empty_like(a)
+    for i in range(channels):
+        low, high = max(0, i - n // 2), min(channels - 1, i + n // 2)
+        b[..., i] = a[..., i] / (k + alpha * (a[..., low : high + 1] ** 2).sum(-1)) ** beta
+    return b
+
+
+def numpy_lrn_gradient(a, g, k, n, alpha, beta):
+    """Σ_j g_j ∂b_j/∂a_i, element by element, in float64."""
+    a, g = np.asarray(a, np.float64), np.asarray(g, np.float64)
+    channels = a.shape[-1]
+    da = np.zeros_like(a)
+    for j in range(channels):
+        low, high = max(0, j - n // 2), min(channels - 1, j + n // 2)
+        scale = k + alpha * (a[..., low : high + 1] ** 2).sum(-1)
+        da[..., j] += g[..., j] * scale**-beta
+        for i in range(low, high + 1):
+            da[..., i] -= g[..., j] * a[..., j] * beta * scale ** (-beta - 1) * 2 * alpha * a[..., i]
+    return da
+
+
+class LocalResponseNormTest(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    @parameterized.parameters(
+        (2.0, 5, 1e-4, 0.75, 30.0), (1.0, 5, 2e-5, 0.75, 100.0), (2.0, 3, 1e-2, 0.5, 5.0), (2.0, 1, 1e-4, 0.75, 30.0),
+        (2.0, 9, 1e-4, 0.75, 30.0),
+    )  # fmt: skip
+    def test_forward_and_gradient_against_float64(self, k, n, alpha, beta, size):
+        rng = np.random.default_rng(0)
+        x = (rng.standard_normal((2, 3, 5, 8)) * size).astype(np.float32)
+        g = rng.standard_normal(x.shape).astype(np.float32)
+
+        def both(x, g):
+            y, vjp = jax.vjp(lambda x: ops.local_response_norm(x, k, n, alpha, beta), x)
+            return y, vjp(g)[0]
+
+        y, dx = self.variant(both)(x, g)
+        exact_y, exact_dx = numpy_lrn(x, k, n, alpha, beta), numpy_lrn_gradient(x, g, k, n, alpha, beta)
+        assert np.max(np.abs(y - exact_y) / np.abs(exact_y)) < 1e-5
+        assert np.max(np.abs(dx - exact_dx)) / np.max(np.abs(exact_dx)) < 1e-5
+
+    def test_bfloat16_in_and_out(self):
+        x = jnp.linspace(-50, 50, 64, dtype=jnp.bfloat16).reshape(2, 2, 2, 8)
+        y = ops.local_response_norm(x)
+        assert y.dtype == jnp.bfloat16
+        chex.assert_trees_all_close(y.astype(np.float32), numpy_lrn(x, 2.0, 5, 1e-4, 0.75), rtol=0.01)
+
+    def test_even_window_is_refused(self):
+        with pytest.raises(ValueError, match="n=4"):
+            ops.local_response_norm(jnp.ones((1, 8)), n=4)
+
+
+def numpy_max_pool(x, window, stride):
+    height, width = ((s - window) // stride + 1 for s in x.shape[1:3])
+    y = np.empty((x.shape[0], height, width, x.shape[3]), x.dtype)
+    for r in range(height):
+        for c in range(width):
+            y[:, r, c] = x[:, r * stride : r * stride + window, c * stride : c * stride + window].max(axis=(1, 2))
+    return y
+
+
+def xla_max_pool(x, window, stride):
+    return jax.lax.reduce_window(
+        x, -jnp.inf, jax.lax.max, (1, window, window, 1), (1, stride, stride, 1), "VALID"
+    )
+
+
+class MaxPoolTest(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    @parameterized.parameters((55, 55, 3, 2), (13, 13, 3, 2), (6, 7, 3, 2), (8, 9, 2, 2), (10, 7, 3, 3), (5, 5, 3, 1))
+    def test_values_and_gradient(self, height, width, window, stride):
+        rng = np.random.default_rng(1)
+        x = rng.integers(-3, 4, (2, height, width, 3)).astype(np.float32)  # full of ties
+        y, vjp = jax.vjp(self.variant(lambda x: ops.max_pool(x, window, stride)), x)
+        np.testing.assert_array_equal(y, numpy_max_pool(x, window, stride))
+        g = rng.standard_normal(y.shape).astype(np.float32)
+        expected = jax.vjp(lambda x: xla_max_pool(x, window, stride), x)[1](g)[0]
+        chex.assert_trees_all_close(vjp(g)[0], expected, atol=1e-5)
+
+    def test_too_small(self):
+        with pytest.raises(ValueError, match="at least 3"):
+            ops.max_pool(jnp.ones((1, 2, 5, 1)))
+
+
+@pytest.mark.parametrize("channels,size,kernel,stride,padding", [
+    (1, 12, 5, 1, (2, 2)), (3, 24, 11, 4, (0, 3)), (8, 9, 3, 1, (1, 1)), (1, 28, 5, 2, (2, 3)),
+])  # fmt: skip
+def test_conv_against_scipy(channels, size, kernel, stride, padding):
+    rng = np.random.default_rng(2)
+    x = rng.standard_normal((2, size, size, channels)).astype(np.float32)
+    w = rng.standard_normal((kernel, kernel, channels, 4)).astype(np.float32)
+    padded = np.pad(x.astype(np.float64), ((0, 0), padding, padding, (0, 0)))
+
+    def scipy_conv(x, w):
+        planes = [
+            sum(correlate2d(image[..., c], w[..., c, o], "valid") for c in range(channels))[::stride, ::stride]
+            for image in x for o in range(w.shape[3])
+        ]  # fmt: skip
+        return np.moveaxis(np.reshape(planes, (len(x), w.shape[3], *planes[0].shape)), 1, 3)
+
+    f = lambda x, w: ops.conv(x, w, stride, (padding, padding))  # noqa: E731
+    y, vjp = jax.vjp(f, x, w)
+    chex.assert_trees_all_close(y, scipy_conv(padded, w), rtol=1e-4, atol=1e-4)
+    # The operation is linear in each argument, so <g, conv(dx, w)> = <vjp(g), dx> for any dx.
+    g = rng.standard_normal(y.shape).astype(np.float32)
+    dx, dw = vjp(g)
+    ux, uw = rng.standard_normal(x.shape), rng.standard_normal(w.shape)
+    padded_ux = np.pad(ux, ((0, 0), padding, padding, (0, 0)))
+    assert np.vdot(dx, ux) == pytest.approx(np.vdot(g, scipy_conv(padded_ux, w)), rel=1e-3, abs=1e-2)
+    assert np.vdot(dw, uw) == pytest.approx(np.vdot(g, scipy_conv(padded, uw)), rel=1e-3, abs=1e-2)
+
+
+class DropoutTest(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_half_are_zero_and_the_rest_unscaled(self):
+        y = np.asarray(self.variant(ops.dropout)(jax.random.key(0), jnp.full((64, 512), 3.0)))
+        assert set(np.unique(y)) == {0.0, 3.0}
+        assert abs((y == 0).mean() - 0.5) < 0.01  # 32768 draws: one standard deviation is 0.003
+
+    def test_mask_is_a_function_of_key_example_and_tower(self):
+        ones = lambda n: jnp.ones((n, 64))  # noqa: E731
+        key = jax.random.key(3)
+        many, few = ops.dropout(key, ones(8)), ops.dropout(key, ones(3))
+        np.testing.assert_array_equal(many[:3], few)
+        assert (many[0] != many[1]).any() and (many[:, :32] != many[:, 32:]).any()
+        assert (many != ops.dropout(jax.random.key(4), ones(8))).any()
