@@ -47,7 +47,7 @@ def _from_folder(folder: Path) -> dict[str, bytes]:
     return files
 
 
-def _from_url(base: str) -> dict[str, bytes]:
+def from_url(base: str) -> dict[str, bytes]:
     def fetch(name):
         with urllib.request.urlopen(f"{base}{name}.gz", timeout=DOWNLOAD_TIMEOUT_S) as response:
             return _checked(name, response.read())
@@ -55,7 +55,7 @@ def _from_url(base: str) -> dict[str, bytes]:
     return {name: fetch(name) for name in SHA256}
 
 
-def _from_apt() -> dict[str, bytes]:
+def from_apt() -> dict[str, bytes]:
     """Downloads and unpacks Debian's package with apt's state in a temporary folder, so that it needs no root."""
     if not shutil.which("apt-get") or not shutil.which("dpkg"):
         raise FileNotFoundError("this machine has no apt-get")
@@ -88,9 +88,9 @@ def find_files(source_dir: str = "") -> dict[str, bytes]:
     official = tfds.builder_cls("fashion_mnist").URL
     sources: list[tuple[str, Callable[[], dict[str, bytes]]]] = [
         (f"Debian's {DEBIAN_FOLDER}", lambda: _from_folder(DEBIAN_FOLDER)),
-        (f"the official download {official}", lambda: _from_url(official)),
-        (f"the mirror {MIRROR}", lambda: _from_url(MIRROR)),
-        (f"apt-get download {DEBIAN_PACKAGE}", _from_apt),
+        (f"the official download {official}", lambda: from_url(official)),
+        (f"the mirror {MIRROR}", lambda: from_url(MIRROR)),
+        (f"apt-get download {DEBIAN_PACKAGE}", from_apt),
     ]
     if source_dir:
         sources.insert(0, (f"config.source_dir={source_dir}", lambda: _from_folder(Path(source_dir))))

@@ -3,6 +3,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -29,9 +31,7 @@ TINY = (
 def start_main(workdir, *flags, **popen):
     """`python -m alexnet_jax.main` as a user starts it, its output in a pipe."""
     command = [sys.executable, "-m", "alexnet_jax.main", "--workdir", str(workdir), *flags]
-    return subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, **popen
-    )
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **popen)
 
 
 def run_main(workdir, *flags, **popen):
@@ -41,9 +41,39 @@ def run_main(workdir, *flags, **popen):
     return process.returncode, output
 
 
+def saved_state(workdir, step):
+    """Every array of a checkpoint, by its path in the tree, as Orbax alone reads it."""
+    tree = ocp.StandardCheckpointer().restore(Path(workdir).absolute() / "checkpoints" / str(step) / "state")
+    leaves = {}
+
+    def collect(path, node):
+        if isinstance(node, dict):
+            for name, child in node.items():
+                collect(f"{path}/{name}", child)
+        elif isinstance(node, list | tuple):
+            for i, child in enumerate(node):
+                collect(f"{path}/{i}", child)
+        else:
+            leaves[path] = np.asarray(node)
+
+    collect("", tree)
+    return leaves
+
+
 @pytest.fixture(scope="session")
 def fashion_mnist():
     """The real data set, prepared on first use where a user has it too."""
     from alexnet_jax import data
 
     return data.open_builder("fashion_mnist")
+
+
+@pytest.fixture(scope="session")
+def idx_folder(tmp_path_factory):
+    """A folder with the four original files, fetched from wherever this machine can get them."""
+    from alexnet_jax.fashion_mnist import find_files
+
+    folder = tmp_path_factory.mktemp("idx")
+    for name, content in find_files().items():
+        (folder / name).write_bytes(content)
+    return folder

@@ -1,0 +1,115 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alexnet_jax import center_crop, pca_lighting, random_crop, random_flip, rgb_pca, ten_crop
+
+
+def coordinates(batch, height, width):
+    """Images whose pixel at (r, c) is 100 r + c, so that a patch tells where it comes from."""
+    image = 100 * np.arange(height)[:, None] + np.arange(width)
+    return np.broadcast_to(image[None, :, :, None], (batch, height, width, 1)).astype(np.float32)
+
+
+class RandomCropTest(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_patches_are_whole_and_every_place_is_equally_likely(self):
+        size, places = 6, (3, 4)  # of an 8×9 image
+        images = coordinates(6000, 8, 9)
+        patches = np.asarray(self.variant(lambda k, x: random_crop(k, x, size))(jax.random.key(0), images))
+        corner = patches[:, 0, 0, 0].astype(int)
+        whole = coordinates(1, size, size) + patches[:, :1, :1]
+        np.testing.assert_array_equal(patches, whole)
+        counts = np.zeros(places)
+        np.add.at(counts, (corner // 100, corner % 100), 1)
+        expected = 6000 / counts.size
+        chi2 = ((counts - expected) ** 2 / expected).sum()
+        assert chi2 < 31.3  # 11 degrees of freedom: one in a thousand
+
+    def test_dtype_is_kept_and_the_key_decides(self):
+        images = np.arange(2 * 8 * 8 * 3, dtype=np.uint8).reshape(2, 8, 8, 3)
+        one = random_crop(jax.random.key(0), images, 5)
+        assert one.dtype == jnp.uint8 and one.shape == (2, 5, 5, 3)
+        np.testing.assert_array_equal(one, random_crop(jax.random.key(0), images, 5))
+
+    def test_size_that_does_not_fit(self):
+        with pytest.raises(ValueError, match="size=9"):
+            random_crop(jax.random.key(0), coordinates(1, 8, 10), 9)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_random_flip_mirrors_half_of_the_images(channels):
+    images = np.random.default_rng(0).normal(size=(4000, 3, 5, channels)).astype(np.float32)
+    flipped = np.asarray(random_flip(jax.random.key(1), images))
+    mirrored = (flipped == images[:, :, ::-1]).all((1, 2, 3))
+    assert ((flipped == images).all((1, 2, 3)) ^ mirrored).all()
+    assert abs(mirrored.mean() - 0.5) < 0.03  # 3.8 standard deviations
+
+
+class LightingTest(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_covariance_of_the_shift_is_the_formula(self):
+        rng = np.random.default_rng(0)
+        eigenvectors = np.linalg.qr(rng.normal(size=(3, 3)))[0]
+        eigenvalues = np.array([0.2175, 0.0188, 0.0045])
+        images = rng.random((20_000, 2, 2, 3)).astype(np.float32)
+        out = self.variant(pca_lighting)(jax.random.key(2), images, eigenvalues, eigenvectors)
+        shift = np.asarray(out, np.float64) - images
+        np.testing.assert_allclose(shift, np.broadcast_to(shift[:, :1, :1], shift.shape), atol=1e-6)  # one an image
+        shift = shift[:, 0, 0] @ eigenvectors  # along the principal directions
+        expected = 0.1 * eigenvalues
+        np.testing.assert_allclose(shift.std(0), expected, rtol=0.02)
+        assert (np.abs(shift.mean(0)) < 4 * expected / np.sqrt(len(shift))).all()
+        correlation = np.corrcoef(shift.T) - np.eye(3)
+        assert np.abs(correlation).max() < 0.03
+
+    def test_grey_images_are_refused(self):
+        with pytest.raises(ValueError, match="three|3"):
+            pca_lighting(jax.random.key(0), jnp.ones((1, 4, 4, 1)), np.ones(3), np.eye(3))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_ten_crop_is_the_corners_the_centre_and_their_mirrors(channels):
+    images = np.random.default_rng(0).normal(size=(2, 256, 256, channels)).astype(np.float32)
+    patches = np.asarray(ten_crop(images, 224))
+    assert patches.shape == (2, 10, 224, 224, channels)
+    for i, (top, left) in enumerate([(0, 0), (0, 32), (32, 0), (32, 32), (16, 16)]):
+        np.testing.assert_array_equal(patches[:, i], images[:, top : top + 224, left : left + 224])
+        np.testing.assert_array_equal(patches[:, i + 5], patches[:, i, :, ::-1])
+    np.testing.assert_array_equal(center_crop(images, 224), patches[:, 4])
+
+
+def test_ten_crop_that_does_not_fit():
+    with pytest.raises(ValueError, match="size=11"):
+        ten_crop(jnp.ones((1, 10, 12, 3)), 11)
+
+
+def test_rgb_pca_against_numpy_and_streaming():
+    rng = np.random.default_rng(0)
+    mixing = rng.normal(size=(3, 3))
+    images = np.clip(rng.normal(size=(50, 9, 7, 3)) @ mixing * 30 + 120, 0, 255).astype(np.uint8)
+    eigenvalues, eigenvectors = rgb_pca(images)
+    covariance = np.cov(images.reshape(-1, 3).T.astype(np.float64), bias=True)
+    assert eigenvalues.dtype == np.float64 and (np.diff(eigenvalues) < 0).all()
+    np.testing.assert_allclose(eigenvectors @ np.diag(eigenvalues) @ eigenvectors.T, covariance, rtol=1e-9)
+    streamed, _ = rgb_pca(images[i : i + 7] for i in range(0, 50, 7))
+    np.testing.assert_allclose(streamed, eigenvalues, rtol=1e-12)
+
+
+@pytest.mark.parametrize("images,words", [(np.ones((2, 4, 4, 1)), "expected"), ([], "two pixels")])
+def test_rgb_pca_of_what_has_no_colours(images, words):
+    with pytest.raises(ValueError, match=words):
+        rgb_pca(images)
+
+
+def test_augmentation_depends_on_the_key_and_the_place_alone():
+    images = np.random.default_rng(0).normal(size=(8, 9, 9, 3)).astype(np.float32)
+    key = jax.random.key(7)
+    for function in (
+        lambda x: random_crop(key, x, 6),
+        lambda x: random_flip(key, x),
+        lambda x: pca_lighting(key, x, np.ones(3), np.eye(3)),
+    ):
+        np.testing.assert_array_equal(function(images)[:3], function(images[:3]))

@@ -1,0 +1,74 @@
+import logging
+
+import chex
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alexnet_jax.checkpoint import CheckpointError, Checkpoints
+
+TREE = {"step": jnp.int32(7), "params": {"kernel": jnp.arange(30_000, dtype=jnp.float32).reshape(100, 300) * 0.1}}
+
+
+def fill(folder, steps):
+    checkpoints = Checkpoints(folder, keep=2)
+    for step in steps:
+        checkpoints.save(step, {**TREE, "step": jnp.int32(step)}, {"seconds": step / 2})
+    checkpoints.close()
+
+
+def largest_file(folder):
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def damage(path, how):
+    if how == "truncated":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif how == "a bit flipped":
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    else:
+        path.unlink()
+
+
+def test_round_trip_and_the_newest_are_kept(tmp_path):
+    fill(tmp_path / "c", [1, 2, 3])
+    checkpoints = Checkpoints(tmp_path / "c")
+    step, tree, extra = checkpoints.restore(TREE)
+    assert step == 3 and extra == {"seconds": 1.5}
+    chex.assert_trees_all_equal(tree, {**TREE, "step": np.int32(3)})
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["2", "3"]
+
+
+def test_nothing_there(tmp_path):
+    assert Checkpoints(tmp_path / "c").restore(TREE) is None
+
+
+@pytest.mark.parametrize("how", ["truncated", "a bit flipped", "gone"])
+def test_damaged_newest_falls_back_and_is_named(tmp_path, how, caplog):
+    fill(tmp_path / "c", [1, 2])
+    damage(largest_file(tmp_path / "c" / "2"), how)
+    with caplog.at_level(logging.WARNING):
+        step, tree, _ = Checkpoints(tmp_path / "c").restore(TREE)
+    assert step == 1 and int(tree["step"]) == 1
+    assert str(tmp_path / "c" / "2") in caplog.text and "2.damaged" in caplog.text
+    assert (tmp_path / "c" / "2.damaged").exists()
+
+
+def test_all_damaged_is_an_error_and_nothing_is_lost(tmp_path):
+    fill(tmp_path / "c", [1, 2])
+    for step in (1, 2):
+        damage(largest_file(tmp_path / "c" / str(step)), "truncated")
+    with pytest.raises(CheckpointError, match="every checkpoint"):
+        Checkpoints(tmp_path / "c").restore(TREE)
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["1.damaged", "2.damaged"]
+
+
+def test_donated_buffers_do_not_reach_the_disk(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "c")
+    kernel = np.ones((300, 300), np.float32)
+    checkpoints.save(1, {"kernel": kernel}, {})
+    kernel[:] = 2  # as a donated buffer is overwritten while Orbax still writes
+    checkpoints.wait()
+    assert (checkpoints.restore({"kernel": kernel})[1]["kernel"] == 1).all()

@@ -1,0 +1,165 @@
+import functools
+import gzip
+import http.server
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from alexnet_jax import data, fashion_mnist
+from alexnet_jax.data import DataError
+
+
+def test_prepared_set_holds_exactly_the_original_examples(fashion_mnist, idx_folder):
+    for split, prefix, size in (("train", "train", 60_000), ("test", "t10k", 10_000)):
+        images, labels = data.load(fashion_mnist, split)
+        assert images.shape == (size, 28, 28, 1) and images.dtype == np.uint8 and labels.dtype == np.int32
+        original = np.frombuffer((idx_folder / f"{prefix}-images-idx3-ubyte").read_bytes(), np.uint8, offset=16)
+        classes = np.frombuffer((idx_folder / f"{prefix}-labels-idx1-ubyte").read_bytes(), np.uint8, offset=8)
+        rows = lambda x, y: sorted(bytes(i) + bytes([c]) for i, c in zip(x.reshape(size, -1), y, strict=True))  # noqa: E731
+        assert rows(images, labels) == rows(original, classes)
+
+
+def test_parts_of_a_split(fashion_mnist):
+    whole = data.load(fashion_mnist, "test[:100]")
+    part = data.load(fashion_mnist, "test[30:50]")
+    np.testing.assert_array_equal(part.images, whole.images[30:50])
+    np.testing.assert_array_equal(part.labels, whole.labels[30:50])
+    assert data.split_size(fashion_mnist, "train[:10%]") == 6000
+
+
+@pytest.mark.parametrize("split,words", [("valid", "it has"), ("train[", "it has"), ("train[5:5]", "empty")])
+def test_splits_that_are_not_there(fashion_mnist, split, words):
+    with pytest.raises(DataError, match=words):
+        data.load(fashion_mnist, split)
+
+
+def test_unknown_and_unprepared_data_sets(tmp_path):
+    with pytest.raises(DataError, match="config.dataset='fashion_mnst'"):
+        data.open_builder("fashion_mnst", str(tmp_path))
+    with pytest.raises(DataError, match="config.data_dir=.*tfds build cifar10"):
+        data.open_builder("cifar10", str(tmp_path))
+
+
+def test_cifar10_without_tensorflow():
+    folder = ROOT.parent / "shared" / "data" / "tfds"
+    if not folder.exists():
+        pytest.skip("no prepared CIFAR-10 beside this repository")
+    images, labels = data.load(data.open_builder("cifar10", str(folder)), "test[:300]")
+    assert images.shape == (300, 32, 32, 3) and set(labels) == set(range(10))
+
+
+def copy(folder, to, compress=False):
+    to.mkdir()
+    for name in fashion_mnist_files():
+        content = (folder / name).read_bytes()
+        if compress:
+            (to / f"{name}.gz").write_bytes(gzip.compress(content, 1))
+        else:
+            (to / name).write_bytes(content)
+    return to
+
+
+def fashion_mnist_files():
+    return list(fashion_mnist.SHA256)
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_a_folder_of_the_users_own(idx_folder, tmp_path, compress):
+    files = fashion_mnist.find_files(str(copy(idx_folder, tmp_path / "own", compress)))
+    assert files == {name: (idx_folder / name).read_bytes() for name in fashion_mnist_files()}
+
+
+def test_a_download(idx_folder, tmp_path):
+    folder = copy(idx_folder, tmp_path / "served", compress=True)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        files = fashion_mnist.from_url(f"http://127.0.0.1:{server.server_port}/")
+        server.shutdown()
+    assert files == {name: (idx_folder / name).read_bytes() for name in fashion_mnist_files()}
+
+
+# A machine that reaches nothing: no proxy answers, and there is no apt-get on the path.
+CUT_OFF = {**os.environ, **dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9"), "no_proxy": ""}
+CUT_OFF |= {"PATH": os.path.dirname(sys.executable)}
+
+
+def open_elsewhere(data_dir, source_dir, **popen):
+    """Opens Fashion-MNIST in a process of its own that reaches no network."""
+    code = (
+        "import logging, sys; logging.basicConfig(level=20, format='%(message)s', stream=sys.stdout)\n"
+        "from alexnet_jax import data\n"
+        f"try: data.open_builder('fashion_mnist', {str(data_dir)!r}, {str(source_dir)!r})\n"
+        "except data.DataError as error: sys.exit(f'ERROR {error}')"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, env=CUT_OFF, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, **popen,
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(fashion_mnist.DEBIAN_FOLDER.exists(), reason="Debian's package is installed: a source is left")
+@pytest.mark.parametrize("fault,words", [
+    (lambda folder: (folder / "t10k-labels-idx1-ubyte").unlink(), "no t10k-labels-idx1-ubyte"),
+    (lambda folder: (folder / "train-images-idx3-ubyte").write_bytes(b"x" * 100), "SHA-256 differs"),
+    (lambda folder: (folder / "train-labels-idx1-ubyte").write_bytes(b"\x1f\x8bnot gzip at all"), "train-labels"),
+])  # fmt: skip
+def test_every_source_failing_is_one_message(idx_folder, tmp_path, fault, words):
+    folder = copy(idx_folder, tmp_path / "own")
+    fault(folder)
+    process = open_elsewhere(tmp_path / "tfds", folder)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    *attempts, message = [line for line in output.splitlines() if "Fashion-MNIST" in line]
+    assert len(attempts) == 5 and words in attempts[0]
+    assert message.startswith("ERROR") and "--config.source_dir=FOLDER" in message
+    for source in (str(folder), "/usr/share/datasets", "amazonaws.com", "githubusercontent.com", "apt-get"):
+        assert source in message
+    assert not list((tmp_path / "tfds").glob("fashion_mnist/**/*.array_record*"))
+
+
+def test_a_killed_preparation_leaves_nothing_half_done(idx_folder, tmp_path):
+    process = open_elsewhere(tmp_path, idx_folder)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("fashion_mnist/*incomplete*/*")) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(1)
+    process.kill()
+    process.communicate()
+    assert not (tmp_path / "fashion_mnist" / "3.0.1").exists()
+    process = open_elsewhere(tmp_path, idx_folder)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert [p.name for p in (tmp_path / "fashion_mnist").iterdir()] == ["3.0.1"]
+    assert data.split_size(data.open_builder("fashion_mnist", str(tmp_path)), "train") == 60_000
+
+
+@pytest.mark.skipif(not shutil.which("apt-get"), reason="not a Debian or Ubuntu machine")
+def test_debians_package_needs_no_root(idx_folder):
+    try:
+        files = fashion_mnist.from_apt()
+    except OSError as error:
+        pytest.skip(f"the package archive cannot be reached: {error}")
+    assert files == {name: (idx_folder / name).read_bytes() for name in fashion_mnist_files()}
+
+
+def test_import_starts_no_backend_and_training_needs_no_tensorflow(fashion_mnist):
+    code = (
+        "import sys; sys.modules['tensorflow'] = None\n"  # importing it raises from here on
+        "import alexnet_jax\n"
+        "from jax._src import xla_bridge\n"
+        "assert not xla_bridge.backends_are_initialized()\n"
+        "from alexnet_jax import data, train, main\n"
+        "assert not xla_bridge.backends_are_initialized()\n"
+        "print(len(data.load(data.open_builder('fashion_mnist'), 'test[:10]').labels))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip().endswith("10"), done.stderr

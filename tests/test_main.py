@@ -1,0 +1,124 @@
+"""The command as a user meets it: real processes, killed, starved and misused."""
+
+import os
+import resource
+import signal
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import TINY, run_main, saved_state, start_main
+from test_checkpoint import damage, largest_file
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(fashion_mnist, tmp_path_factory):
+    """A run that nobody stopped: (its folder, its output)."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    code, output = run_main(folder, *TINY)
+    assert code == 0, output
+    return folder, output
+
+
+def assert_same_end(folder, uninterrupted):
+    ours, theirs = saved_state(folder, 40), saved_state(uninterrupted[0], 40)
+    assert ours.keys() == theirs.keys()
+    for path, leaf in theirs.items():
+        np.testing.assert_array_equal(ours[path], leaf, path)
+
+
+def follow(process, text):
+    """Reads the output until a line begins with `text`."""
+    seen = []
+    for line in process.stdout:
+        seen.append(line)
+        if line.startswith(text):
+            return
+    raise AssertionError(f"{text!r} never came:\n{''.join(seen)}")
+
+
+def test_what_the_user_sees(uninterrupted):
+    _, output = uninterrupted
+    for text in ("device ", "1,000 to train, 200 to validate, 200 to test", "conv1", "fc8", "step 20/40",
+                 "validation error", "time left", "test top1 error", "test top5 error"):  # fmt: skip
+        assert text in output, text
+
+
+def test_killed_at_several_points_it_ends_the_same(uninterrupted, tmp_path):
+    for step in ("step 5/", "step 25/"):  # before the first checkpoint; between two
+        process = start_main(tmp_path, *TINY)
+        follow(process, step)
+        process.kill()
+        process.wait()
+    process = start_main(tmp_path, *TINY)  # and while a checkpoint is being written
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "checkpoints").glob("*tmp*")):
+        assert process.poll() is None and time.monotonic() < deadline
+    process.kill()
+    process.wait()
+    assert list((tmp_path / "checkpoints").glob("*tmp*"))
+    code, output = run_main(tmp_path, *TINY)
+    assert code == 0 and "going on after step" in output, output
+    assert_same_end(tmp_path, uninterrupted)
+
+
+@pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_a_damaged_checkpoint_falls_back(uninterrupted, tmp_path, number, code):
+    process = start_main(tmp_path, *TINY)
+    follow(process, "step 15/")
+    process.send_signal(number)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == code and "saved; the same command goes on" in output
+    assert "Traceback" not in output
+    newest = max((int(p.name) for p in (tmp_path / "checkpoints").iterdir()))
+    assert newest >= 15
+    damage(largest_file(tmp_path / "checkpoints" / str(newest)), "truncated")
+    code, output = run_main(tmp_path, *TINY)
+    assert code == 0 and f"checkpoints/{newest} is damaged" in output
+    assert_same_end(tmp_path, uninterrupted)
+
+
+def test_another_config_is_refused_and_a_finished_run_reports(uninterrupted):
+    folder, _ = uninterrupted
+    code, output = run_main(folder, *TINY, "--config.momentum=0.8")
+    assert code == 1 and "momentum: 0.9 there, 0.8 now" in output and output.count("\n") == 1
+    code, output = run_main(folder, *TINY)
+    assert code == 0 and "is finished" in output and "test top1 error" in output
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of a file as Linux does")
+def test_a_full_disk_keeps_the_last_good_checkpoint(uninterrupted, tmp_path):
+    process = start_main(tmp_path, *TINY)
+    follow(process, "step 15/")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    last = max(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # noqa: E731
+    environment = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    code, output = run_main(tmp_path, *TINY, preexec_fn=limit, env=environment)
+    assert code == 1 and f"the last good checkpoint is step {last}" in output, output
+    assert "Traceback" not in output and "Free some space" in output
+    code, output = run_main(tmp_path, *TINY)
+    assert code == 0
+    assert_same_end(tmp_path, uninterrupted)
+
+
+def test_a_workdir_that_cannot_be_written(fashion_mnist, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, output = run_main(tmp_path / "file" / "run", *TINY)
+    assert code == 1 and output.startswith("Error: --workdir=") and output.count("\n") == 1
+
+
+@pytest.mark.parametrize("flags,words", [
+    (["--config.num_train_step=5"], "config.num_train_step: no such field; did you mean config.num_train_steps?"),
+    (["--config.batch_size=many"], "batch_size"),
+    (["--config.batch_size=1.5"], "batch_size"),
+    (["--config=no_such.py"], "no_such.py"),
+    (["--colour=1"], "colour"),
+    (["8"], "unexpected argument '8'"),
+])  # fmt: skip
+def test_a_wrong_command_line_is_one_line(tmp_path, flags, words):
+    code, output = run_main(tmp_path / "run", *flags)
+    assert code == 1 and words in output and output.count("\n") == 1, output
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,90 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from alexnet_jax import cross_entropy, learning_rate_at, paper_sgd, plateau_init, plateau_update
+
+RATES = [0.1, 0.1, 0.1, 0.01, 0.01, 0.001]
+
+
+def problem():
+    rng = np.random.default_rng(0)
+    params = {"kernel": rng.normal(size=(4, 3)).astype(np.float32), "bias": rng.normal(size=3).astype(np.float32)}
+    gradients = [jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), params) for _ in RATES]
+    return params, gradients
+
+
+def run(optimizer, params, gradients, **keywords):
+    state = optimizer.init(params)
+    for rate, g in zip(RATES, gradients, strict=True):
+        extra = {"learning_rate": rate} if keywords.get("paper") else {}
+        updates, state = optimizer.update(g, state, params, **extra)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+def test_update_is_the_formula_of_section_5():
+    params, gradients = problem()
+    w = jax.tree.map(lambda x: x.astype(np.float64), params)
+    v = jax.tree.map(np.zeros_like, w)
+    for rate, g in zip(RATES, gradients, strict=True):
+        v = jax.tree.map(lambda v, w, g, e=rate: 0.9 * v - 0.0005 * e * w - e * g, v, w, g)
+        w = jax.tree.map(np.add, w, v)
+    chex.assert_trees_all_close(run(paper_sgd(), params, gradients, paper=True), w, rtol=1e-5, atol=1e-6)
+
+
+def test_optax_sgd_differs_once_the_rate_drops():
+    params, gradients = problem()
+    schedule = lambda count: jnp.asarray(RATES)[count]  # noqa: E731
+    usual = optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(schedule, momentum=0.9))
+    paper = run(paper_sgd(), params, gradients, paper=True)
+    assert np.abs(run(usual, params, gradients)["kernel"] - paper["kernel"]).max() > 0.05
+    global_rate = [0.1] * len(RATES)  # at a constant rate the two are one
+    constant = optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(0.1, momentum=0.9))
+    state, p = paper_sgd().init(params), params
+    for rate, g in zip(global_rate, gradients, strict=True):
+        updates, state = paper_sgd().update(g, state, p, learning_rate=rate)
+        p = optax.apply_updates(p, updates)
+    chex.assert_trees_all_close(run(constant, params, gradients), p, rtol=1e-5, atol=1e-6)
+
+
+def test_weight_decay_needs_the_parameters():
+    params, gradients = problem()
+    with pytest.raises(ValueError, match="params"):
+        paper_sgd().update(gradients[0], paper_sgd().init(params), learning_rate=0.1)
+
+
+class PlateauTest(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_drops_three_times_after_patience(self):
+        update = self.variant(lambda s, e: plateau_update(s, e, patience=2))
+        rate = self.variant(lambda s: learning_rate_at(jnp.int32(50), s, 0.01))
+        errors = [0.9, 0.5, 0.6, 0.4, 0.4, 0.41, 0.3, 0.3, 0.3, 0.3, 0.3, 0.3, 0.3, 0.3, 0.3]
+        drops = [0, 0, 0, 0, 0, 1, 1, 1, 2, 2, 3, 3, 3, 3, 3]
+        state = plateau_init()
+        for error, expected in zip(errors, drops, strict=True):
+            state = update(state, jnp.float32(error))
+            assert int(state.drops) == expected
+            assert float(rate(state)) == pytest.approx(0.01 * 0.1**expected, rel=1e-5)
+        assert float(state.best_error) == pytest.approx(0.3)
+
+    def test_an_error_that_is_not_a_number_is_no_improvement(self):
+        state = plateau_update(plateau_update(plateau_init(), jnp.float32(0.5), 3), jnp.float32(jnp.nan), 3)
+        assert float(state.best_error) == 0.5 and int(state.evaluations_since_best) == 1
+
+
+@pytest.mark.parametrize("step,expected", [(0, 0.01), (4, 0.05), (9, 0.1), (10, 0.1), (99, 0.1), (100, 0.01), (200, 1e-3)])
+def test_warm_up_and_fixed_drops(step, expected):
+    rate = learning_rate_at(jnp.int32(step), plateau_init(), 0.1, warmup_steps=10, drop_at=(100, 200))
+    assert float(rate) == pytest.approx(expected, rel=1e-5)
+
+
+def test_cross_entropy_against_float64():
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(7, 5)) * 10, rng.integers(0, 5, 7)
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    expected = -np.log(p[np.arange(7), labels]).mean()
+    assert float(cross_entropy(logits.astype(np.float32), labels)) == pytest.approx(expected, rel=1e-5)

@@ -1,0 +1,153 @@
+import json
+import logging
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT, TINY, run_main, saved_state
+
+from alexnet_jax import data, train
+from alexnet_jax.configs import cifar10, fashion_mnist_224
+from alexnet_jax.configs import fashion_mnist as fashion_mnist_config
+
+
+def tiny_config(**fields):
+    config = fashion_mnist_config.get_config()
+    config.widths = (8, 16, 16, 16, 16, 32, 32)
+    config.kernel_std = (0.28, 0.1, 0.12, 0.12, 0.12, 0.3, 0.25, 0.05)
+    config.train_split, config.validation_split, config.test_split = "train[:1000]", "train[1000:1200]", "test[:200]"
+    config.num_train_steps, config.batch_size, config.warmup_steps = 6, 50, 0
+    config.update(fields)
+    return config
+
+
+@pytest.fixture(scope="module")
+def learned(fashion_mnist, tmp_path_factory):
+    """The network at half its width, on a sixth of the data for a minute: (folder, result)."""
+    config = tiny_config(
+        widths=(16, 48, 64, 64, 48, 128, 128), kernel_std=(0.28, 0.1, 0.068, 0.084, 0.084, 0.2, 0.125, 0.05),
+        train_split="train[:10000]", validation_split="train[10000:12000]", test_split="test", num_train_steps=600,
+        batch_size=64, learning_rate=0.05, warmup_steps=100, drop_at_epochs=(3.0,), plateau_patience=0,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("learned")
+    return folder, train.train_and_evaluate(config, folder)
+
+
+def test_it_learns_fashion_mnist(learned):
+    _, result = learned
+    assert result["test_top1_error"] < 0.20  # chance is 0.9
+    assert result["test_top5_error"] < 0.01
+    assert result["steps"] == 600
+
+
+def test_what_a_run_leaves(learned):
+    folder, result = learned
+    assert json.loads((folder / "result.json").read_text()) == result
+    needed = {"test_top1_error", "test_top5_error", "steps", "seconds", "images_per_s", "device"}
+    assert needed <= set(result)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in lines] == sorted(x["step"] for x in lines)
+    rates = [x["learning_rate"] for x in lines if "learning_rate" in x]
+    assert max(rates) == pytest.approx(0.05) and rates[-1] == pytest.approx(0.005)
+    assert sum("validation_top1_error" in x for x in lines) == 4  # 156 steps an epoch
+    assert list((folder / "tensorboard").glob("events.out.tfevents.*"))
+    for name in ("filters.png", "confusion.png", "curves.png"):
+        assert (folder / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert sorted(int(p.name) for p in (folder / "checkpoints").iterdir()) == [312, 468, 600]
+
+
+def test_finished_folder_reports_its_result(learned, caplog):
+    folder, result = learned
+    config = tiny_config(**json.loads((folder / "config.json").read_text()))
+    before = sorted((p, p.stat().st_mtime_ns) for p in folder.rglob("*"))
+    with caplog.at_level(logging.INFO):
+        assert train.train_and_evaluate(config, folder) == result
+    assert "is finished" in caplog.text
+    assert before == sorted((p, p.stat().st_mtime_ns) for p in folder.rglob("*"))
+
+
+def test_same_seed_same_parameters_bit_for_bit(fashion_mnist, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train.train_and_evaluate(tiny_config(seed=seed), tmp_path / name)
+    a, b, c = (saved_state(tmp_path / name, 6) for name in "abc")
+    for path, leaf in a.items():
+        np.testing.assert_array_equal(leaf, b[path], path)
+    assert any((leaf != c[path]).any() for path, leaf in a.items())
+
+
+def test_train_step_is_one_program_with_its_state_donated(fashion_mnist):
+    config = tiny_config()
+    examples = data.load(fashion_mnist, "test[:100]")
+    preprocess = train.fit(examples.images, 2, 28, 0, True, False)
+    model, optimizer = train.build_model(config, 10), train.paper_sgd()
+    step = train.make_train_step(model, optimizer, preprocess, lambda step, plateau: 0.01)
+    state = train.create_state(model, optimizer, preprocess.image_shape, 0)
+    batch = train.DeviceData(examples, 50).batch(jax.random.key(0), 0)
+    compiled = step.lower(state, batch, jax.random.key(1)).compile()
+    arrays = [x for x in jax.tree.leaves(state.params)]
+    donated = 2 * sum(x.nbytes for x in arrays)  # parameters and velocities
+    assert compiled.memory_analysis().alias_size_in_bytes >= donated
+    step(state, batch, jax.random.key(1))
+    assert all(x.is_deleted() for x in arrays)
+
+
+def test_an_epoch_is_a_permutation(fashion_mnist):
+    examples = data.load(fashion_mnist, "test[:103]")
+    examples = data.Examples(examples.images, np.arange(103, dtype=np.int32))  # labels that tell which example it is
+    device_data = train.DeviceData(examples, 20)
+    key = jax.random.key(0)
+    epochs = [np.concatenate([device_data.batch(key, 5 * e + i).labels for i in range(5)]) for e in range(3)]
+    for epoch in epochs:
+        assert len(set(epoch.tolist())) == 100
+    assert (epochs[0] != epochs[1]).any()
+    batch = train.DeviceData(examples, 20).batch(key, 7)  # a restart in the middle finds the same batch
+    np.testing.assert_array_equal(batch.labels, epochs[1][40:60])
+    np.testing.assert_array_equal(batch.images, examples.images[batch.labels])
+
+
+@pytest.mark.parametrize("fields,words", [
+    (dict(batch_size=0), "config.batch_size=0: expected"),
+    (dict(batch_size=1001), "config.batch_size=1001.*1,000 examples"),
+    (dict(image_size=40), "config.image_size=40.*28×28"),
+    (dict(image_size=12), "config.image_size=12.*too small"),
+    (dict(lighting=True), "config.lighting=True.*three"),
+    (dict(variant="resnet"), "config.variant='resnet'.*paper"),
+    (dict(widths=(7, 8, 8, 8, 8, 8, 8)), "config.widths=.*even"),
+    (dict(kernel_std=(0.1, 0.1)), "config.kernel_std=.*eight"),
+    (dict(stem=(5, 0, 2)), "config.stem=.*stride"),
+    (dict(dtype="float16"), "config.dtype='float16'.*bfloat16"),
+    (dict(learning_rate=-1.0), "config.learning_rate=-1.0"),
+    (dict(dataset="fashion"), "config.dataset='fashion'"),
+    (dict(test_split="exam"), "split 'exam'"),
+])  # fmt: skip
+def test_a_config_that_cannot_work_is_one_line(fashion_mnist, tmp_path, fields, words):
+    with pytest.raises((train.ConfigError, data.DataError), match=words) as error:
+        train.train_and_evaluate(tiny_config(**fields), tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(fashion_mnist, tmp_path):
+    with pytest.raises(train.DivergedError, match=r"step \d+, with learning rate 1e\+06"):
+        train.train_and_evaluate(tiny_config(learning_rate=1e6, num_train_steps=30), tmp_path)
+    assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
+
+
+def test_full_size_recipe_runs(fashion_mnist, tmp_path):
+    config = fashion_mnist_224.get_config()
+    config.update(train_split="train[:8]", validation_split="train[8:12]", test_split="test[:4]", batch_size=4,
+                  num_train_steps=2, ten_crop=False)  # fmt: skip
+    result = train.train_and_evaluate(config, tmp_path)
+    assert result["steps"] == 2
+    state = saved_state(tmp_path, 2)
+    assert sum(v.size for k, v in state.items() if k.startswith("/params/")) == 60_965_224 - 2 * 121 * 96 - 990 * 4097
+
+
+def test_cifar10_recipe_runs_with_lighting(tmp_path):
+    folder = ROOT.parent / "shared" / "data" / "tfds"
+    if not folder.exists():
+        pytest.skip("no prepared CIFAR-10 beside this repository")
+    config = cifar10.get_config()
+    config.update(data_dir=str(folder), train_split="train[:500]", validation_split="train[500:600]",
+                  test_split="test[:100]", batch_size=50, num_train_steps=5)  # fmt: skip
+    assert train.train_and_evaluate(config, tmp_path)["steps"] == 5
