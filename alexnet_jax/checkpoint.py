@@ -41,11 +41,13 @@ class Checkpoints:
             raise CheckpointError(f"{self.folder} cannot be written: {error}") from None
 
     def save(self, step: int, tree: Any, extra: dict[str, Any]) -> None:
-        """Starts to write; the tree is copied first, so its buffers may be donated right away.
+        """Starts to write, unless this step is written already; the tree is copied first, so it may be donated next.
 
         Raises:
           CheckpointError: this save or the one before failed (a full disk, say); older checkpoints stay.
         """
+        if step == self._manager.latest_step():
+            return
         tree = jax.tree.map(lambda x: np.array(x, copy=True), tree)
         extra = {**extra, "sha256": _digest(tree)}
         args = ocp.args.Composite(state=ocp.args.StandardSave(tree), extra=ocp.args.JsonSave(extra))
@@ -60,8 +62,8 @@ class Checkpoints:
             call()
             self._manager.check_for_errors()
         except Exception as error:  # Orbax and TensorStore wrap a full disk in several types
-            good = [step for step in self._steps_on_disk()]
-            kept = f"the last good checkpoint is step {max(good)}" if good else "there is no earlier checkpoint"
+            good = self.newest()
+            kept = "there is no earlier checkpoint" if good is None else f"the last good checkpoint is step {good}"
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(
                 f"the checkpoint of {what} could not be written to {self.folder}: {reason}; {kept}. Free some space or "
@@ -70,6 +72,10 @@ class Checkpoints:
 
     def _steps_on_disk(self) -> list[int]:
         return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit())
+
+    def newest(self) -> int | None:
+        """The step of the newest checkpoint that is written whole, or None."""
+        return max(self._steps_on_disk(), default=None)
 
     def restore(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
         """The newest checkpoint that is whole, as (step, tree, extra); None where there is none at all.

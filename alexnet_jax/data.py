@@ -5,9 +5,12 @@ import fcntl
 import logging
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import tensorflow_datasets as tfds
 
@@ -111,3 +114,36 @@ def load(builder: tfds.core.DatasetBuilder, split: str) -> Examples:
                 raise DataError(f"{builder.name}: images of several sizes, {images.shape[1:]} and {image.shape}")
             images[i], labels[i] = image, example["label"]
     return Examples(images, labels)
+
+
+class Batch(NamedTuple):
+    images: jax.Array  # uint8 [B, H, W, C]
+    labels: jax.Array  # int32 [B]
+
+
+class DeviceData:
+    """A small data set as arrays on the device; an epoch is a permutation of it, and costs no host copy."""
+
+    def __init__(self, examples: Examples, batch_size: int):
+        self.images, self.labels = jnp.asarray(examples.images), jnp.asarray(examples.labels)
+        self.batch_size = batch_size
+        self.steps_per_epoch = len(examples.labels) // batch_size  # what is left over comes up in another epoch
+        self._epoch, self._order = -1, None
+
+    def batch(self, key: jax.Array, step: int) -> Batch:
+        """The batch of a step: a function of the run's key and the step alone."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, _permutation(key, epoch, len(self.labels))
+        return _take(self.images, self.labels, self._order, place * self.batch_size, self.batch_size)
+
+
+@partial(jax.jit, static_argnums=2)
+def _permutation(key, epoch, size):
+    return jax.random.permutation(jax.random.fold_in(key, epoch), size)
+
+
+@partial(jax.jit, static_argnums=4)
+def _take(images, labels, order, start, size):
+    chosen = jax.lax.dynamic_slice(order, (start,), (size,))
+    return Batch(images[chosen], labels[chosen])

@@ -5,9 +5,12 @@ import hashlib
 import logging
 import shutil
 import subprocess
+import sys
 import tempfile
 import urllib.request
+import zlib
 from collections.abc import Callable
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +34,10 @@ DOWNLOAD_TIMEOUT_S = 20
 
 def _checked(name: str, content: bytes) -> bytes:
     if content[:2] == b"\x1f\x8b":
-        content = gzip.decompress(content)
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{name} cannot be unpacked: {error}") from None
     if hashlib.sha256(content).hexdigest() != SHA256[name]:
         raise ValueError(f"{name} is not the published file (SHA-256 differs)")
     return content
@@ -98,7 +104,7 @@ def find_files(source_dir: str = "") -> dict[str, bytes]:
     for name, read in sources:
         try:
             files = read()
-        except (OSError, EOFError, ValueError, subprocess.TimeoutExpired) as error:
+        except (OSError, HTTPException, ValueError, subprocess.TimeoutExpired) as error:
             tried.append(f"{name}: {' '.join(str(error).split())}")
             log.info("Fashion-MNIST not from %s", tried[-1])
         else:
@@ -134,6 +140,8 @@ def prepare(data_dir: str | None, source_dir: str = "") -> None:
                 for index, (image, label) in enumerate(zip(images, labels, strict=True)):
                     yield index, {"image": Image.fromarray(image), "label": int(label)}
 
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()
     builder = FashionMNIST(data_dir=data_dir, file_format="array_record")
     for leftover in Path(builder.data_path).parent.glob("incomplete.*"):  # of a run that was killed
         shutil.rmtree(leftover, ignore_errors=True)

@@ -41,7 +41,7 @@ def _parse(argv: list[str]) -> list[str]:
 
 def main(argv: list[str]) -> None:
     del argv
-    absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax tells of each file that it writes
+    absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax logs what it writes, and what it raises too
     logger = logging.getLogger("alexnet_jax")
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
@@ -49,11 +49,11 @@ def main(argv: list[str]) -> None:
     logger.setLevel(logging.INFO)
     logger.propagate = False
 
-    from alexnet_jax import checkpoint, data, train  # after the flags: a typo is answered at once
+    from alexnet_jax import checkpoint, data, recipe, train  # after the flags: a typo is answered at once
 
     try:
         train.train_and_evaluate(flags.FLAGS.config, flags.FLAGS.workdir)
-    except (train.ConfigError, train.DivergedError, data.DataError, checkpoint.CheckpointError) as error:
+    except (recipe.ConfigError, train.DivergedError, data.DataError, checkpoint.CheckpointError) as error:
         sys.exit(f"Error: {error}")
     except train.Interrupted as stop:
         print(stop, flush=True)

@@ -71,7 +71,7 @@ def test_a_signal_saves_and_a_damaged_checkpoint_falls_back(uninterrupted, tmp_p
     output = process.communicate(timeout=60)[0]
     assert process.returncode == code and "saved; the same command goes on" in output
     assert "Traceback" not in output
-    newest = max((int(p.name) for p in (tmp_path / "checkpoints").iterdir()))
+    newest = max(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
     assert newest >= 15
     damage(largest_file(tmp_path / "checkpoints" / str(newest)), "truncated")
     code, output = run_main(tmp_path, *TINY)

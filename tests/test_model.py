@@ -96,7 +96,7 @@ def numpy_forward(params, images, stem, train_scale=0.5):
 class ForwardTest(chex.TestCase):
     @chex.variants(with_jit=True, without_jit=True)
     def test_against_numpy(self):
-        images = images_of(40)
+        images = images_of(29, batch=2)
         params = small_params(images)
         logits = self.variant(lambda p, x: SMALL.apply({"params": p}, x))(params, images)
         chex.assert_trees_all_close(logits, numpy_forward(params, images, SMALL.stem), rtol=2e-4, atol=2e-4)

@@ -76,7 +76,9 @@ class PlateauTest(chex.TestCase):
         assert float(state.best_error) == 0.5 and int(state.evaluations_since_best) == 1
 
 
-@pytest.mark.parametrize("step,expected", [(0, 0.01), (4, 0.05), (9, 0.1), (10, 0.1), (99, 0.1), (100, 0.01), (200, 1e-3)])
+@pytest.mark.parametrize(
+    "step,expected", [(0, 0.01), (4, 0.05), (9, 0.1), (10, 0.1), (99, 0.1), (100, 0.01), (200, 1e-3)]
+)
 def test_warm_up_and_fixed_drops(step, expected):
     rate = learning_rate_at(jnp.int32(step), plateau_init(), 0.1, warmup_steps=10, drop_at=(100, 200))
     assert float(rate) == pytest.approx(expected, rel=1e-5)

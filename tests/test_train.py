@@ -4,9 +4,9 @@ import logging
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, run_main, saved_state
+from conftest import ROOT, saved_state
 
-from alexnet_jax import data, train
+from alexnet_jax import data, preprocess, recipe, train
 from alexnet_jax.configs import cifar10, fashion_mnist_224
 from alexnet_jax.configs import fashion_mnist as fashion_mnist_config
 
@@ -78,11 +78,11 @@ def test_same_seed_same_parameters_bit_for_bit(fashion_mnist, tmp_path):
 def test_train_step_is_one_program_with_its_state_donated(fashion_mnist):
     config = tiny_config()
     examples = data.load(fashion_mnist, "test[:100]")
-    preprocess = train.fit(examples.images, 2, 28, 0, True, False)
-    model, optimizer = train.build_model(config, 10), train.paper_sgd()
-    step = train.make_train_step(model, optimizer, preprocess, lambda step, plateau: 0.01)
-    state = train.create_state(model, optimizer, preprocess.image_shape, 0)
-    batch = train.DeviceData(examples, 50).batch(jax.random.key(0), 0)
+    prepare = preprocess.fit(examples.images, 2, 28, 0, True, False)
+    model, optimizer = recipe.build_model(config, 10), train.paper_sgd()
+    step = train.make_train_step(model, optimizer, prepare, lambda step, plateau: 0.01)
+    state = train.create_state(model, optimizer, prepare.image_shape, 0)
+    batch = data.DeviceData(examples, 50).batch(jax.random.key(0), 0)
     compiled = step.lower(state, batch, jax.random.key(1)).compile()
     arrays = [x for x in jax.tree.leaves(state.params)]
     donated = 2 * sum(x.nbytes for x in arrays)  # parameters and velocities
@@ -94,13 +94,13 @@ def test_train_step_is_one_program_with_its_state_donated(fashion_mnist):
 def test_an_epoch_is_a_permutation(fashion_mnist):
     examples = data.load(fashion_mnist, "test[:103]")
     examples = data.Examples(examples.images, np.arange(103, dtype=np.int32))  # labels that tell which example it is
-    device_data = train.DeviceData(examples, 20)
+    device_data = data.DeviceData(examples, 20)
     key = jax.random.key(0)
     epochs = [np.concatenate([device_data.batch(key, 5 * e + i).labels for i in range(5)]) for e in range(3)]
     for epoch in epochs:
         assert len(set(epoch.tolist())) == 100
     assert (epochs[0] != epochs[1]).any()
-    batch = train.DeviceData(examples, 20).batch(key, 7)  # a restart in the middle finds the same batch
+    batch = data.DeviceData(examples, 20).batch(key, 7)  # a restart in the middle finds the same batch
     np.testing.assert_array_equal(batch.labels, epochs[1][40:60])
     np.testing.assert_array_equal(batch.images, examples.images[batch.labels])
 
@@ -121,7 +121,7 @@ def test_an_epoch_is_a_permutation(fashion_mnist):
     (dict(test_split="exam"), "split 'exam'"),
 ])  # fmt: skip
 def test_a_config_that_cannot_work_is_one_line(fashion_mnist, tmp_path, fields, words):
-    with pytest.raises((train.ConfigError, data.DataError), match=words) as error:
+    with pytest.raises((recipe.ConfigError, data.DataError), match=words) as error:
         train.train_and_evaluate(tiny_config(**fields), tmp_path / "run")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()

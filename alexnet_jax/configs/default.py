@@ -35,7 +35,7 @@ def get_config() -> ml_collections.ConfigDict:
     # Stochastic gradient descent (section 5).
     c.batch_size = 128
     c.num_train_steps = 0  # 0: num_epochs decides
-    c.num_epochs = 90
+    c.num_epochs = 90.0
     c.learning_rate = 0.01
     c.momentum = 0.9
     c.weight_decay = 5e-4

@@ -12,7 +12,7 @@ def get_config():
     c.widths = (48, 96, 128, 128, 96, 512, 512)
     c.kernel_std = (0.28, 0.058, 0.048, 0.059, 0.059, 0.14, 0.088, 0.01)  # sqrt(2 / fan-in), and small logits
     c.batch_size = 128
-    c.num_epochs = 12
+    c.num_epochs = 12.0
     c.learning_rate = 0.05
     c.warmup_steps = 300
     c.plateau_patience = 2

@@ -9,6 +9,6 @@ def get_config():
     c.image_size = 28
     c.resize = 224
     c.dtype = "bfloat16"
-    c.num_epochs = 30
+    c.num_epochs = 30.0
     c.plateau_patience = 3
     return c

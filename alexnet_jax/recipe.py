@@ -1,0 +1,127 @@
+"""What a config means: checked on its own, against the data, and against the run that a folder holds already."""
+
+import json
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from alexnet_jax import report
+from alexnet_jax.model import VARIANTS, AlexNet, Stem
+
+UNRELATED_TO_RESULT = ("data_dir", "source_dir")  # may change between the starts of one run
+
+
+class ConfigError(Exception):
+    """A config that cannot work; one line with the field, what it got and what it takes."""
+
+
+def check_config(config: ml_collections.ConfigDict) -> None:
+    """Raises ConfigError for a value that no data set could make right."""
+
+    def require(name, good, takes):
+        if not good:
+            raise ConfigError(f"config.{name}={config[name]!r}: expected {takes}")
+
+    def positive(values, types):
+        return all(isinstance(v, types) and 0 < v < math.inf for v in values)
+
+    for name in ("batch_size", "image_size", "log_every"):
+        require(name, config[name] >= 1, "a number of at least 1")
+    for name in ("num_train_steps", "pad", "resize", "warmup_steps", "plateau_patience", "eval_every"):
+        require(name, config[name] >= 0, "0 or more")
+    require("seed", 0 <= config.seed < 2**32, "0 to 2³²−1")
+    require("num_epochs", 0 < config.num_epochs < math.inf or config.num_train_steps, "a positive number")
+    require("learning_rate", 0 < config.learning_rate < math.inf, "a positive number")
+    require("momentum", 0 <= config.momentum < 1, "at least 0 and below 1")
+    require("weight_decay", 0 <= config.weight_decay < math.inf, "0 or more")
+    require("input_scale", 0 < config.input_scale < math.inf, "a positive number")
+    require("variant", config.variant in VARIANTS, f"one of {', '.join(VARIANTS)}")
+    require("dtype", config.dtype in ("float32", "bfloat16"), "float32 or bfloat16")
+    kernel, stride, padding = config.stem if len(config.stem) == 3 else (0, 0, 0)
+    stem = positive((kernel, stride), int) and isinstance(padding, int) and padding >= 0
+    require("stem", stem, "(kernel, stride, padding), with kernel and stride at least 1")
+    widths = len(config.widths) == 7 and positive(config.widths, int) and all(w % 2 == 0 for w in config.widths)
+    require("widths", widths, "seven even numbers (conv1 to conv5, fc6, fc7)")
+    std = len(config.kernel_std) in (0, 8) and positive(config.kernel_std, int | float)
+    require("kernel_std", std, "eight positive numbers (conv1 to fc8), or none")
+    require("drop_at_epochs", positive(config.drop_at_epochs, int | float), "positive numbers of epochs")
+
+
+def check_data(config: ml_collections.ConfigDict, shape: tuple[int, ...], examples: int) -> None:
+    """Raises ConfigError for a value that does not suit the images [H, W, C] or the size of the training set."""
+    if config.batch_size > examples:
+        raise ConfigError(
+            f"config.batch_size={config.batch_size}: the training split has {examples:,} examples; expected no more"
+        )
+    side = min(shape[:2]) + 2 * config.pad
+    if config.image_size > side:
+        raise ConfigError(
+            f"config.image_size={config.image_size}: the images are {shape[0]}×{shape[1]} with a border of "
+            f"{config.pad}; expected at most {side} (or a larger config.pad; config.resize enlarges)"
+        )
+    if config.lighting and shape[2] != 3:
+        raise ConfigError(
+            f"config.lighting=True: {config.dataset} has {shape[2]} channel(s); PCA lighting needs three; set it to "
+            "False for grey images"
+        )
+    seen = config.resize or config.image_size
+    try:
+        jax.eval_shape(build_model(config, 10).init, jax.random.key(0), jnp.zeros((1, seen, seen, shape[2])))
+    except ValueError as error:
+        field = "resize" if config.resize else "image_size"
+        raise ConfigError(f"config.{field}={seen}: {error}") from None
+
+
+def build_model(config: ml_collections.ConfigDict, num_classes: int) -> AlexNet:
+    """The network that a config describes."""
+    return AlexNet(
+        num_classes=num_classes,
+        variant=config.variant,
+        dtype=jnp.dtype(config.dtype),
+        stem=Stem(*config.stem),
+        widths=tuple(config.widths),
+        kernel_std=tuple(config.kernel_std) or None,
+    )
+
+
+def check_workdir(config: ml_collections.ConfigDict, workdir: Path) -> None:
+    """Raises ConfigError if the folder holds a run of another config; the message names each field that differs."""
+    path = workdir / "config.json"
+    if not path.exists():
+        return
+    try:
+        found = json.loads(path.read_text())
+    except ValueError:
+        raise ConfigError(f"{path} is not JSON; restore it, or train into another --workdir") from None
+    wanted = _plain(config)
+    differing = [
+        f"{name}: {found.get(name)!r} there, {wanted.get(name)!r} now"
+        for name in sorted({*wanted, *found} - {*UNRELATED_TO_RESULT})
+        if found.get(name) != wanted.get(name)
+    ]
+    if differing:
+        raise ConfigError(
+            f"--workdir={workdir} holds a run of another config ({'; '.join(differing)}); give the same config, or "
+            "another --workdir"
+        )
+
+
+def claim_workdir(config: ml_collections.ConfigDict, workdir: Path) -> None:
+    """Creates the folder and its `config.json`, unless they are there.
+
+    Raises:
+      ConfigError: it cannot be written.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if not (workdir / "config.json").exists():
+            report.write_json(workdir / "config.json", _plain(config))
+    except OSError as error:
+        raise ConfigError(f"--workdir={workdir} cannot be written: {error}") from None
+
+
+def _plain(config: ml_collections.ConfigDict) -> dict:
+    return json.loads(config.to_json_best_effort())
