@@ -1,6 +1,7 @@
 """Data augmentation (section 4.1) and the test patches: pure, jittable functions of (key, images).
 
-Images are [B, H, W, C]. Every random choice is drawn once per image, from the key and the image's place in the batch.
+Images are [B, H, W, C]. Every random choice is drawn once per image. The key is one for the batch, from which each
+image takes its own by its place, or one for each image [B], as `example_keys` gives them.
 """
 
 from collections.abc import Iterable
@@ -12,8 +13,13 @@ import numpy as np
 from jax import lax
 
 
-def _example_keys(key: jax.Array, images: jax.Array) -> jax.Array:
-    return jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(images.shape[0]))
+def example_keys(key: jax.Array, count: int, first: jax.Array | int = 0) -> jax.Array:
+    """A key for each of `count` images [count]; `first` is the place of the first one in the whole batch."""
+    return jax.vmap(partial(jax.random.fold_in, key))(first + jnp.arange(count))
+
+
+def _each(key: jax.Array, images: jax.Array) -> jax.Array:
+    return key if key.ndim else example_keys(key, images.shape[0])
 
 
 def _check_size(name: str, images: jax.Array, size: int) -> None:
@@ -34,12 +40,12 @@ def random_crop(key: jax.Array, images: jax.Array, size: int) -> jax.Array:
         top, left = jax.random.randint(key, (2,), 0, limits)
         return lax.dynamic_slice(image, (top, left, 0), (size, size, image.shape[-1]))
 
-    return jax.vmap(crop)(_example_keys(key, images), images)
+    return jax.vmap(crop)(_each(key, images), images)
 
 
 def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
     """Each image mirrored left to right with probability one half (section 4.1)."""
-    flip = jax.vmap(jax.random.bernoulli)(_example_keys(key, images))
+    flip = jax.vmap(jax.random.bernoulli)(_each(key, images))
     return jnp.where(flip[:, None, None, None], images[:, :, ::-1], images)
 
 
@@ -59,7 +65,7 @@ def pca_lighting(
     """
     if images.shape[-1] != 3:
         raise ValueError(f"pca_lighting: {images.shape[-1]} channel(s): expected 3; grey images have no colour to vary")
-    alpha = stddev * jax.vmap(lambda k: jax.random.normal(k, (3,)))(_example_keys(key, images))
+    alpha = stddev * jax.vmap(lambda k: jax.random.normal(k, (3,)))(_each(key, images))
     shift = (alpha * eigenvalues) @ eigenvectors.T
     return images + shift[:, None, None, :].astype(images.dtype)
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tensorflow_datasets as tfds
+from jax.sharding import Mesh, NamedSharding
 
-from alexnet_jax import fashion_mnist
+from alexnet_jax import fashion_mnist, sharding
 
 log = logging.getLogger(__name__)
 
@@ -122,20 +122,22 @@ class Batch(NamedTuple):
 
 
 class DeviceData:
-    """A small data set as arrays on the device; an epoch is a permutation of it, and costs no host copy."""
+    """A small data set as arrays on each device; an epoch is a permutation of it, and costs no host copy."""
 
-    def __init__(self, examples: Examples, batch_size: int):
-        self.images, self.labels = jnp.asarray(examples.images), jnp.asarray(examples.labels)
+    def __init__(self, examples: Examples, batch_size: int, mesh: Mesh | None = None):
+        mesh = mesh or sharding.one_device()
+        self.images, self.labels = sharding.place(tuple(examples), mesh)
+        self._take = jax.jit(_take, static_argnums=4, out_shardings=NamedSharding(mesh, sharding.BATCH))
         self.batch_size = batch_size
         self.steps_per_epoch = len(examples.labels) // batch_size  # what is left over comes up in another epoch
         self._epoch, self._order = -1, None
 
     def batch(self, key: jax.Array, step: int) -> Batch:
-        """The batch of a step: a function of the run's key and the step alone."""
+        """The batch of a step, split over the mesh: a function of the run's key and the step alone."""
         epoch, place = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, _permutation(key, epoch, len(self.labels))
-        return _take(self.images, self.labels, self._order, place * self.batch_size, self.batch_size)
+        return self._take(self.images, self.labels, self._order, place * self.batch_size, self.batch_size)
 
 
 @partial(jax.jit, static_argnums=2)
@@ -143,7 +145,6 @@ def _permutation(key, epoch, size):
     return jax.random.permutation(jax.random.fold_in(key, epoch), size)
 
 
-@partial(jax.jit, static_argnums=4)
 def _take(images, labels, order, start, size):
     chosen = jax.lax.dynamic_slice(order, (start,), (size,))
     return Batch(images[chosen], labels[chosen])

@@ -7,7 +7,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from alexnet_jax import sharding
 from alexnet_jax.preprocess import Preprocess
 
 
@@ -29,15 +31,22 @@ def predict(model: nn.Module, params: Any, images: jax.Array, preprocess: Prepro
     return jax.nn.softmax(logits).reshape(*patches.shape[:2], -1).mean(axis=1)
 
 
-@partial(jax.jit, static_argnames=("model", "pad", "crop", "resize", "scale", "ten_crop", "batch_size"))
-def _count(params, images, labels, start, mean, *, model, pad, crop, resize, scale, ten_crop, batch_size):
-    # A last partial batch is moved back to end with the set; the examples already counted get weight 0.
-    first = jnp.minimum(start, images.shape[0] - batch_size)
-    images = jax.lax.dynamic_slice_in_dim(images, first, batch_size)
-    labels = jax.lax.dynamic_slice_in_dim(labels, first, batch_size)
-    weight = (first + jnp.arange(batch_size) >= start).astype(jnp.int32)
-    preprocess = Preprocess(mean, pad, crop, resize, flip=False, lighting=None, scale=scale)
-    probabilities = predict(model, params, images, preprocess, ten_crop)
+@partial(jax.jit, static_argnames=("model", "pad", "crop", "resize", "scale", "ten_crop", "batch_size", "mesh"))
+def _count(params, images, labels, start, mean, *, model, pad, crop, resize, scale, ten_crop, batch_size, mesh):
+    place = start + jnp.arange(batch_size)
+    weight = (place < labels.shape[0]).astype(jnp.int32)  # the last batch is filled up with examples of weight 0
+    place = jnp.minimum(place, labels.shape[0] - 1)
+    labels = labels[place]
+
+    def probabilities_here(params, images, mean):
+        preprocess = Preprocess(mean, pad, crop, resize, flip=False, lighting=None, scale=scale)
+        here = model.clone(data_axis=sharding.DATA, tower_axis=sharding.TOWER)
+        return jax.lax.pmean(predict(here, params, images, preprocess, ten_crop), sharding.TOWER)  # equal on both
+
+    probabilities = jax.shard_map(
+        probabilities_here, mesh=mesh, out_specs=sharding.BATCH,
+        in_specs=(sharding.tower_specs(params), sharding.BATCH, sharding.REPLICATED),
+    )(params, images[place], mean)  # fmt: skip
     true = jnp.take_along_axis(probabilities, labels[:, None], axis=1)
     # An equal probability counts against the network, and so does one that is not a number.
     rank = jnp.sum(~(probabilities < true), axis=1) - 1
@@ -60,6 +69,7 @@ def evaluate(
     preprocess: Preprocess,
     ten_crop: bool = False,
     batch_size: int = 500,
+    mesh: Mesh | None = None,
 ) -> Evaluation:
     """Errors over a whole set, each example counted once.
 
@@ -67,13 +77,18 @@ def evaluate(
       images: uint8 [N, H, W, C].
       labels: int [N].
       ten_crop: whether to average the softmax over ten patches.
-      batch_size: patches through the network at a time.
+      batch_size: patches through the network at a time, about.
+      mesh: of `sharding.make_mesh`; None for one device.
     """
-    size = len(labels)
+    mesh = mesh or sharding.one_device()
+    params = sharding.place(params, mesh, sharding.tower_specs(params))
+    images, labels = sharding.place((images, labels), mesh)
+    size, data_parts = len(labels), mesh.shape[sharding.DATA]
     batch = min(max(1, batch_size // 10) if ten_crop else batch_size, size)
+    batch = -(-batch // data_parts) * data_parts
     counts = [
         _count(params, images, labels, start, preprocess.mean, model=model, pad=preprocess.pad, crop=preprocess.crop,
-               resize=preprocess.resize, scale=preprocess.scale, ten_crop=ten_crop, batch_size=batch)
+               resize=preprocess.resize, scale=preprocess.scale, ten_crop=ten_crop, batch_size=batch, mesh=mesh)
         for start in range(0, size, batch)
     ]  # fmt: skip
     total = jax.tree.map(lambda *x: np.sum([np.asarray(i, np.float64) for i in x], axis=0), *counts)

@@ -1,15 +1,18 @@
 """AlexNet as a Flax module: sections 3.1 to 3.5 of Krizhevsky, Sutskever and Hinton (2012).
 
-Between two layers the activations are a list with one NHWC array a tower. A layer that is given the whole list stays
-inside its towers; a layer that is given the joined array, `[join(x)]`, sees both. That is figure 2 of the paper.
+Between two layers the activations are a list with one NHWC array a tower. A layer that is given the list stays inside
+its towers; a layer that is given `[meet(…)]`, one array of all channels, sees both. That is figure 2 of the paper. One
+device holds both towers; on a mesh with an axis for them each holds one, and `meet` is where the devices communicate.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from alexnet_jax.ops import conv, dropout, local_response_norm, max_pool
 
@@ -50,9 +53,9 @@ def join(towers: Sequence[jax.Array]) -> jax.Array:
     return jnp.concatenate(towers, axis=-1)
 
 
-def split(x: jax.Array) -> list[jax.Array]:
-    """The inverse of `join`."""
-    return jnp.split(x, TOWERS, axis=-1)
+def _parts(tower_axis: str | None) -> int:
+    """The number of devices that share the towers: 1 or 2."""
+    return lax.axis_size(tower_axis) if tower_axis else 1
 
 
 class TowerConv(nn.Module):
@@ -65,18 +68,21 @@ class TowerConv(nn.Module):
     stride: int = 1
     padding: int = 0
     dtype: Any = jnp.float32
+    tower_axis: str | None = None
 
     @nn.compact
     def __call__(self, inputs: Sequence[jax.Array]) -> list[jax.Array]:
-        shape = (self.kernel, self.kernel, inputs[0].shape[-1], self.features)
+        here, towers = self.features // _parts(self.tower_axis), TOWERS // _parts(self.tower_axis)
+        shape = (self.kernel, self.kernel, inputs[0].shape[-1], here)
         kernel = self.param("kernel", nn.initializers.normal(self.kernel_std), shape).astype(self.dtype)
-        bias = self.param("bias", nn.initializers.constant(self.bias), (self.features,)).astype(self.dtype)
+        bias = self.param("bias", nn.initializers.constant(self.bias), (here,)).astype(self.dtype)
         # The output size rounds up, as in the original code: the last window may hang over the right and bottom edge.
         padding = tuple(
             (self.padding, self.padding + -(size + 2 * self.padding - self.kernel) % self.stride)
             for size in inputs[0].shape[1:3]
         )
-        if len(inputs) == 1:
+        split = partial(jnp.split, indices_or_sections=towers, axis=-1)
+        if len(inputs) < towers:
             outputs = split(conv(inputs[0], kernel, self.stride, padding))
         else:
             outputs = [conv(x, k, self.stride, padding) for x, k in zip(inputs, split(kernel), strict=True)]
@@ -84,18 +90,20 @@ class TowerConv(nn.Module):
 
 
 class Dense(nn.Module):
-    """A fully connected layer: [B, in] to [B, features]."""
+    """A fully connected layer: [B, in] to [B, features], or to this device's half of them."""
 
     features: int
     kernel_std: float
     bias: float
     dtype: Any = jnp.float32
+    tower_axis: str | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        shape = (x.shape[-1], self.features)
+        here = self.features // _parts(self.tower_axis)
+        shape = (x.shape[-1], here)
         kernel = self.param("kernel", nn.initializers.normal(self.kernel_std), shape).astype(self.dtype)
-        bias = self.param("bias", nn.initializers.constant(self.bias), (self.features,)).astype(self.dtype)
+        bias = self.param("bias", nn.initializers.constant(self.bias), (here,)).astype(self.dtype)
         return x @ kernel + bias
 
 
@@ -109,6 +117,8 @@ class AlexNet(nn.Module):
       stem: the first convolution; the default is the paper's 11×11, stride 4.
       widths: kernels or units of conv1 … conv5, fc6, fc7, both towers together.
       kernel_std: the initial standard deviation of the eight layers' kernels; None is the variant's own.
+      data_axis, tower_axis: the mesh axes that share the batch and the towers, when the network is applied under
+        `jax.shard_map`; its parameters are then this device's part of the output channels.
 
     `init(key, images)["params"]` holds `conv1` … `conv5`, `fc6`, `fc7`, `fc8`, each with `kernel` and `bias`.
     `apply({"params": p}, images, train)` maps float images [B, H, W, C], in the paper's scale (0 to 255, mean
@@ -124,6 +134,8 @@ class AlexNet(nn.Module):
     stem: Stem = Stem()
     widths: tuple[int, ...] = (96, 256, 384, 384, 256, 4096, 4096)
     kernel_std: tuple[float, ...] | None = None
+    data_axis: str | None = None
+    tower_axis: str | None = None
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
@@ -139,7 +151,17 @@ class AlexNet(nn.Module):
             return towers
 
         def common(name):
-            return dict(features=width[name], kernel_std=std[name], bias=bias[name], dtype=self.dtype, name=name)
+            return dict(
+                features=width[name], kernel_std=std[name], bias=bias[name], dtype=self.dtype,
+                tower_axis=self.tower_axis, name=name,
+            )  # fmt: skip
+
+        def meet(name, towers):  # section 3.2: all that one tower learns of the other
+            x = join(towers)
+            if _parts(self.tower_axis) > 1:
+                with jax.named_scope(name):
+                    x = lax.all_gather(x, self.tower_axis, axis=-1, tiled=True)
+            return x
 
         def convolve(name, inputs, kernel, stride=1, padding=0):
             layer = TowerConv(kernel=kernel, stride=stride, padding=padding, **common(name))
@@ -153,8 +175,12 @@ class AlexNet(nn.Module):
 
         def connect(name, x):
             x = see(name, [nn.relu(Dense(**common(name))(x))])[0]
-            # Section 4.2: half of the outputs in training, half of each output in testing.
-            return dropout(self.make_rng("dropout"), x) if train else x * 0.5
+            if not train:  # section 4.2: half of the outputs in training, half of each output in testing
+                return [x * 0.5]
+            towers = TOWERS // _parts(self.tower_axis)
+            example = lax.axis_index(self.data_axis) * x.shape[0] if self.data_axis else 0
+            tower = lax.axis_index(self.tower_axis) * towers if self.tower_axis else 0
+            return [dropout(self.make_rng("dropout"), x, 0.5, towers, example, tower)]
 
         # Section 3.5, with the sizes of a 224×224 image.
         x = [images.astype(self.dtype)]
@@ -162,13 +188,13 @@ class AlexNet(nn.Module):
         x = pool("pool1", normalize("norm1", x))  # 27×27×96
         x = convolve("conv2", x, kernel=5, padding=2)  # 27×27×256, within the towers
         x = pool("pool2", normalize("norm2", x))  # 13×13×256
-        x = convolve("conv3", [join(x)], kernel=3, padding=1)  # 13×13×384, the towers meet
+        x = convolve("conv3", [meet("conv3", x)], kernel=3, padding=1)  # 13×13×384, the towers meet
         x = convolve("conv4", x, kernel=3, padding=1)  # 13×13×384, within the towers
         x = convolve("conv5", x, kernel=3, padding=1)  # 13×13×256, within the towers
-        x = join(pool("pool5", x))  # 6×6×256
-        x = connect("fc6", x.reshape(x.shape[0], -1))  # 4096, the towers meet from here on
-        x = connect("fc7", x)  # 4096
-        x = see("fc8", [Dense(**common("fc8"))(x)])[0]  # 1000
+        x = meet("fc6", pool("pool5", x))  # 6×6×256, the towers meet, here and from here on
+        x = connect("fc6", x.reshape(x.shape[0], -1))  # 4096
+        x = connect("fc7", meet("fc7", x))  # 4096
+        x = meet("fc8", see("fc8", [Dense(**common("fc8"))(meet("fc8", x))]))  # 1000
         if self.is_mutable_collection("activations") and not self.is_initializing():
             self.sow("activations", "layers", {name: join(towers) for name, towers in outputs.items()})
         return x.astype(jnp.float32)

@@ -178,7 +178,14 @@ def conv(x: jax.Array, kernel: jax.Array, stride: int, padding: tuple[tuple[int,
     return _convolve(x, kernel, stride, padding)
 
 
-def dropout(key: jax.Array, x: jax.Array, rate: float = 0.5, towers: int = 2) -> jax.Array:
+def dropout(
+    key: jax.Array,
+    x: jax.Array,
+    rate: float = 0.5,
+    towers: int = 2,
+    first_example: jax.Array | int = 0,
+    first_tower: jax.Array | int = 0,
+) -> jax.Array:
     """Dropout as in section 4.2: each unit is zeroed with probability `rate`, and nothing is rescaled in training.
 
     The mask depends on the key, the example's place in the batch and the tower alone, so that it does not change with
@@ -186,7 +193,8 @@ def dropout(key: jax.Array, x: jax.Array, rate: float = 0.5, towers: int = 2) ->
 
     Args:
       key: one key a layer and step.
-      x: activations [B, N]; N divisible by `towers`.
+      x: activations [B, N] of `towers` towers; N divisible by `towers`.
+      first_example, first_tower: the place of x[0] in the whole batch, and its first tower's number.
     """
     batch, units = x.shape
 
@@ -194,5 +202,6 @@ def dropout(key: jax.Array, x: jax.Array, rate: float = 0.5, towers: int = 2) ->
         tower_key = jax.random.fold_in(jax.random.fold_in(key, example), tower)
         return jax.random.bernoulli(tower_key, 1 - rate, (units // towers,))
 
-    kept = jax.vmap(jax.vmap(mask, (None, 0)), (0, None))(jnp.arange(batch), jnp.arange(towers))
+    examples, numbers = first_example + jnp.arange(batch), first_tower + jnp.arange(towers)
+    kept = jax.vmap(jax.vmap(mask, (None, 0)), (0, None))(examples, numbers)
     return jnp.where(kept.reshape(batch, units), x, jnp.zeros((), x.dtype))

@@ -36,9 +36,14 @@ class Preprocess(NamedTuple):
         side = self.resize or self.crop
         return side, side, self.mean.shape[-1]
 
-    def train(self, key: jax.Array, images: jax.Array) -> jax.Array:
-        """A random patch, its mirror image, its lighting (section 4.1): [B, *image_shape]."""
-        crop_key, flip_key, lighting_key = jax.random.split(key, 3)
+    def train(self, key: jax.Array, images: jax.Array, first: jax.Array | int = 0) -> jax.Array:
+        """A random patch, its mirror image, its lighting (section 4.1): [B, *image_shape].
+
+        Args:
+          first: the place of the first image in the whole batch.
+        """
+        keys = (augment.example_keys(k, images.shape[0], first) for k in jax.random.split(key, 3))
+        crop_key, flip_key, lighting_key = keys
         x = augment.random_crop(crop_key, self._centred(images), self.crop)
         if self.flip:
             x = augment.random_flip(flip_key, x)

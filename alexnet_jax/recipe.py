@@ -7,11 +7,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import ml_collections
+from jax.sharding import Mesh
 
-from alexnet_jax import report
+from alexnet_jax import report, sharding
 from alexnet_jax.model import VARIANTS, AlexNet, Stem
 
-UNRELATED_TO_RESULT = ("data_dir", "source_dir")  # may change between the starts of one run
+UNRELATED_TO_RESULT = ("data_dir", "source_dir", "mesh")  # may change between the starts of one run
 
 
 class ConfigError(Exception):
@@ -50,8 +51,27 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     require("drop_at_epochs", positive(config.drop_at_epochs, int | float), "positive numbers of epochs")
 
 
-def check_data(config: ml_collections.ConfigDict, shape: tuple[int, ...], examples: int) -> None:
-    """Raises ConfigError for a value that does not suit the images [H, W, C] or the size of the training set."""
+def build_mesh(config: ml_collections.ConfigDict) -> Mesh:
+    """The mesh that a config asks for; raises ConfigError if the devices or the batch do not divide so."""
+    try:
+        mesh = sharding.make_mesh(**config.mesh)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if config.batch_size % mesh.shape[sharding.DATA]:
+        raise ConfigError(
+            f"config.batch_size={config.batch_size}: the mesh splits a batch into {mesh.shape[sharding.DATA]} parts; "
+            "expected a multiple of that (or another config.mesh.data)"
+        )
+    return mesh
+
+
+def check_data(config: ml_collections.ConfigDict, shape: tuple[int, ...], examples: int, num_classes: int) -> None:
+    """Raises ConfigError for a value that does not suit the images [H, W, C], the training set or the classes."""
+    if num_classes % config.mesh.tower:
+        raise ConfigError(
+            f"config.mesh.tower={config.mesh.tower}: {config.dataset} has {num_classes} classes, and each tower holds "
+            "half of fc8; expected 1 with an odd number of classes"
+        )
     if config.batch_size > examples:
         raise ConfigError(
             f"config.batch_size={config.batch_size}: the training split has {examples:,} examples; expected no more"

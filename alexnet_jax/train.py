@@ -17,8 +17,10 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
 
-from alexnet_jax import data, recipe, report
+from alexnet_jax import data, recipe, report, sharding
 from alexnet_jax.checkpoint import Checkpoints
 from alexnet_jax.data import Batch, DeviceData
 from alexnet_jax.evaluate import evaluate
@@ -67,13 +69,31 @@ class TrainState(flax.struct.PyTreeNode):
     key: jax.Array  # raw data of the run's key
 
 
+def state_specs(state: TrainState) -> TrainState:
+    """Where each array of the state lies: parameters and velocities split over the towers, the rest on every device."""
+    everywhere = jax.tree.map(lambda _: sharding.REPLICATED, state)
+    return everywhere.replace(
+        params=sharding.tower_specs(state.params), opt_state=sharding.tower_specs(state.opt_state)
+    )
+
+
 def create_state(
-    model: AlexNet, optimizer: optax.GradientTransformation, shape: tuple[int, ...], seed: int
+    model: AlexNet,
+    optimizer: optax.GradientTransformation,
+    shape: tuple[int, ...],
+    seed: int,
+    mesh: Mesh | None = None,
 ) -> TrainState:
-    """The state before the first step; `shape` is [H, W, C] of what the network sees."""
-    init_key, run_key = jax.random.split(jax.random.key(seed))
-    params = jax.jit(model.init)(init_key, jnp.zeros((1, *shape)))["params"]
-    return TrainState(jnp.int32(0), params, optimizer.init(params), plateau_init(), jax.random.key_data(run_key))
+    """The state before the first step, the same on any mesh; `shape` is [H, W, C] of what the network sees."""
+
+    def create():
+        init_key, run_key = jax.random.split(jax.random.key(seed))
+        params = model.init(init_key, jnp.zeros((1, *shape)))["params"]
+        return TrainState(jnp.int32(0), params, optimizer.init(params), plateau_init(), jax.random.key_data(run_key))
+
+    mesh = mesh or sharding.one_device()
+    specs = state_specs(jax.eval_shape(create))
+    return jax.jit(create, out_shardings=jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs))()
 
 
 def make_train_step(
@@ -81,29 +101,45 @@ def make_train_step(
     optimizer: optax.GradientTransformationExtraArgs,
     preprocess: Preprocess,
     learning_rate: Callable[[jax.Array, Plateau], jax.Array],
+    mesh: Mesh | None = None,
 ) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
     """One update as a jitted function of (state, batch, key); the state is donated.
 
     The key is the step's own: augmentation and dropout draw from it. The metrics are those of the batch before the
-    update: loss, top-1 error, and the learning rate.
+    update: loss, top-1 error, and the learning rate. The result is the same on any mesh, up to rounding.
     """
+    mesh = mesh or sharding.one_device()
+    both = (sharding.DATA, sharding.TOWER)
+    here = model.clone(data_axis=sharding.DATA, tower_axis=sharding.TOWER)
 
-    @partial(jax.jit, donate_argnums=0)
-    def train_step(state: TrainState, batch: Batch, key: jax.Array):
+    def update(state: TrainState, batch: Batch, key: jax.Array):  # on each device, with its part of the arrays
         image_key, dropout_key = jax.random.split(key)
-        images = preprocess.train(image_key, batch.images)
+        first = lax.axis_index(sharding.DATA) * batch.labels.shape[0]
+        images = lax.pcast(preprocess.train(image_key, batch.images, first), sharding.TOWER, to="varying")
 
         def loss_fn(params):
-            logits = model.apply({"params": params}, images, train=True, rngs={"dropout": dropout_key})
-            return cross_entropy(logits, batch.labels), logits
+            # The one place where the gradients are summed over `data`: the transpose of this cast.
+            params = jax.tree.map(lambda w: lax.pcast(w, sharding.DATA, to="varying"), params)
+            logits = here.apply({"params": params}, images, train=True, rngs={"dropout": dropout_key})
+            # Both towers hold the same logits, so the mean over `tower` halves each one's share of the gradient.
+            return lax.pmean(cross_entropy(logits, batch.labels), both), logits
 
         (loss, logits), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
         rate = learning_rate(state.step, state.plateau)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, learning_rate=rate)
         params = optax.apply_updates(state.params, updates)
-        error = jnp.mean(jnp.argmax(logits, axis=-1) != batch.labels)
+        error = lax.pmean(jnp.mean(jnp.argmax(logits, axis=-1) != batch.labels), both)
         state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
         return state, {"loss": loss, "error": error, "learning_rate": rate}
+
+    @partial(jax.jit, donate_argnums=0)
+    def train_step(state: TrainState, batch: Batch, key: jax.Array):
+        specs = state_specs(state)
+        sharded = jax.shard_map(
+            update, mesh=mesh, in_specs=(specs, sharding.BATCH, sharding.REPLICATED),
+            out_specs=(specs, sharding.REPLICATED),
+        )  # fmt: skip
+        return sharded(state, batch, key)
 
     return train_step
 
@@ -154,10 +190,10 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path) -
         task = _set_up(config)
         recipe.claim_workdir(config, workdir)
         checkpoints = Checkpoints(workdir / "checkpoints")
-        state = create_state(task.model, task.optimizer, task.preprocess.image_shape, config.seed)
+        state = create_state(task.model, task.optimizer, task.preprocess.image_shape, config.seed, task.mesh)
         if found := checkpoints.restore(state):
-            _, state, extra = found
-            state = jax.tree.map(jnp.asarray, state)
+            _, restored, extra = found
+            state = sharding.place(restored, task.mesh, state_specs(state))
             started -= extra["seconds"]
         _show_summary(config, task, state)
         state, images_per_s = _train(config, task, state, checkpoints, workdir, started, received)
@@ -176,29 +212,33 @@ class _Task(NamedTuple):
     optimizer: optax.GradientTransformationExtraArgs
     train_step: Callable
     total_steps: int
+    mesh: Mesh
 
 
 def _set_up(config: ml_collections.ConfigDict) -> _Task:
+    mesh = recipe.build_mesh(config)
     builder = data.open_builder(config.dataset, config.data_dir, config.source_dir)
     splits = {"train": config.train_split, "validate": config.validation_split, "test": config.test_split}
     sizes = {use: data.split_size(builder, split) for use, split in splits.items()}
     examples = data.load(builder, config.train_split)
     validation = data.load(builder, config.validation_split)
-    recipe.check_data(config, examples.images.shape[1:], len(examples.labels))
-    train_data = DeviceData(examples, config.batch_size)
+    num_classes = builder.info.features["label"].num_classes
+    recipe.check_data(config, examples.images.shape[1:], len(examples.labels), num_classes)
+    train_data = DeviceData(examples, config.batch_size, mesh)
     preprocess = fit(
         examples.images, config.pad, config.image_size, config.resize, config.flip, config.lighting, config.input_scale
     )
-    model = recipe.build_model(config, builder.info.features["label"].num_classes)
+    model = recipe.build_model(config, num_classes)
     optimizer = paper_sgd(config.momentum, config.weight_decay)
     drops = tuple(round(epoch * train_data.steps_per_epoch) for epoch in config.drop_at_epochs)
     train_step = make_train_step(
         model, optimizer, preprocess,
         lambda step, plateau: learning_rate_at(step, plateau, config.learning_rate, config.warmup_steps, drops),
+        mesh,
     )  # fmt: skip
     total = config.num_train_steps or max(1, round(config.num_epochs * train_data.steps_per_epoch))
-    validation = data.Examples(*map(jnp.asarray, validation))
-    return _Task(builder, sizes, train_data, validation, preprocess, model, optimizer, train_step, total)
+    validation = sharding.place(validation, mesh)
+    return _Task(builder, sizes, train_data, validation, preprocess, model, optimizer, train_step, total, mesh)
 
 
 class _StepMetrics:
@@ -265,7 +305,7 @@ def _train(config, task, state, checkpoints, workdir, started, received) -> tupl
             done = step + 1
             if done % eval_every == 0 or done == total:
                 shown.show(done)
-                result = evaluate(task.model, state.params, *task.validation, task.preprocess)
+                result = evaluate(task.model, state.params, *task.validation, task.preprocess, mesh=task.mesh)
                 patience = config.plateau_patience or total + 1
                 state = state.replace(plateau=plateau_update(state.plateau, jnp.float32(result.top1_error), patience))
                 metrics.write(
@@ -300,7 +340,7 @@ def _train(config, task, state, checkpoints, workdir, started, received) -> tupl
 def _test(config, task, state, workdir, started, images_per_s) -> dict[str, Any]:
     """Reads the test set, this once, and writes the pictures and `result.json`."""
     examples = data.load(task.builder, config.test_split)
-    tested = evaluate(task.model, state.params, *map(jnp.asarray, examples), task.preprocess, config.ten_crop)
+    tested = evaluate(task.model, state.params, *examples, task.preprocess, config.ten_crop, mesh=task.mesh)
     report.plot_filters(state.params["conv1"]["kernel"], workdir / "filters.png")
     report.plot_confusion(tested.confusion, task.builder.info.features["label"].names, workdir / "confusion.png")
     report.plot_curves(workdir / "metrics.jsonl", workdir / "curves.png")
@@ -312,7 +352,7 @@ def _test(config, task, state, workdir, started, images_per_s) -> dict[str, Any]
         "steps": task.total_steps,
         "seconds": round(time.monotonic() - started, 1),
         "images_per_s": images_per_s and round(images_per_s, 1),
-        "device": device_name(),
+        "device": device_name(task.mesh),
     }
     report.write_json(workdir / "result.json", result)
     log.info("\n%s\n\nWritten to %s", show_result(result), workdir)
@@ -333,16 +373,16 @@ def _show_summary(config, task, state) -> None:
     shape = "×".join(map(str, task.train_data.images.shape[1:]))
     going_on = f"; going on after step {state.step:,}" if state.step else ""
     log.info(
-        f"device     {device_name()}\n"
+        f"device     {device_name(task.mesh)}\n"
         f"data       {task.builder.info.full_name}: {sizes}; {shape}, {task.model.num_classes} classes\n"
         f"steps      {task.total_steps:,} of {config.batch_size} images ({task.train_data.steps_per_epoch} an epoch)"
         f"{going_on}\n\n{layers}\n"
     )
 
 
-def device_name() -> str:
+def device_name(mesh: Mesh) -> str:
     """The accelerators, or the CPU with the cores that this process may use."""
-    device = jax.devices()[0]
-    if device.platform != "cpu":
-        return f"{jax.device_count()} × {device.device_kind}"
-    return f"CPU, {len(os.sched_getaffinity(0))} cores"
+    device, layout = mesh.devices.flat[0], " × ".join(f"{size} {axis}" for axis, size in mesh.shape.items())
+    if device.platform == "cpu":
+        return f"CPU, {len(os.sched_getaffinity(0))} cores, mesh {layout}"
+    return f"{mesh.size} × {device.device_kind}, mesh {layout}"

@@ -3,6 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -11,6 +12,8 @@ ROOT = Path(__file__).parents[1]
 # Compiled programs are shared between the processes of one test session.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+jax.config.update("jax_num_cpu_devices", 8)  # for the meshes of these tests
 
 # A network of the same eight layers that trains in seconds, on a part of the real data.
 TINY = (

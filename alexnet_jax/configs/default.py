@@ -43,6 +43,12 @@ def get_config() -> ml_collections.ConfigDict:
     c.drop_at_epochs = ()  # ÷ 10 at these epochs
     c.plateau_patience = 0  # ÷ 10 after this many evaluations without a better validation error, three times; 0: never
 
+    # The devices (section 3.2).
+    c.mesh = ml_collections.ConfigDict()
+    c.mesh.data = -1  # parts of a batch; -1: all devices that the towers leave
+    c.mesh.tower = 1  # or 2: each tower on devices of its own
+    c.mesh.cpu_devices = 1  # virtual devices that a CPU is split into
+
     # How often, in steps.
     c.log_every = 100
     c.eval_every = 0  # validate and save; 0: once an epoch

@@ -1,0 +1,65 @@
+"""The mesh of devices and what lies where on it: the two GPUs of section 3.2, and data parallelism beside them.
+
+Images and labels are split over the axis `data`. Every kernel and bias, its gradient and its velocity are split over
+the axis `tower` along the output channels (units), and are never gathered; `model.AlexNet` gathers activations where
+figure 2 of the paper lets the towers meet.
+"""
+
+import contextlib
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+DATA, TOWER = "data", "tower"
+REPLICATED = PartitionSpec()
+BATCH = PartitionSpec(DATA)
+
+
+def make_mesh(data: int = -1, tower: int = 1, cpu_devices: int = 1) -> Mesh:
+    """The devices as [data, tower].
+
+    Args:
+      data: the number of parts of a batch; −1 takes all devices that `tower` leaves.
+      tower: 1, or 2 for a device (or a row of them) to each tower.
+      cpu_devices: virtual devices that the CPU is split into, if JAX has not started its backend yet.
+
+    Raises:
+      ValueError: no such mesh on these devices.
+    """
+    if tower not in (1, 2):
+        raise ValueError(f"config.mesh.tower={tower}: the network has two towers; expected 1 or 2")
+    if data == 0 or data < -1:
+        raise ValueError(f"config.mesh.data={data}: expected a positive number, or -1 for all devices")
+    if cpu_devices < 1:
+        raise ValueError(f"config.mesh.cpu_devices={cpu_devices}: expected at least 1")
+    if cpu_devices > 1:
+        with contextlib.suppress(RuntimeError):  # the backend runs already (a notebook): its devices serve as well
+            jax.config.update("jax_num_cpu_devices", cpu_devices)
+    devices = jax.devices()
+    if data == -1 and len(devices) % tower == 0:
+        data = len(devices) // tower
+    if data == -1 or data * tower > len(devices):
+        raise ValueError(
+            f"config.mesh of data={data}, tower={tower} does not fit {len(devices)} {devices[0].platform.upper()} "
+            "device(s); expected data × tower of at most that (on a CPU, config.mesh.cpu_devices makes virtual devices)"
+        )
+    return Mesh(np.array(devices[: data * tower]).reshape(data, tower), (DATA, TOWER))
+
+
+def one_device() -> Mesh:
+    """A mesh of the first device alone."""
+    return make_mesh(data=1)
+
+
+def tower_specs(params: Any) -> Any:
+    """The partition of a tree of kernels and biases: the last axis of each over `tower`."""
+    return jax.tree.map(lambda x: PartitionSpec(*(None,) * (x.ndim - 1), TOWER), params)
+
+
+def place(tree: Any, mesh: Mesh, specs: Any = REPLICATED) -> Any:
+    """The tree on the mesh; `specs` is one PartitionSpec for all, or a tree of them."""
+    if isinstance(specs, PartitionSpec):
+        return jax.device_put(tree, NamedSharding(mesh, specs))
+    return jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), tree, specs)
