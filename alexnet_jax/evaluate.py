@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import Mesh
 
 from alexnet_jax import sharding
@@ -33,32 +34,35 @@ def predict(model: nn.Module, params: Any, images: jax.Array, preprocess: Prepro
 
 @partial(jax.jit, static_argnames=("model", "pad", "crop", "resize", "scale", "ten_crop", "batch_size", "mesh"))
 def _count(params, images, labels, start, mean, *, model, pad, crop, resize, scale, ten_crop, batch_size, mesh):
-    place = start + jnp.arange(batch_size)
-    weight = (place < labels.shape[0]).astype(jnp.int32)  # the last batch is filled up with examples of weight 0
-    place = jnp.minimum(place, labels.shape[0] - 1)
-    labels = labels[place]
+    here = model.clone(data_axis=sharding.DATA, tower_axis=sharding.TOWER)
+    preprocess = Preprocess(mean, pad, crop, resize, flip=False, lighting=None, scale=scale)
+    size = batch_size // mesh.shape[sharding.DATA]
 
-    def probabilities_here(params, images, mean):
-        preprocess = Preprocess(mean, pad, crop, resize, flip=False, lighting=None, scale=scale)
-        here = model.clone(data_axis=sharding.DATA, tower_axis=sharding.TOWER)
-        return jax.lax.pmean(predict(here, params, images, preprocess, ten_crop), sharding.TOWER)  # equal on both
+    def count_part(params, images, labels, start):  # on each device, its part of the batch
+        place = start + lax.axis_index(sharding.DATA) * size + jnp.arange(size)
+        weight = (place < labels.shape[0]).astype(jnp.int32)  # the last batch is filled up with examples of weight 0
+        place = jnp.minimum(place, labels.shape[0] - 1)
+        images, labels = images[place], labels[place]
+        probabilities = lax.pmean(predict(here, params, images, preprocess, ten_crop), sharding.TOWER)  # equal on both
+        true = jnp.take_along_axis(probabilities, labels[:, None], axis=1)
+        # An equal probability counts against the network, and so does one that is not a number.
+        rank = jnp.sum(~(probabilities < true), axis=1) - 1
+        classes = probabilities.shape[1]
+        counts = {
+            "loss": jnp.sum(-jnp.log(jnp.maximum(true[:, 0], 1e-30)) * weight),
+            "top1": jnp.sum((rank >= 1) * weight),
+            "top5": jnp.sum((rank >= 5) * weight),
+            "confusion": jnp.zeros((classes, classes), jnp.int32)
+            .at[labels, jnp.argmax(probabilities, axis=1)]
+            .add(weight),
+        }
+        return lax.psum(counts, sharding.DATA)
 
-    probabilities = jax.shard_map(
-        probabilities_here, mesh=mesh, out_specs=sharding.BATCH,
-        in_specs=(sharding.tower_specs(params), sharding.BATCH, sharding.REPLICATED),
-    )(params, images[place], mean)  # fmt: skip
-    true = jnp.take_along_axis(probabilities, labels[:, None], axis=1)
-    # An equal probability counts against the network, and so does one that is not a number.
-    rank = jnp.sum(~(probabilities < true), axis=1) - 1
-    prediction = jnp.argmax(probabilities, axis=1)
-    classes = probabilities.shape[1]
-    confusion = jnp.zeros((classes, classes), jnp.int32).at[labels, prediction].add(weight)
-    return {
-        "loss": jnp.sum(-jnp.log(jnp.maximum(true[:, 0], 1e-30)) * weight),
-        "top1": jnp.sum((rank >= 1) * weight),
-        "top5": jnp.sum((rank >= 5) * weight),
-        "confusion": confusion,
-    }
+    everywhere = sharding.REPLICATED
+    return jax.shard_map(
+        count_part, mesh=mesh, in_specs=(sharding.tower_specs(params), everywhere, everywhere, everywhere),
+        out_specs=everywhere,
+    )(params, images, labels, start)  # fmt: skip
 
 
 def evaluate(
