@@ -38,7 +38,7 @@ def make_mesh(data: int = -1, tower: int = 1, cpu_devices: int = 1) -> Mesh:
     if cpu_devices > 1:
         # A device that waits in a collective holds a thread of XLA's pool. With one thread a core, two devices on two
         # busy cores waited for each other until XLA gave up and aborted; threads to spare let them go on.
-        os.environ.setdefault("PJRT_NPROC", str((os.cpu_count() or 1) + 2 * cpu_devices))
+        os.environ.setdefault("PJRT_NPROC", str((os.cpu_count() or 1) + cpu_devices))
         with contextlib.suppress(RuntimeError):  # the backend runs already (a notebook): its devices serve as well
             jax.config.update("jax_num_cpu_devices", cpu_devices)
     devices = jax.devices()
