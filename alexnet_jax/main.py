@@ -39,8 +39,15 @@ def _parse(argv: list[str]) -> list[str]:
     return rest
 
 
+def _unraisable(unraisable) -> None:
+    """Drops the echoes of a save that failed: TensorStore's other writes find the loop of that save closed."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
 def main(argv: list[str]) -> None:
     del argv
+    sys.unraisablehook = _unraisable
     absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax logs what it writes, and what it raises too
     logger = logging.getLogger("alexnet_jax")
     handler = logging.StreamHandler(sys.stdout)

@@ -52,9 +52,7 @@ _lrn.defvjp(_lrn_forward, _lrn_backward)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4), static_argnames=("k", "n", "alpha", "beta"))
-def local_response_norm(
-    x: jax.Array, k: float = 2.0, n: int = 5, alpha: float = 1e-4, beta: float = 0.75
-) -> jax.Array:
+def local_response_norm(x: jax.Array, k: float = 2.0, n: int = 5, alpha: float = 1e-4, beta: float = 0.75) -> jax.Array:
     """Local response normalization (section 3.3): b_i = a_i / (k + α Σ_j a_j²)^β.
 
     Args:
@@ -137,9 +135,7 @@ def max_pool(x: jax.Array, window: int = 3, stride: int = 2) -> jax.Array:
 
 
 def _convolve(x, kernel, stride, padding):
-    return lax.conv_general_dilated(
-        x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
+    return lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

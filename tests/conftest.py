@@ -13,7 +13,9 @@ ROOT = Path(__file__).parents[1]
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
-jax.config.update("jax_num_cpu_devices", 8)  # for the meshes of these tests
+DEVICES = 8  # virtual ones, for the meshes of these tests
+os.environ.setdefault("PJRT_NPROC", str(os.cpu_count() + DEVICES))  # as sharding.make_mesh does
+jax.config.update("jax_num_cpu_devices", DEVICES)
 
 # A network of the same eight layers that trains in seconds, on a part of the real data.
 TINY = (

@@ -75,9 +75,7 @@ def numpy_max_pool(x, window, stride):
 
 
 def xla_max_pool(x, window, stride):
-    return jax.lax.reduce_window(
-        x, -jnp.inf, jax.lax.max, (1, window, window, 1), (1, stride, stride, 1), "VALID"
-    )
+    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, window, window, 1), (1, stride, stride, 1), "VALID")
 
 
 class MaxPoolTest(chex.TestCase):

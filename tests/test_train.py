@@ -26,7 +26,7 @@ def tiny_config(**fields):
 def learned(fashion_mnist, tmp_path_factory):
     """The network at half its width, on a sixth of the data for a minute: (folder, result)."""
     config = tiny_config(
-        widths=(16, 48, 64, 64, 48, 128, 128), kernel_std=(0.28, 0.1, 0.068, 0.084, 0.084, 0.2, 0.125, 0.05),
+        widths=(16, 48, 64, 64, 64, 256, 256), kernel_std=(0.28, 0.1, 0.068, 0.084, 0.084, 0.09, 0.09, 0.05),
         train_split="train[:10000]", validation_split="train[10000:12000]", test_split="test", num_train_steps=600,
         batch_size=64, learning_rate=0.05, warmup_steps=100, drop_at_epochs=(3.0,), plateau_patience=0,
     )  # fmt: skip
