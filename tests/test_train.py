@@ -136,6 +136,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(fashion_mnist, tmp_path):
 
 def test_full_size_recipe_runs(fashion_mnist, tmp_path):
     config = fashion_mnist_224.get_config()
+    config.mesh.data = 1
     config.update(train_split="train[:8]", validation_split="train[8:12]", test_split="test[:4]", batch_size=4,
                   num_train_steps=2, ten_crop=False)  # fmt: skip
     result = train.train_and_evaluate(config, tmp_path)
@@ -149,6 +150,7 @@ def test_cifar10_recipe_runs_with_lighting(tmp_path):
     if not folder.exists():
         pytest.skip("no prepared CIFAR-10 beside this repository")
     config = cifar10.get_config()
+    config.mesh.data = 1
     config.update(data_dir=str(folder), train_split="train[:500]", validation_split="train[500:600]",
                   test_split="test[:100]", batch_size=50, num_train_steps=5)  # fmt: skip
     assert train.train_and_evaluate(config, tmp_path)["steps"] == 5
