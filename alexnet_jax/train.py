@@ -121,14 +121,16 @@ def make_train_step(
             # The one place where the gradients are summed over `data`: the transpose of this cast.
             params = jax.tree.map(lambda w: lax.pcast(w, sharding.DATA, to="varying"), params)
             logits = here.apply({"params": params}, images, train=True, rngs={"dropout": dropout_key})
-            # Both towers hold the same logits, so the mean over `tower` halves each one's share of the gradient.
-            return lax.pmean(cross_entropy(logits, batch.labels), both), logits
+            with jax.named_scope("metrics"):
+                # Both towers hold the same logits, so the mean over `tower` halves each one's share of the gradient.
+                return lax.pmean(cross_entropy(logits, batch.labels), both), logits
 
         (loss, logits), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
         rate = learning_rate(state.step, state.plateau)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, learning_rate=rate)
         params = optax.apply_updates(state.params, updates)
-        error = lax.pmean(jnp.mean(jnp.argmax(logits, axis=-1) != batch.labels), both)
+        with jax.named_scope("metrics"):
+            error = lax.pmean(jnp.mean(jnp.argmax(logits, axis=-1) != batch.labels), both)
         state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
         return state, {"loss": loss, "error": error, "learning_rate": rate}
 

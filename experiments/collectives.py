@@ -1,0 +1,155 @@
+"""What a compiled program communicates: its collectives, each with its layer, its mesh axis and its bytes."""
+
+import re
+from collections import Counter
+from itertools import combinations
+from math import prod
+from typing import NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+
+from alexnet_jax.model import LAYERS
+
+KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+_BITS = {"pred": 8, "bf16": 16, "f8e4m3fn": 8, "f8e5m2": 8}  # the other types end in their size: f32, s8, u64
+
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
+_ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
+_OPERAND = re.compile(r"%([\w.\-]+)")
+
+
+class Collective(NamedTuple):
+    """One array that the devices of a group exchange."""
+
+    kind: str  # one of KINDS
+    layer: str  # conv1 … fc8; "metrics" for what belongs to no layer
+    axis: str  # the mesh axes that the group spans, joined by "+"
+    backward: bool
+    whole: int  # bytes of the array: after a gather, before a scatter, on each device of an all-reduce
+    received: int  # bytes that reach each device when the group passes its parts around a ring
+
+    @classmethod
+    def make(cls, kind: str, layer: str, axis: str, backward: bool, whole: int, parts: int) -> "Collective":
+        once = whole * (parts - 1) // parts
+        received = {"all-reduce": 2 * once, "collective-permute": whole}.get(kind, once)
+        return cls(kind, layer, axis, backward, whole, received)
+
+
+class _Instruction(NamedTuple):
+    shape: str
+    opcode: str
+    operands: tuple[str, ...]
+    op_name: str
+    calls: str
+    line: str
+
+
+def _bytes(shape: str) -> int:
+    """The bytes of an array's or a tuple's shape, as HLO writes it."""
+    total = 0
+    for dtype, sizes in _ARRAY.findall(shape):
+        bits = _BITS.get(dtype) or int(re.search(r"\d+$", dtype).group())
+        total += bits // 8 * prod(int(s) for s in sizes.split(",") if s)
+    return total
+
+
+def _parse(text: str) -> tuple[dict[str, _Instruction], dict[str, list[str]]]:
+    """All instructions by name, and the names in each computation."""
+    instructions, computations, current = {}, {}, []
+    for line in text.splitlines():
+        if start := _COMPUTATION.match(line):
+            current = computations.setdefault(start.group(1), [])
+        elif found := _INSTRUCTION.match(line):
+            name, shape, opcode, rest = found.groups()
+            arguments = rest.partition("), ")[0] if "), " in rest else rest
+            op_name = re.search(r'op_name="([^"]*)"', rest)
+            calls = re.search(r"calls=%?([\w.\-]+)", rest)
+            instructions[name] = _Instruction(
+                shape, opcode, tuple(_OPERAND.findall(arguments)), op_name.group(1) if op_name else "",
+                calls.group(1) if calls else "", rest,
+            )  # fmt: skip
+            current.append(name)
+    return instructions, computations
+
+
+def _named_layer(op_name: str) -> str | None:
+    return next((part for part in op_name.split("/") if part in LAYERS), None)
+
+
+def _groups(line: str) -> list[frozenset[int]]:
+    """The groups of device numbers among which a collective works; none stands for all devices in one."""
+    if listed := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}", line):
+        return [frozenset(map(int, g.split(","))) for g in re.findall(r"\{([\d,]+)\}", listed.group(1))]
+    if "replica_groups={}" in line:  # all devices as one group
+        return []
+    if named := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line):
+        sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", named.group(1))}
+        axes = re.findall(r"'(\w+)'", named.group(2))
+        numbers = np.arange(prod(sizes.values())).reshape(tuple(sizes.values()))
+        numbers = np.moveaxis(numbers, [list(sizes).index(axis) for axis in axes], range(-len(axes), 0))
+        return [frozenset(map(int, g)) for g in numbers.reshape(-1, prod(sizes[axis] for axis in axes))]
+    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
+    count, shape = (tuple(map(int, x.split(","))) for x in iota.groups()[:2])
+    order = np.arange(prod(shape)).reshape(shape)
+    if iota.group(3):
+        order = order.transpose(tuple(map(int, iota.group(3).split(","))))
+    return [frozenset(map(int, g)) for g in order.reshape(count)]
+
+
+def _axis(groups: list[frozenset[int]], mesh: Mesh) -> tuple[str, int]:
+    """The smallest set of mesh axes that holds every group, and the size of a group."""
+    numbers = np.arange(mesh.size).reshape(mesh.devices.shape)
+    wide = [axis for axis in mesh.axis_names if mesh.shape[axis] > 1]
+    for count in range(1, len(wide) + 1):
+        for axes in combinations(wide, count):
+            places = [mesh.axis_names.index(axis) for axis in axes]
+            rows = np.moveaxis(numbers, places, range(-count, 0)).reshape(-1, prod(mesh.shape[a] for a in axes))
+            if all(any(group <= set(row) for row in rows.tolist()) for group in groups):
+                return "+".join(axes), max(map(len, groups))
+    raise ValueError(f"the groups {groups} do not belong to the mesh {dict(mesh.shape)}")
+
+
+def collectives(text: str, mesh: Mesh) -> list[Collective]:
+    """The collectives of one program, in the order of LAYERS, forward before backward.
+
+    Args:
+      text: `compiled.as_text()` of a program compiled for the mesh.
+
+    An array inside a combined collective counts for itself, under the layer whose operation made it. Arrays with the
+    same kind, layer, axis and direction (a kernel's and a bias's gradient) are added up.
+    """
+    instructions, computations = _parse(text)
+
+    def origin(name: str, depth: int = 0) -> str:
+        """The op_name of the operation of a layer that made an array."""
+        made = instructions.get(name)
+        if made is None or depth > 8:
+            return ""
+        inside = [instructions[i].op_name for i in computations.get(made.calls, ())]
+        for op_name in (made.op_name, *reversed(inside)):
+            if _named_layer(op_name):
+                return op_name
+        return next(filter(None, (origin(operand, depth + 1) for operand in made.operands)), "")
+
+    sums: Counter[tuple] = Counter()
+    for instruction in instructions.values():
+        kind = instruction.opcode.removesuffix("-start")
+        if kind not in KINDS:
+            continue
+        groups = _groups(instruction.line) or [frozenset(range(mesh.size))]
+        if max(map(len, groups)) == 1:
+            continue
+        axis, parts = _axis(groups, mesh)
+        for operand in instruction.operands:
+            own = instruction.op_name
+            op_name = own if _named_layer(own) else origin(operand)
+            if "metrics" in own:
+                op_name = own
+            size = _bytes(instructions[operand].shape) * (parts if kind == "all-gather" else 1)
+            backward = "transpose(" in own or "transpose(" in op_name
+            sums[kind, _named_layer(op_name) or "metrics", axis, backward, parts] += size
+    order = {layer: i for i, layer in enumerate(LAYERS)}
+    found = [Collective.make(*key[:4], whole, key[4]) for key, whole in sums.items()]
+    return sorted(found, key=lambda c: (c.backward, order.get(c.layer, len(order)), c.axis, c.kind))
