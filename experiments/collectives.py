@@ -75,7 +75,7 @@ def _parse(text: str) -> tuple[dict[str, _Instruction], dict[str, list[str]]]:
 
 
 def _named_layer(op_name: str) -> str | None:
-    return next((part for part in op_name.split("/") if part in LAYERS), None)
+    return next((word for word in re.findall(r"\w+", op_name) if word in LAYERS), None)
 
 
 def _groups(line: str) -> list[frozenset[int]]:
@@ -143,13 +143,15 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
             continue
         axis, parts = _axis(groups, mesh)
         for operand in instruction.operands:
-            own = instruction.op_name
-            op_name = own if _named_layer(own) else origin(operand)
-            if "metrics" in own:
-                op_name = own
+            own, made = instruction.op_name, origin(operand)
+            alone = len(instruction.operands) == 1  # a combined collective bears the name of one of its parts
+            op_name = own if _named_layer(own) and alone else made
+            layer = _named_layer(op_name) or "metrics"
+            if "[]" in instructions[operand].shape:  # the loss and the error are the only scalars
+                layer, op_name, own = "metrics", "", ""
             size = _bytes(instructions[operand].shape) * (parts if kind == "all-gather" else 1)
             backward = "transpose(" in own or "transpose(" in op_name
-            sums[kind, _named_layer(op_name) or "metrics", axis, backward, parts] += size
+            sums[kind, layer, axis, backward, parts] += size
     order = {layer: i for i, layer in enumerate(LAYERS)}
     found = [Collective.make(*key[:4], whole, key[4]) for key, whole in sums.items()]
     return sorted(found, key=lambda c: (c.backward, order.get(c.layer, len(order)), c.axis, c.kind))

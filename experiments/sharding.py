@@ -73,7 +73,7 @@ def _param_specs(layout: Layout, params: Any) -> Any:
     if not layout.rules:
         return sharding.tower_specs(params)
     return {
-        layer: jax.tree.map(lambda x, axis=_rule(layout, layer).kernels: P(*(None,) * (x.ndim - 1), axis), leaves)
+        layer: {name: P(*(None,) * (x.ndim - 1), _rule(layout, layer).kernels) for name, x in leaves.items()}
         for layer, leaves in params.items()
     }
 
@@ -96,10 +96,11 @@ def make_partitioned_step(layout: Layout, model, optimizer, preprocess, learning
         images = preprocess.train(image_key, batch.images)
 
         def loss_fn(params):
-            params = {
-                layer: jax.tree.map(place, leaves) if _rule(layout, layer).gather else leaves
-                for layer, leaves in params.items()
-            }
+            params = dict(params)
+            for layer in LAYERS:
+                if _rule(layout, layer).gather:
+                    with jax.named_scope(layer):
+                        params[layer] = jax.tree.map(place, params[layer])
             with nn.intercept_methods(follow_rules):
                 logits = model.apply({"params": params}, images, train=True, rngs={"dropout": dropout_key})
             logits = place(logits, _rule(layout, "fc8").batch)
@@ -160,7 +161,7 @@ def expected(layout: Layout, model: AlexNet, shape: tuple[int, ...], batch: int,
         elif data > 1:
             found.append(Collective.make("all-reduce", layer, DATA, True, weights[layer] // tower, data))
     axes = [axis for axis, size in ((DATA, data), (TOWER, tower)) if size > 1]
-    if axes and not layout.rules:
+    if axes:
         found.append(Collective.make("all-reduce", "metrics", "+".join(axes), False, 8, data * tower))  # loss, error
     return sorted(found, key=lambda c: (c.backward, (*LAYERS, "metrics").index(c.layer), c.axis, c.kind))
 
@@ -341,7 +342,7 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.sharding", description=__doc__.splitlines()[0])
     names = [layout.name for layout in LAYOUTS]
-    parser.add_argument("--workdir", type=Path, required=True, help="sharding.json, sharding.md and sharding.png go there")
+    parser.add_argument("--workdir", type=Path, required=True, help="for sharding.json, sharding.md, sharding.png")
     parser.add_argument("--devices", type=int, default=8, help="devices to use; virtual ones on a CPU (default: 8)")
     parser.add_argument("--layouts", default=",".join(names), help=f"with commas: {', '.join(names)} (default: all)")
     parser.add_argument("--batch", type=int, default=32, help="images in a step, over all devices (default: 32)")

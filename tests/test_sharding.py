@@ -1,12 +1,22 @@
 """The two-tower split on virtual devices: the same training on any mesh, and communication where the paper has it."""
 
+import json
+import shutil
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import ROOT, saved_state
+from jax import lax
+from test_train import tiny_config
 
 from alexnet_jax import AlexNet, Stem, evaluate, preprocess, sharding, train
 from alexnet_jax.data import DeviceData, load
+from alexnet_jax.model import TowerConv, join
+from experiments import sharding as harness
 
 MESHES = [(1, 1), (1, 2), (4, 1), (2, 2), (4, 2)]
 MODEL = AlexNet(num_classes=10, stem=Stem(5, 2, 2), widths=(8, 16, 24, 24, 16, 32, 24),
@@ -43,3 +53,91 @@ def test_the_same_training_on_any_mesh(one_device, data, tower):
     assert {s.data.shape for s in kernel.addressable_shards} == {(5, 5, 4, 16 // tower)}
     velocity = state.opt_state.velocity["fc8"]["kernel"]
     assert {s.data.shape for s in velocity.addressable_shards} == {(24, 10 // tower)}
+
+
+def in_program_and_in_theory(data, tower, model=MODEL):
+    layout = harness.Layout(f"{data}x{tower}", data, tower)
+    record = harness.measure(layout, model, (28, 28, 1), 16, steps=1)
+    return record["collectives"], record["expected"]
+
+
+@pytest.mark.parametrize("data,tower", [(1, 1), (2, 1), (1, 2), (4, 1), (2, 2), (8, 1), (4, 2)])
+def test_the_compiled_step_communicates_what_the_paper_says_and_nothing_else(data, tower):
+    found, expected = in_program_and_in_theory(data, tower)
+    assert found == expected
+    where = {(c["layer"], c["axis"]) for c in found if c["axis"] == "tower" and c["layer"] != "metrics"}
+    assert where == ({(layer, "tower") for layer in ("conv3", "fc6", "fc7", "fc8")} if tower == 2 else set())
+    if (data, tower) == (2, 2):  # conv3 sees 3×3 maps of 16 channels, 8 images on each device: by hand, in bytes
+        conv3 = [c for c in found if c["layer"] == "conv3" and c["axis"] == "tower"]
+        assert [c["kind"] for c in conv3] == ["all-gather", "reduce-scatter"]
+        assert {c["whole"] for c in conv3} == {4 * 8 * 3 * 3 * 16} and {c["received"] for c in conv3} == {
+            2 * 8 * 9 * 16
+        }
+
+
+def test_a_gather_in_conv2_is_found(monkeypatch):
+    confined = TowerConv.__call__
+
+    def sees_both_towers(self, inputs):
+        if self.name == "conv2":
+            inputs = [join(inputs)]
+            if self.tower_axis:
+                inputs = [lax.all_gather(inputs[0], self.tower_axis, axis=-1, tiled=True)]
+        return confined(self, inputs)
+
+    monkeypatch.setattr(TowerConv, "__call__", sees_both_towers)
+    found, expected = in_program_and_in_theory(2, 2, MODEL.clone(num_classes=12))
+    assert ("conv2", "tower") in {(c["layer"], c["axis"]) for c in found}
+    assert ("conv2", "tower") not in {(c["layer"], c["axis"]) for c in expected}
+
+
+def test_a_checkpoint_goes_on_on_any_other_mesh(fashion_mnist, tmp_path):
+    def run(folder, data, tower):
+        config = tiny_config(num_train_steps=8, batch_size=48, eval_every=4)
+        config.mesh.data, config.mesh.tower = data, tower
+        return train.train_and_evaluate(config, folder)
+
+    run(tmp_path / "first", 2, 2)
+    for data, tower in ((1, 1), (1, 2), (8, 1)):
+        folder = tmp_path / f"{data}x{tower}"
+        shutil.copytree(tmp_path / "first", folder)
+        (folder / "result.json").unlink()
+        shutil.rmtree(folder / "checkpoints" / "8")  # what a kill between the two saves leaves
+        assert f"mesh {data} data × {tower} tower" in run(folder, data, tower)["device"]
+        end = saved_state(folder, 8)
+        for path, leaf in saved_state(tmp_path / "first", 8).items():
+            np.testing.assert_allclose(end[path], leaf, rtol=1e-4, atol=1e-6, err_msg=path)
+
+
+def test_the_harness_measures_every_layout(tmp_path):
+    model = AlexNet(num_classes=16, stem=Stem(5, 2, 2), widths=(16, 16, 32, 32, 16, 32, 32))
+    records = harness.study(devices=8, batch=16, steps=1, model=model, shape=(28, 28, 1))
+    by_name = {r["layout"]: r for r in records}
+    assert list(by_name) == [layout.name for layout in harness.LAYOUTS]
+    one = by_name["one_device"]
+    assert not one["collectives"] and one["optimizer_bytes"] == one["parameter_bytes"] > 0
+    assert by_name["tower"]["parameter_bytes"] * 2 == one["parameter_bytes"]
+    assert by_name["fully_sharded"]["parameter_bytes"] * 8 == one["parameter_bytes"]
+    gathered = {c["layer"] for c in by_name["fully_sharded"]["collectives"] if c["kind"] == "all-gather"}
+    assert {"conv1", "conv5", "fc6", "fc8"} <= gathered
+    assert not [
+        c for c in by_name["one_weird_trick"]["collectives"] if c["layer"] == "fc6" and c["whole"] > 16 * 4 * 32
+    ]
+    for record in records:
+        assert record["step_s"] > 0 and record["compile_s"] > 0 and record["temporary_bytes"] > 0
+        assert record["received_bytes"] >= record["minimum_bytes"]
+    assert harness.table(records).count("\n") == len(records) + 1
+    harness.plot(records, tmp_path / "sharding.png")
+    assert (tmp_path / "sharding.png").stat().st_size > 10_000
+    json.dumps(records)
+
+
+@pytest.mark.parametrize("flags,words", [
+    (["--layouts=ring"], "unknown layout 'ring'; the known ones are one_device"),
+    (["--devices=2", "--layouts=data", "--batch=3"], "--batch=3: data splits a batch into 2 parts"),
+    (["--devices=0"], "--devices=0"),
+])  # fmt: skip
+def test_the_harness_answers_bad_flags_in_one_line(tmp_path, flags, words):
+    command = [sys.executable, "-m", "experiments.sharding", "--workdir", str(tmp_path), *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
