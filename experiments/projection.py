@@ -1,0 +1,144 @@
+"""How the cost of each layout grows: python -m experiments.projection --records DIR/sharding.json --workdir DIR
+
+From the bytes and FLOPs that `experiments.sharding` read out of the compiled programs, the step time on more devices
+than are at hand. The batch stays the same (strong scaling); a step computes, then communicates, without overlap.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from alexnet_jax import AlexNet
+from experiments.sharding import LAYOUTS, expected
+
+DEVICES = (2, 8, 64, 512)
+
+
+def project(
+    records: Sequence[dict[str, Any]],
+    link: float,
+    compute: float,
+    batch: int,
+    devices: Sequence[int] = DEVICES,
+    model: AlexNet | None = None,
+    shape: tuple[int, ...] = (224, 224, 3),
+) -> list[dict[str, Any]]:
+    """Predicted seconds of a step of each recorded layout.
+
+    A device receives the bytes that the layout needs there, times what its compiled program moved over that minimum
+    where it was measured; it computes the measured FLOPs of an image, times its share of the batch.
+
+    Args:
+      records: of `experiments.sharding.study`, with the same model and shape.
+      link: bytes/s that a device receives.
+      compute: FLOP/s that a device sustains.
+      batch: images in a step, over all devices; each number of devices divides it.
+
+    Returns:
+      Records of layout, devices, compute_s, communicate_s, step_s; step_s is None where the layout has no such mesh.
+
+    Raises:
+      ValueError: a speed that is not positive, or a batch that the devices do not divide.
+    """
+    if link <= 0 or compute <= 0:
+        raise ValueError(f"--link={link:g} --compute={compute:g}: expected positive speeds")
+    if bad := [n for n in devices if batch % n]:
+        raise ValueError(f"--batch={batch}: {bad[0]} devices do not divide it")
+    layouts = {layout.name: layout for layout in LAYOUTS}
+    rows = []
+    for record in records:
+        layout = layouts[record["layout"]]
+        excess = record["received_bytes"] / record["minimum_bytes"] if record["minimum_bytes"] else 1.0
+        measured_on = record["mesh"]["data"] * record["mesh"]["tower"]
+        per_image = record["flops"] * measured_on / record["batch"]
+        for count in devices:
+            data = count // layout.tower if layout.data == -1 else layout.data
+            row = {"layout": layout.name, "devices": count, "compute_s": None, "communicate_s": None, "step_s": None}
+            if data * layout.tower == count or count == devices[0] and layout.name == "one_device":
+                used = data * layout.tower
+                needed = expected(layout, model or AlexNet(), shape, batch, data, layout.tower)
+                row["compute_s"] = per_image * batch / used / compute
+                row["communicate_s"] = sum(c.received for c in needed) * excess / link
+                row["step_s"] = row["compute_s"] + row["communicate_s"]
+                row["devices"] = used
+            rows.append(row)
+    return rows
+
+
+def stops_at(rows: Sequence[dict[str, Any]], layout: str) -> str:
+    """Where more devices no longer help: the last count whose step is at least 10 % shorter than the one before."""
+    times = [(r["devices"], r["step_s"]) for r in rows if r["layout"] == layout and r["step_s"]]
+    best = times[0]
+    for count, seconds in times[1:]:
+        if seconds > 0.9 * best[1]:
+            return f"{best[0]}"
+        best = count, seconds
+    return f"{best[0]}" if len(times) == 1 else f"beyond {best[0]}"
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Milliseconds of a step, with the part of it that is communication, as a Markdown table."""
+    counts = sorted({r["devices"] for r in rows if r["step_s"]})
+    lines = [
+        ("layout", *(f"{n} device{'s' * (n > 1)}" for n in counts), "stops scaling at"),
+        ("---",) * (len(counts) + 2),
+    ]
+    for layout in dict.fromkeys(r["layout"] for r in rows):
+        cells = {r["devices"]: r for r in rows if r["layout"] == layout and r["step_s"]}
+        shown = ["—"] * len(counts)
+        for i, n in enumerate(counts):
+            if n in cells:
+                step_s, communicate_s = cells[n]["step_s"], cells[n]["communicate_s"]
+                shown[i] = f"{1e3 * step_s:.2f} ({communicate_s / step_s:.0%})"
+        lines.append((layout.replace("_", " "), *shown, stops_at(rows, layout)))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Step time against devices, both on logarithmic scales; dashed is what communication alone takes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for layout in dict.fromkeys(r["layout"] for r in rows):
+        known = [r for r in rows if r["layout"] == layout and r["step_s"]]
+        counts = [r["devices"] for r in known]
+        (line,) = axes.loglog(counts, [1e3 * r["step_s"] for r in known], "o-", label=layout.replace("_", " "))
+        if any(r["communicate_s"] for r in known):
+            axes.loglog(counts, [1e3 * r["communicate_s"] for r in known], "--", color=line.get_color(), linewidth=0.8)
+    counts = sorted({r["devices"] for r in rows if r["step_s"]})
+    axes.set_xticks(counts, [str(n) for n in counts])
+    axes.minorticks_off()
+    axes.set_xlabel("devices")
+    axes.set_ylabel("step (ms); dashed: communication")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m experiments.projection", description=__doc__.splitlines()[0])
+    parser.add_argument("--records", type=Path, required=True, help="sharding.json of experiments.sharding")
+    parser.add_argument("--workdir", type=Path, required=True, help="for projection.json, .md and .png")
+    parser.add_argument("--link", type=float, default=50e9, help="bytes/s that a device receives (default: 50e9)")
+    parser.add_argument("--compute", type=float, default=200e12, help="FLOP/s of a device (default: 200e12)")
+    parser.add_argument("--batch", type=int, default=4096, help="images in a step, over all devices (default: 4096)")
+    flags = parser.parse_args()
+    try:
+        rows = project(json.loads(flags.records.read_text()), flags.link, flags.compute, flags.batch)
+        flags.workdir.mkdir(parents=True, exist_ok=True)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        sys.exit(f"Error: {flags.records}: {error}" if not str(error).startswith("--") else f"Error: {error}")
+    (flags.workdir / "projection.json").write_text(json.dumps(rows, indent=2) + "\n")
+    (flags.workdir / "projection.md").write_text(table(rows) + "\n")
+    plot(rows, flags.workdir / "projection.png")
+    print(
+        f"Step time in ms (share of communication), {flags.batch} images, {flags.link / 1e9:g} GB/s, "
+        f"{flags.compute / 1e12:g} TFLOP/s\n\n{table(rows)}\n\nWritten to {flags.workdir}"
+    )
+
+
+if __name__ == "__main__":
+    main()
