@@ -84,6 +84,13 @@ def test_warm_up_and_fixed_drops(step, expected):
     assert float(rate) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("plateau_drops,step,expected", [(0, 99, 0), (0, 100, 1), (1, 99, 1), (1, 100, 1), (1, 200, 2)])
+def test_a_fixed_drop_comes_unless_the_plateau_was_before(plateau_drops, step, expected):
+    plateau = plateau_init()._replace(drops=jnp.int32(plateau_drops))
+    rate = learning_rate_at(jnp.int32(step), plateau, 0.1, drop_at=(100, 200))
+    assert float(rate) == pytest.approx(0.1 * 0.1**expected, rel=1e-5)
+
+
 def test_cross_entropy_against_float64():
     rng = np.random.default_rng(0)
     logits, labels = rng.normal(size=(7, 5)) * 10, rng.integers(0, 5, 7)

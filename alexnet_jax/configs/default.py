@@ -40,8 +40,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.momentum = 0.9
     c.weight_decay = 5e-4
     c.warmup_steps = 0
-    c.drop_at_epochs = ()  # ÷ 10 at these epochs
     c.plateau_patience = 0  # ÷ 10 after this many evaluations without a better validation error, three times; 0: never
+    c.drop_at_epochs = ()  # ÷ 10 at these epochs, unless the plateau's drop came before
 
     # The devices (section 3.2).
     c.mesh = ml_collections.ConfigDict()
