@@ -116,7 +116,8 @@ class AlexNet(nn.Module):
       dtype: of the activations; parameters are float32 always.
       stem: the first convolution; the default is the paper's 11×11, stride 4.
       widths: kernels or units of conv1 … conv5, fc6, fc7, both towers together.
-      kernel_std: the initial standard deviation of the eight layers' kernels; None is the variant's own.
+      kernel_std, bias: the initial standard deviation of the eight layers' kernels, and the initial value of their
+        biases; None is the variant's own.
       data_axis, tower_axis: the mesh axes that share the batch and the towers, when the network is applied under
         `jax.shard_map`; its parameters are then this device's part of the output channels.
 
@@ -134,6 +135,7 @@ class AlexNet(nn.Module):
     stem: Stem = Stem()
     widths: tuple[int, ...] = (96, 256, 384, 384, 256, 4096, 4096)
     kernel_std: tuple[float, ...] | None = None
+    bias: tuple[float, ...] | None = None
     data_axis: str | None = None
     tower_axis: str | None = None
 
@@ -141,7 +143,7 @@ class AlexNet(nn.Module):
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
         variant = self._check(images)
         std = dict(zip(LAYERS, self.kernel_std or variant.kernel_std, strict=True))
-        bias = dict(zip(LAYERS, variant.bias, strict=True))
+        bias = dict(zip(LAYERS, self.bias or variant.bias, strict=True))
         width = dict(zip(LAYERS, (*self.widths, self.num_classes), strict=True))
 
         outputs = {}
@@ -204,8 +206,9 @@ class AlexNet(nn.Module):
             raise ValueError(f"variant={self.variant!r}: unknown; the known variants are {', '.join(VARIANTS)}")
         if len(self.widths) != 7 or any(w < TOWERS or w % TOWERS for w in self.widths):
             raise ValueError(f"widths={self.widths}: expected seven even numbers, conv1 to conv5, fc6 and fc7")
-        if self.kernel_std and len(self.kernel_std) != len(LAYERS):
-            raise ValueError(f"kernel_std={self.kernel_std}: expected eight numbers, conv1 to fc8")
+        for name, values in (("kernel_std", self.kernel_std), ("bias", self.bias)):
+            if values and len(values) != len(LAYERS):
+                raise ValueError(f"{name}={values}: expected eight numbers, conv1 to fc8")
         if images.ndim != 4:
             raise ValueError(f"images of shape {images.shape}: expected [B, H, W, C]")
         kernel, stride, padding = self.stem

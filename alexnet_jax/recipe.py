@@ -48,6 +48,8 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     require("widths", widths, "seven even numbers (conv1 to conv5, fc6, fc7)")
     std = len(config.kernel_std) in (0, 8) and positive(config.kernel_std, int | float)
     require("kernel_std", std, "eight positive numbers (conv1 to fc8), or none")
+    bias = len(config.bias) in (0, 8) and all(isinstance(b, int | float) and math.isfinite(b) for b in config.bias)
+    require("bias", bias, "eight numbers (conv1 to fc8), or none")
     require("drop_at_epochs", positive(config.drop_at_epochs, int | float), "positive numbers of epochs")
 
 
@@ -104,6 +106,7 @@ def build_model(config: ml_collections.ConfigDict, num_classes: int) -> AlexNet:
         stem=Stem(*config.stem),
         widths=tuple(config.widths),
         kernel_std=tuple(config.kernel_std) or None,
+        bias=tuple(config.bias) or None,
     )
 
 

@@ -30,7 +30,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.dtype = "float32"  # of the activations; or "bfloat16". Parameters are float32
     c.stem = (11, 4, 0)  # kernel, stride and padding of conv1
     c.widths = (96, 256, 384, 384, 256, 4096, 4096)  # conv1 … conv5, fc6, fc7
-    c.kernel_std = ()  # initial standard deviation of the eight layers; (): the variant's own
+    c.kernel_std = ()  # initial standard deviation of the eight layers' kernels; (): the variant's own
+    c.bias = ()  # initial biases of the eight layers; (): the variant's own
 
     # Stochastic gradient descent (section 5).
     c.batch_size = 128
