@@ -12,7 +12,7 @@ from jax._src import distributed as _jax_distributed  # JAX has no public name f
 from jax.experimental import multihost_utils
 
 HEARTBEAT_S = 30  # a process that has been silent for so long is dead, and ends the others
-LEAVE_S = 10  # how long a process that ends on an error waits for others that end on the same one
+LEAVE_S = 5  # how long a process that ends on an error waits for others that end on the same one
 
 
 class DistributedError(Exception):
