@@ -4,6 +4,7 @@ One process, or several: found by JAX on a cluster, or given by --coordinator_ad
 """
 
 import difflib
+import inspect
 import logging
 import os
 import re
@@ -48,8 +49,8 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _unraisable(unraisable) -> None:
-    """Drops the echoes of a save that failed: TensorStore's other writes find the loop of that save closed."""
-    if str(unraisable.exc_value) != "Event loop is closed":
+    """Drops the echoes of a save or a read that failed: what Orbax did beside it is cut off."""
+    if str(unraisable.exc_value) != "Event loop is closed" and not inspect.iscoroutine(unraisable.object):
         sys.__unraisablehook__(unraisable)
 
 
@@ -88,7 +89,7 @@ def main(argv: list[str]) -> None:
             print(stop, flush=True)
         sys.exit(128 + stop.signal)
     except jax.errors.JaxRuntimeError as error:
-        if not jax.distributed.is_initialized():
+        if not jax.distributed.is_initialized() or "RESOURCE_EXHAUSTED" in str(error):  # its own memory is full
             raise
         reason = str(error).splitlines()[0][:200]
         print(

@@ -77,8 +77,10 @@ def place(tree: Any, mesh: Mesh, specs: Any = REPLICATED) -> Any:
 
     def put(x, spec):
         there = NamedSharding(mesh, spec)
-        if there.is_fully_addressable or isinstance(x, jax.Array) and x.sharding.is_equivalent_to(there, x.ndim):
+        if there.is_fully_addressable:
             return jax.device_put(x, there)
+        if isinstance(x, jax.Array) and x.sharding.is_equivalent_to(there, x.ndim):
+            return x
         return jax.make_array_from_callback(x.shape, there, lambda index: x[index])  # device_put would compare copies
 
     return jax.tree.map(put, tree, specs)

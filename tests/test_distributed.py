@@ -114,6 +114,7 @@ def test_two_deaths_a_signal_and_a_damaged_checkpoint_later_it_ends_the_same(uni
     codes, outputs = end(start_processes(tmp_path, *ONE_DEVICE_EACH))
     assert codes == [0, 0], outputs
     assert f"checkpoints/{newest} is damaged" in outputs[0] and "going on after step 15" in outputs[0]
+    assert "Traceback" not in outputs[0]
     ours, theirs = saved_state(tmp_path, 30), saved_state(uninterrupted[0], 30)
     for path, leaf in theirs.items():
         np.testing.assert_array_equal(ours[path], leaf, path)
@@ -122,7 +123,6 @@ def test_two_deaths_a_signal_and_a_damaged_checkpoint_later_it_ends_the_same(uni
 @pytest.mark.parametrize("flags,each,words", [
     ([], [[], ["--config.batch_size=96", "--config.mesh.cpu_devices=3"]],
      "process 1 differs from process 0 in flags (batch_size: 48 in process 0, 96 there; mesh: "),
-    (["--config.mesh.data=1"], [[], []], "config.mesh of data=1, tower=1 leaves out some of the 4 devices"),
     (["--initialization_timeout=3", "--num_processes=3"], [[], []], "Error: 3 s have passed and not all processes"),
 ])  # fmt: skip
 def test_what_cannot_be_one_run_is_one_line_in_each_process(fashion_mnist, tmp_path, flags, each, words):
@@ -131,6 +131,22 @@ def test_what_cannot_be_one_run_is_one_line_in_each_process(fashion_mnist, tmp_p
     for output in outputs:
         assert words in output and output.count("\n") == 1, output
     assert not (tmp_path / "run").exists()
+
+
+def test_slurms_tasks_are_found_and_a_mesh_without_some_of_their_devices_is_refused(fashion_mnist, tmp_path):
+    tasks = [
+        {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2",
+         "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(2)
+    ]  # fmt: skip
+    flags = (*FLAGS, "--config.mesh.cpu_devices=2", "--config.mesh.data=1")
+    processes = [start_main(tmp_path / "run", *flags, env={**ENVIRONMENT, **task}) for task in tasks]
+    codes, outputs = end(processes, within=60)
+    assert codes == [1, 1], outputs
+    for output in outputs:
+        assert output.startswith(
+            "Error: config.mesh of data=1, tower=1 leaves out some of the 4 devices of 2 processes"
+        )
+        assert output.count("\n") == 1
 
 
 def test_a_process_that_fails_alone_says_why_and_waits_for_nobody(fashion_mnist, tmp_path):
@@ -155,7 +171,8 @@ def test_flags_that_name_no_process(address, number, process, words):
         distributed.start(address, number, process)
 
 
-def test_one_process_needs_no_cluster():
-    distributed.start()
+def test_a_task_that_asks_for_one_process_stays_alone(monkeypatch):
+    for name in ("JOB_ID", "STEP_NODELIST", "NTASKS", "PROCID", "LOCALID"):
+        monkeypatch.setenv(f"SLURM_{name}", "2")
     distributed.start(num_processes=1)
     assert not jax.distributed.is_initialized()
