@@ -1,7 +1,12 @@
-"""python -m alexnet_jax.main --workdir DIR [--config=FILE] [--config.FIELD=VALUE …]"""
+"""python -m alexnet_jax.main --workdir DIR [--config=FILE] [--config.FIELD=VALUE …]
+
+One process, or several: found by JAX on a cluster, or given by --coordinator_address, --num_processes, --process_id.
+"""
 
 import difflib
+import inspect
 import logging
+import os
 import re
 import sys
 from pathlib import Path
@@ -19,6 +24,10 @@ def _parse(argv: list[str]) -> list[str]:
     """Defines the flags and parses them; `config_flags` reads the command line already when a flag is defined."""
     try:
         flags.DEFINE_string("workdir", None, "The run's folder: created, or gone on with.", required=True)
+        flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, where several processes meet.")
+        flags.DEFINE_integer("num_processes", None, "How many processes train together.", lower_bound=1)
+        flags.DEFINE_integer("process_id", None, "The number of this one, from 0.", lower_bound=0)
+        flags.DEFINE_integer("initialization_timeout", 300, "For how many seconds they wait to meet.", lower_bound=1)
         config_flags.DEFINE_config_file(
             "config", str(_CONFIGS / "fashion_mnist.py"), "A recipe; --config.FIELD=VALUE sets one field of it."
         )
@@ -40,8 +49,8 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _unraisable(unraisable) -> None:
-    """Drops the echoes of a save that failed: TensorStore's other writes find the loop of that save closed."""
-    if str(unraisable.exc_value) != "Event loop is closed":
+    """Drops the echoes of a save or a read that failed: what Orbax did beside it is cut off."""
+    if str(unraisable.exc_value) != "Event loop is closed" and not inspect.iscoroutine(unraisable.object):
         sys.__unraisablehook__(unraisable)
 
 
@@ -56,15 +65,39 @@ def main(argv: list[str]) -> None:
     logger.setLevel(logging.INFO)
     logger.propagate = False
 
-    from alexnet_jax import checkpoint, data, recipe, train  # after the flags: a typo is answered at once
+    import jax
 
+    from alexnet_jax import checkpoint, data, distributed, recipe, train  # after the flags: a typo is answered at once
+
+    given = flags.FLAGS
     try:
-        train.train_and_evaluate(flags.FLAGS.config, flags.FLAGS.workdir)
-    except (recipe.ConfigError, train.DivergedError, data.DataError, checkpoint.CheckpointError) as error:
-        sys.exit(f"Error: {error}")
+        distributed.start(
+            given.coordinator_address, given.num_processes, given.process_id, given.initialization_timeout
+        )
+        if distributed.process_id() > 0:
+            logger.setLevel(logging.ERROR)  # process 0 speaks for all
+        train.train_and_evaluate(given.config, given.workdir)
+    except (
+        recipe.ConfigError, train.DivergedError, data.DataError, checkpoint.CheckpointError,
+        distributed.DistributedError,
+    ) as error:  # fmt: skip
+        sys.stdout.flush()
+        print(f"Error: {error}", file=sys.stderr, flush=True)
+        distributed.leave(1)
     except train.Interrupted as stop:
-        print(stop, flush=True)
+        if distributed.process_id() == 0:
+            print(stop, flush=True)
         sys.exit(128 + stop.signal)
+    except jax.errors.JaxRuntimeError as error:
+        if not jax.distributed.is_initialized() or "RESOURCE_EXHAUSTED" in str(error):  # its own memory is full
+            raise
+        reason = str(error).splitlines()[0][:200]
+        print(
+            f"Error: process {distributed.process_id()} lost another process of this run ({reason}); start all "
+            "processes again with the same command to go on from the last checkpoint",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+        os._exit(1)  # there is nobody left to meet at a barrier
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 
-from alexnet_jax import report, sharding
+from alexnet_jax import distributed, report, sharding
 from alexnet_jax.model import VARIANTS, AlexNet, Stem
 
 UNRELATED_TO_RESULT = ("data_dir", "source_dir", "mesh")  # may change between the starts of one run
@@ -119,32 +119,37 @@ def check_workdir(config: ml_collections.ConfigDict, workdir: Path) -> None:
         found = json.loads(path.read_text())
     except ValueError:
         raise ConfigError(f"{path} is not JSON; restore it, or train into another --workdir") from None
-    wanted = _plain(config)
-    differing = [
-        f"{name}: {found.get(name)!r} there, {wanted.get(name)!r} now"
-        for name in sorted({*wanted, *found} - {*UNRELATED_TO_RESULT})
-        if found.get(name) != wanted.get(name)
-    ]
-    if differing:
+    wanted = plain(config)
+    related = [{k: v for k, v in values.items() if k not in UNRELATED_TO_RESULT} for values in (found, wanted)]
+    if differing := distributed.differences(*related, words=("there", "now")):
         raise ConfigError(
-            f"--workdir={workdir} holds a run of another config ({'; '.join(differing)}); give the same config, or "
-            "another --workdir"
+            f"--workdir={workdir} holds a run of another config ({differing}); give the same config, or another "
+            "--workdir"
         )
 
 
 def claim_workdir(config: ml_collections.ConfigDict, workdir: Path) -> None:
-    """Creates the folder and its `config.json`, unless they are there.
+    """Process 0 creates the folder and its `config.json`, unless they are there; all look whether they see them.
 
     Raises:
-      ConfigError: it cannot be written.
+      ConfigError: it cannot be written, or some process sees another folder there.
     """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        if not (workdir / "config.json").exists():
-            report.write_json(workdir / "config.json", _plain(config))
-    except OSError as error:
-        raise ConfigError(f"--workdir={workdir} cannot be written: {error}") from None
+    if jax.process_index() == 0:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            if not (workdir / "config.json").exists():
+                report.write_json(workdir / "config.json", plain(config))
+        except OSError as error:
+            raise ConfigError(f"--workdir={workdir} cannot be written: {error}") from None
+    distributed.highest(0)
+    blind = distributed.highest(0 if (workdir / "config.json").exists() else jax.process_index())
+    if blind:
+        raise ConfigError(
+            f"--workdir={workdir}: process {blind} does not see what process 0 writes there; name a folder that all "
+            "machines share"
+        )
 
 
-def _plain(config: ml_collections.ConfigDict) -> dict:
+def plain(config: ml_collections.ConfigDict) -> dict:
+    """The config as JSON knows it."""
     return json.loads(config.to_json_best_effort())

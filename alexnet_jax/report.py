@@ -42,10 +42,11 @@ def layer_table(outputs: Mapping[str, Any], params: Mapping[str, Any]) -> str:
 
 
 class Progress:
-    """A tqdm bar on a terminal; elsewhere a plain line each time the postfix changes."""
+    """A tqdm bar on a terminal; elsewhere a plain line each time the postfix changes. Process 0 alone shows it."""
 
     def __init__(self, total: int, start: int):
-        self._terminal = sys.stdout.isatty()
+        self._silent = jax.process_index() > 0
+        self._terminal = sys.stdout.isatty() and not self._silent
         self._total = total
         self._bar = tqdm(total=total, initial=start, unit="step", file=sys.stdout, disable=not self._terminal)
 
@@ -56,13 +57,16 @@ class Progress:
         """Shows values of the last steps, as text."""
         if self._terminal:
             self._bar.set_postfix(values, refresh=False)
-        else:
+        elif not self._silent:
             text = "  ".join(f"{k.replace('_', ' ')} {v}" for k, v in values.items())
             print(f"step {step}/{self._total}  {text}  time left {tqdm.format_interval(seconds_left)}", flush=True)
 
     def say(self, text: str) -> None:
         """A line above the bar."""
-        self._bar.write(text, file=sys.stdout) if self._terminal else print(text, flush=True)
+        if self._terminal:
+            self._bar.write(text, file=sys.stdout)
+        elif not self._silent:
+            print(text, flush=True)
 
     def close(self) -> None:
         self._bar.close()
@@ -80,10 +84,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 class Metrics:
-    """`metrics.jsonl`, one object a line with its step, and the same values as TensorBoard events."""
+    """`metrics.jsonl`, one object a line with its step, and the same values as TensorBoard events; from process 0."""
 
     def __init__(self, workdir: Path, step: int):
         """Opens both; what an interrupted run wrote after `step` is dropped, since it will be written again."""
+        self._first = jax.process_index() == 0
+        if not self._first:
+            return
         from tensorboardX import SummaryWriter  # a second to import
 
         self.path = workdir / "metrics.jsonl"
@@ -102,13 +109,16 @@ class Metrics:
         self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1 if step else None)
 
     def write(self, step: int, **values: float) -> None:
+        if not self._first:
+            return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self._file.close()
-        self._events.close()
+        if self._first:
+            self._file.close()
+            self._events.close()
 
 
 def _tile(kernels: np.ndarray, columns: int) -> np.ndarray:

@@ -49,6 +49,11 @@ def make_mesh(data: int = -1, tower: int = 1, cpu_devices: int = 1) -> Mesh:
             f"config.mesh of data={data}, tower={tower} does not fit {len(devices)} {devices[0].platform.upper()} "
             "device(s); expected data × tower of at most that (on a CPU, config.mesh.cpu_devices makes virtual devices)"
         )
+    if data * tower < len(devices) and jax.process_count() > 1:
+        raise ValueError(
+            f"config.mesh of data={data}, tower={tower} leaves out some of the {len(devices)} devices of "
+            f"{jax.process_count()} processes; expected data × tower of just that"
+        )
     return Mesh(np.array(devices[: data * tower]).reshape(data, tower), (DATA, TOWER))
 
 
@@ -63,7 +68,19 @@ def tower_specs(params: Any) -> Any:
 
 
 def place(tree: Any, mesh: Mesh, specs: Any = REPLICATED) -> Any:
-    """The tree on the mesh; `specs` is one PartitionSpec for all, or a tree of them."""
+    """The tree on the mesh; `specs` is one PartitionSpec for all, or a tree of them.
+
+    With several processes each holds the whole tree, or arrays that lie on the mesh already.
+    """
     if isinstance(specs, PartitionSpec):
-        return jax.device_put(tree, NamedSharding(mesh, specs))
-    return jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), tree, specs)
+        specs = jax.tree.map(lambda _: specs, tree)
+
+    def put(x, spec):
+        there = NamedSharding(mesh, spec)
+        if there.is_fully_addressable:
+            return jax.device_put(x, there)
+        if isinstance(x, jax.Array) and x.sharding.is_equivalent_to(there, x.ndim):
+            return x
+        return jax.make_array_from_callback(x.shape, there, lambda index: x[index])  # device_put would compare copies
+
+    return jax.tree.map(put, tree, specs)

@@ -18,9 +18,10 @@ import ml_collections
 import numpy as np
 import optax
 from jax import lax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
-from alexnet_jax import data, recipe, report, sharding
+from alexnet_jax import data, distributed, recipe, report, sharding
 from alexnet_jax.checkpoint import Checkpoints
 from alexnet_jax.data import Batch, DeviceData
 from alexnet_jax.evaluate import evaluate
@@ -170,6 +171,8 @@ def _signals() -> Iterator[list[int]]:
 def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any]:
     """Trains to the end, or goes on where an earlier call stopped, then tests once.
 
+    With several processes (`distributed.start`) each calls this with the same arguments.
+
     Args:
       config: of `alexnet_jax.configs`.
       workdir: the run's folder; see README.md for what it will hold.
@@ -178,13 +181,19 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path) -
       The contents of `result.json`.
 
     Raises:
-      recipe.ConfigError, data.DataError, checkpoint.CheckpointError, DivergedError: one line that says what to do.
+      recipe.ConfigError, data.DataError, checkpoint.CheckpointError, distributed.DistributedError, DivergedError: one
+        line that says what to do.
       Interrupted: SIGINT or SIGTERM came; the state is saved.
     """
     workdir, started = Path(workdir), time.monotonic()
+    flags = {**recipe.plain(config), "workdir": str(workdir.absolute())}
+    distributed.require_same("flags", flags, "start every process with the same")
     recipe.check_config(config)
     recipe.check_workdir(config, workdir)
-    if (workdir / "result.json").exists():
+    finished = (workdir / "result.json").exists()
+    shared = f"--workdir={workdir} must be a folder that all machines share"
+    distributed.require_same("what it finds", {"a finished run": finished}, shared)
+    if finished:
         result = json.loads((workdir / "result.json").read_text())
         log.info("%s is finished; its result:\n\n%s", workdir, show_result(result))
         return result
@@ -194,8 +203,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path) -
         checkpoints = Checkpoints(workdir / "checkpoints")
         state = create_state(task.model, task.optimizer, task.preprocess.image_shape, config.seed, task.mesh)
         if found := checkpoints.restore(state):
-            _, restored, extra = found
-            state = sharding.place(restored, task.mesh, state_specs(state))
+            _, state, extra = found
             started -= extra["seconds"]
         _show_summary(config, task, state)
         state, images_per_s = _train(config, task, state, checkpoints, workdir, started, received)
@@ -283,6 +291,11 @@ class _StepMetrics:
         )  # fmt: skip
 
 
+@jax.jit
+def _finite(params) -> jax.Array:
+    return jnp.all(jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(params)]))
+
+
 def _train(config, task, state, checkpoints, workdir, started, received) -> tuple[TrainState, float | None]:
     """The loop, from the state's step to the end: the last state, and images/s."""
     first, total = int(state.step), task.total_steps
@@ -293,7 +306,7 @@ def _train(config, task, state, checkpoints, workdir, started, received) -> tupl
     clock = time.monotonic()
 
     def save(step):
-        if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(state.params)):
+        if not _finite(state.params):
             raise DivergedError("the parameters are", step, float(values["learning_rate"]))
         checkpoints.save(step, state, {"seconds": time.monotonic() - started})
 
@@ -321,11 +334,14 @@ def _train(config, task, state, checkpoints, workdir, started, received) -> tupl
                 )
                 save(done)
                 shown.restart_clock()
-            if received:
+            number = received[0] if received else 0
+            if jax.process_count() > 1:  # a signal may reach one process alone, so now and then they ask each other
+                number = distributed.highest(number) if done % config.log_every == 0 else 0
+            if number:
                 shown.show(done)
                 save(done)
                 checkpoints.wait()
-                raise Interrupted(received[0], done, total)
+                raise Interrupted(number, done, total)
         checkpoints.wait()
     except DivergedError as error:
         checkpoints.wait()
@@ -340,12 +356,10 @@ def _train(config, task, state, checkpoints, workdir, started, received) -> tupl
 
 
 def _test(config, task, state, workdir, started, images_per_s) -> dict[str, Any]:
-    """Reads the test set, this once, and writes the pictures and `result.json`."""
+    """Reads the test set, this once; process 0 writes the pictures and `result.json`."""
     examples = data.load(task.builder, config.test_split)
     tested = evaluate(task.model, state.params, *examples, task.preprocess, config.ten_crop, mesh=task.mesh)
-    report.plot_filters(state.params["conv1"]["kernel"], workdir / "filters.png")
-    report.plot_confusion(tested.confusion, task.builder.info.features["label"].names, workdir / "confusion.png")
-    report.plot_curves(workdir / "metrics.jsonl", workdir / "curves.png")
+    kernel = multihost_utils.process_allgather(state.params["conv1"]["kernel"], tiled=True)
     result = {
         "test_top1_error": tested.top1_error,
         "test_top5_error": tested.top5_error,
@@ -356,7 +370,13 @@ def _test(config, task, state, workdir, started, images_per_s) -> dict[str, Any]
         "images_per_s": images_per_s and round(images_per_s, 1),
         "device": device_name(task.mesh),
     }
-    report.write_json(workdir / "result.json", result)
+    if jax.process_index() == 0:
+        report.plot_filters(kernel, workdir / "filters.png")
+        labels = task.builder.info.features["label"].names
+        report.plot_confusion(tested.confusion, labels, workdir / "confusion.png")
+        report.plot_curves(workdir / "metrics.jsonl", workdir / "curves.png")
+        report.write_json(workdir / "result.json", result)
+    distributed.highest(0)  # the others leave when it is written
     log.info("\n%s\n\nWritten to %s", show_result(result), workdir)
     return result
 
@@ -385,6 +405,8 @@ def _show_summary(config, task, state) -> None:
 def device_name(mesh: Mesh) -> str:
     """The accelerators, or the CPU with the cores that this process may use."""
     device, layout = mesh.devices.flat[0], " × ".join(f"{size} {axis}" for axis, size in mesh.shape.items())
+    if (count := jax.process_count()) > 1:
+        layout += f", {count} processes"
     if device.platform == "cpu":
         return f"CPU, {len(os.sched_getaffinity(0))} cores, mesh {layout}"
     return f"{mesh.size} × {device.device_kind}, mesh {layout}"

@@ -48,7 +48,11 @@ def run_main(workdir, *flags, **popen):
 
 def saved_state(workdir, step):
     """Every array of a checkpoint, by its path in the tree, as Orbax alone reads it."""
-    tree = ocp.StandardCheckpointer().restore(Path(workdir).absolute() / "checkpoints" / str(step) / "state")
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # for what was saved by devices that are not here
+    tree = ocp.Checkpointer(ocp.StandardCheckpointHandler()).restore(
+        Path(workdir).absolute() / "checkpoints" / str(step) / "state",
+        args=ocp.args.StandardRestore(fallback_sharding=here),
+    )
     leaves = {}
 
     def collect(path, node):

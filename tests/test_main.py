@@ -75,7 +75,7 @@ def test_a_signal_saves_and_a_damaged_checkpoint_falls_back(uninterrupted, tmp_p
     assert newest >= 15
     damage(largest_file(tmp_path / "checkpoints" / str(newest)), "truncated")
     code, output = run_main(tmp_path, *TINY)
-    assert code == 0 and f"checkpoints/{newest} is damaged" in output
+    assert code == 0 and f"checkpoints/{newest} is damaged" in output and "Traceback" not in output
     assert_same_end(tmp_path, uninterrupted)
 
 

@@ -118,6 +118,9 @@ def test_an_epoch_is_a_permutation(fashion_mnist):
     (dict(stem=(5, 0, 2)), "config.stem=.*stride"),
     (dict(dtype="float16"), "config.dtype='float16'.*bfloat16"),
     (dict(learning_rate=-1.0), "config.learning_rate=-1.0"),
+    (dict(mesh=dict(tower=3)), "config.mesh.tower=3.*1 or 2"),
+    (dict(mesh=dict(data=8, tower=2)), "config.mesh of data=8, tower=2 does not fit .* CPU"),
+    (dict(batch_size=51, mesh=dict(data=2)), "config.batch_size=51: the mesh splits a batch into 2 parts"),
     (dict(dataset="fashion"), "config.dataset='fashion'"),
     (dict(test_split="exam"), "split 'exam'"),
 ])  # fmt: skip
