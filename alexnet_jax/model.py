@@ -5,7 +5,7 @@ its towers; a layer that is given `[meet(…)]`, one array of all channels, sees
 device holds both towers; on a mesh with an axis for them each holds one, and `meet` is where the devices communicate.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -69,6 +69,7 @@ class TowerConv(nn.Module):
     padding: int = 0
     dtype: Any = jnp.float32
     tower_axis: str | None = None
+    conv: Callable = conv
 
     @nn.compact
     def __call__(self, inputs: Sequence[jax.Array]) -> list[jax.Array]:
@@ -83,9 +84,9 @@ class TowerConv(nn.Module):
         )
         split = partial(jnp.split, indices_or_sections=towers, axis=-1)
         if len(inputs) < towers:
-            outputs = split(conv(inputs[0], kernel, self.stride, padding))
+            outputs = split(self.conv(inputs[0], kernel, self.stride, padding))
         else:
-            outputs = [conv(x, k, self.stride, padding) for x, k in zip(inputs, split(kernel), strict=True)]
+            outputs = [self.conv(x, k, self.stride, padding) for x, k in zip(inputs, split(kernel), strict=True)]
         return [x + b for x, b in zip(outputs, split(bias), strict=True)]
 
 
@@ -118,6 +119,7 @@ class AlexNet(nn.Module):
       widths: kernels or units of conv1 … conv5, fc6, fc7, both towers together.
       kernel_std, bias: the initial standard deviation of the eight layers' kernels, and the initial value of their
         biases; None is the variant's own.
+      conv: the convolution; `ops.convolve` where XLA's partitioner is to split a batch, which `ops.conv` walks through.
       data_axis, tower_axis: the mesh axes that share the batch and the towers, when the network is applied under
         `jax.shard_map`; its parameters are then this device's part of the output channels.
 
@@ -136,6 +138,7 @@ class AlexNet(nn.Module):
     widths: tuple[int, ...] = (96, 256, 384, 384, 256, 4096, 4096)
     kernel_std: tuple[float, ...] | None = None
     bias: tuple[float, ...] | None = None
+    conv: Callable = conv
     data_axis: str | None = None
     tower_axis: str | None = None
 
@@ -166,7 +169,7 @@ class AlexNet(nn.Module):
             return x
 
         def convolve(name, inputs, kernel, stride=1, padding=0):
-            layer = TowerConv(kernel=kernel, stride=stride, padding=padding, **common(name))
+            layer = TowerConv(kernel=kernel, stride=stride, padding=padding, conv=self.conv, **common(name))
             return see(name, [nn.relu(x) for x in layer(inputs)])
 
         def normalize(name, towers):  # section 3.3

@@ -134,30 +134,31 @@ def max_pool(x: jax.Array, window: int = 3, stride: int = 2) -> jax.Array:
     return _max_pool(x, window, stride)
 
 
-def _convolve(x, kernel, stride, padding):
+def convolve(x, kernel, stride, padding):
+    """`conv` with XLA's own gradients, everywhere."""
     return lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _conv(x, kernel, stride, padding):
-    return _convolve(x, kernel, stride, padding)
+    return convolve(x, kernel, stride, padding)
 
 
 def _conv_forward(x, kernel, stride, padding):
-    return _convolve(x, kernel, stride, padding), (x, kernel)
+    return convolve(x, kernel, stride, padding), (x, kernel)
 
 
 def _conv_backward(stride, padding, residuals, g):
     x, kernel = residuals
 
     def by_xla(x, kernel, g):
-        return jax.vjp(lambda kernel: _convolve(x, kernel, stride, padding), kernel)[1](g)[0]
+        return jax.vjp(lambda kernel: convolve(x, kernel, stride, padding), kernel)[1](g)[0]
 
     def by_taps(x, kernel, g):
         return _kernel_gradient(x, kernel, g, stride, padding)
 
     cpu = by_taps if _large(kernel, g, stride) else by_xla
-    dx = jax.vjp(lambda x: _convolve(x, kernel, stride, padding), x)[1](g)[0]
+    dx = jax.vjp(lambda x: convolve(x, kernel, stride, padding), x)[1](g)[0]
     return dx, lax.platform_dependent(x, kernel, g, cpu=cpu, default=by_xla)
 
 
