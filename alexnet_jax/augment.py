@@ -127,6 +127,18 @@ def rgb_pca(images: np.ndarray | Iterable[np.ndarray]) -> tuple[np.ndarray, np.n
             products += block.T @ block
     if count < 2:
         raise ValueError("rgb_pca: a covariance needs at least two pixels")
+    return principal_components(count, total, products)[1:]
+
+
+def principal_components(
+    count: int, total: np.ndarray, products: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """From sums over pixels p: the covariance [3, 3], its eigenvalues [3], largest first, and eigenvectors [3, 3].
+
+    Args:
+      count, total, products: the number of pixels, Σ p and Σ p pᵀ.
+    """
     mean = total / count
-    eigenvalues, eigenvectors = np.linalg.eigh(products / count - np.outer(mean, mean))
-    return eigenvalues[::-1].copy(), eigenvectors[:, ::-1].copy()
+    covariance = products / count - np.outer(mean, mean)
+    eigenvalues, eigenvectors = np.linalg.eigh(covariance)
+    return covariance, eigenvalues[::-1].copy(), eigenvectors[:, ::-1].copy()
