@@ -13,9 +13,13 @@ import numpy as np
 from jax import lax
 
 
-def example_keys(key: jax.Array, count: int, first: jax.Array | int = 0) -> jax.Array:
-    """A key for each of `count` images [count]; `first` is the place of the first one in the whole batch."""
-    return jax.vmap(partial(jax.random.fold_in, key))(first + jnp.arange(count))
+def example_keys(key: jax.Array, count: int, first: jax.Array | int = 0, chunk: int = 1) -> jax.Array:
+    """A key for each of `count` images [count], the same for `chunk` neighbours.
+
+    Args:
+      first: the place of the first image in the whole batch.
+    """
+    return jax.vmap(partial(jax.random.fold_in, key))((first + jnp.arange(count)) // chunk)
 
 
 def _each(key: jax.Array, images: jax.Array) -> jax.Array:
@@ -27,14 +31,18 @@ def _check_size(name: str, images: jax.Array, size: int) -> None:
         raise ValueError(f"{name}: size={size} from shape {images.shape}: expected [B, H, W, C] and 1 ≤ size ≤ H, W")
 
 
-def random_crop(key: jax.Array, images: jax.Array, size: int) -> jax.Array:
+def random_crop(key: jax.Array, images: jax.Array, size: int, last_place: bool = True) -> jax.Array:
     """A size×size patch at a random place of each image (section 4.1), in the images' dtype: [B, size, size, C].
+
+    Args:
+      last_place: whether a patch may end at the last row and column. Of 224×224 in 256×256 that makes 33² places;
+        the paper counts 32².
 
     Raises:
       ValueError: size does not fit into the images.
     """
     _check_size("random_crop", images, size)
-    limits = jnp.array([images.shape[1] - size + 1, images.shape[2] - size + 1])
+    limits = jnp.maximum(jnp.array(images.shape[1:3]) - size + last_place, 1)
 
     def crop(key, image):
         top, left = jax.random.randint(key, (2,), 0, limits)
@@ -119,6 +127,18 @@ def rgb_pca(images: np.ndarray | Iterable[np.ndarray]) -> tuple[np.ndarray, np.n
             products += block.T @ block
     if count < 2:
         raise ValueError("rgb_pca: a covariance needs at least two pixels")
+    return principal_components(count, total, products)[1:]
+
+
+def principal_components(
+    count: int, total: np.ndarray, products: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """From sums over pixels p: the covariance [3, 3], its eigenvalues [3], largest first, and eigenvectors [3, 3].
+
+    Args:
+      count, total, products: the number of pixels, Σ p and Σ p pᵀ.
+    """
     mean = total / count
-    eigenvalues, eigenvectors = np.linalg.eigh(products / count - np.outer(mean, mean))
-    return eigenvalues[::-1].copy(), eigenvectors[:, ::-1].copy()
+    covariance = products / count - np.outer(mean, mean)
+    eigenvalues, eigenvectors = np.linalg.eigh(covariance)
+    return covariance, eigenvalues[::-1].copy(), eigenvectors[:, ::-1].copy()

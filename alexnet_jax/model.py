@@ -14,30 +14,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from alexnet_jax.ops import conv, dropout, local_response_norm, max_pool
+from alexnet_jax.ops import conv, dropout, local_response_norm, max_pool, spatial_response_norm
+from alexnet_jax.variants import VARIANTS, Variant
 
 TOWERS = 2
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
 OUTPUTS = (
     "conv1", "norm1", "pool1", "conv2", "norm2", "pool2", "conv3", "conv4", "conv5", "pool5", "fc6", "fc7", "fc8"
 )  # fmt: skip
-
-
-class Variant(NamedTuple):
-    """What the published forms of the network differ in."""
-
-    lrn: dict[str, float]
-    kernel_std: tuple[float, ...]  # of N(0, std²), conv1 … fc8
-    bias: tuple[float, ...]  # initial value, conv1 … fc8
-
-
-VARIANTS = {
-    "paper": Variant(
-        lrn=dict(k=2.0, n=5, alpha=1e-4, beta=0.75),  # section 3.3
-        kernel_std=(0.01,) * 8,  # section 5
-        bias=(0, 1, 0, 1, 1, 1, 1, 0),  # section 5
-    ),
-}
 
 
 class Stem(NamedTuple):
@@ -67,6 +51,7 @@ class TowerConv(nn.Module):
     bias: float
     stride: int = 1
     padding: int = 0
+    rounds_up: bool = True
     dtype: Any = jnp.float32
     tower_axis: str | None = None
     conv: Callable = conv
@@ -77,11 +62,9 @@ class TowerConv(nn.Module):
         shape = (self.kernel, self.kernel, inputs[0].shape[-1], here)
         kernel = self.param("kernel", nn.initializers.normal(self.kernel_std), shape).astype(self.dtype)
         bias = self.param("bias", nn.initializers.constant(self.bias), (here,)).astype(self.dtype)
-        # The output size rounds up, as in the original code: the last window may hang over the right and bottom edge.
-        padding = tuple(
-            (self.padding, self.padding + -(size + 2 * self.padding - self.kernel) % self.stride)
-            for size in inputs[0].shape[1:3]
-        )
+        # Rounding the output size up lets the last window hang over the right and bottom edge.
+        hang = [-(side + 2 * self.padding - self.kernel) % self.stride for side in inputs[0].shape[1:3]]
+        padding = tuple((self.padding, self.padding + self.rounds_up * after) for after in hang)
         split = partial(jnp.split, indices_or_sections=towers, axis=-1)
         if len(inputs) < towers:
             outputs = split(self.conv(inputs[0], kernel, self.stride, padding))
@@ -113,7 +96,7 @@ class AlexNet(nn.Module):
 
     Attributes:
       num_classes: the number of logits.
-      variant: a name in `VARIANTS`.
+      variant: a name in `VARIANTS`. "caffe" normalizes across the towers, so they cannot lie on two devices.
       dtype: of the activations; parameters are float32 always.
       stem: the first convolution; the default is the paper's 11×11, stride 4.
       widths: kernels or units of conv1 … conv5, fc6, fc7, both towers together.
@@ -151,9 +134,9 @@ class AlexNet(nn.Module):
 
         outputs = {}
 
-        def see(name, towers):
-            outputs[name] = towers
-            return towers
+        def see(name, towers):  # section 3.1, where the variant has it
+            outputs[name] = [nn.relu(x) for x in towers] if name in variant.relu_after else towers
+            return outputs[name]
 
         def common(name):
             return dict(
@@ -169,23 +152,29 @@ class AlexNet(nn.Module):
             return x
 
         def convolve(name, inputs, kernel, stride=1, padding=0):
-            layer = TowerConv(kernel=kernel, stride=stride, padding=padding, conv=self.conv, **common(name))
-            return see(name, [nn.relu(x) for x in layer(inputs)])
+            shape = dict(kernel=kernel, stride=stride, padding=padding, rounds_up=variant.rounds_up, conv=self.conv)
+            return see(name, TowerConv(**shape, **common(name))(inputs))
 
         def normalize(name, towers):  # section 3.3
-            return see(name, [local_response_norm(x, **variant.lrn) for x in towers])
+            if variant.lrn_sees_both_towers:
+                return see(name, jnp.split(local_response_norm(join(towers), *variant.lrn), TOWERS, axis=-1))
+            towers = [local_response_norm(x, *variant.lrn) for x in towers]
+            if name in variant.spatial_norm_after:
+                towers = [spatial_response_norm(x, *variant.spatial_norm) for x in towers]
+            return see(name, towers)
 
         def pool(name, towers):  # section 3.4
             return see(name, [max_pool(x, window=3, stride=2) for x in towers])
 
         def connect(name, x):
             x = see(name, [nn.relu(Dense(**common(name))(x))])[0]
+            scale = variant.dropout_scale[0 if train else 1]
             if not train:  # section 4.2: half of the outputs in training, half of each output in testing
-                return [x * 0.5]
+                return [x * scale]
             towers = TOWERS // _parts(self.tower_axis)
             example = lax.axis_index(self.data_axis) * x.shape[0] if self.data_axis else 0
             tower = lax.axis_index(self.tower_axis) * towers if self.tower_axis else 0
-            return [dropout(self.make_rng("dropout"), x, 0.5, towers, example, tower)]
+            return [scale * dropout(self.make_rng("dropout"), x, 0.5, towers, example, tower)]
 
         # Section 3.5, with the sizes of a 224×224 image.
         x = [images.astype(self.dtype)]
@@ -212,11 +201,14 @@ class AlexNet(nn.Module):
         for name, values in (("kernel_std", self.kernel_std), ("bias", self.bias)):
             if values and len(values) != len(LAYERS):
                 raise ValueError(f"{name}={values}: expected eight numbers, conv1 to fc8")
+        if VARIANTS[self.variant].lrn_sees_both_towers and _parts(self.tower_axis) > 1:
+            raise ValueError(f"variant={self.variant!r}: its normalization sees both towers; keep them on one device")
         if images.ndim != 4:
             raise ValueError(f"images of shape {images.shape}: expected [B, H, W, C]")
         kernel, stride, padding = self.stem
         size = min(images.shape[1:3])
-        maps = 1 + -(-(size + 2 * padding - kernel) // stride)
+        rounds_up = VARIANTS[self.variant].rounds_up
+        maps = 1 + (size + 2 * padding - kernel + (stride - 1) * rounds_up) // stride
         for _ in range(3):
             maps = (maps - 3) // 2 + 1
         if maps < 1:
@@ -235,8 +227,8 @@ def activations(model: AlexNet, params: Any, images: jax.Array) -> dict[str, jax
       images: [B, H, W, C].
 
     Returns:
-      The arrays named in `OUTPUTS`, in that order: conv1 … conv5, fc6 and fc7 after ReLU, fc8 the logits; each with the
-      channels of tower 0 before those of tower 1.
+      The arrays named in `OUTPUTS`, in that order, each as the next layer reads it: after ReLU, except where the
+      variant has none there. fc8 is the logits. The channels of tower 0 come before those of tower 1.
     """
     outputs = model.apply({"params": params}, images, mutable=["activations"])[1]["activations"]["layers"][0]
     return {name: outputs[name] for name in OUTPUTS}

@@ -12,12 +12,14 @@ import jax.numpy as jnp
 from jax import lax
 
 
-def _window_sum(x: jax.Array, n: int) -> jax.Array:
-    """Sum over the n adjacent channels centred on each one, clipped at both ends."""
-    window = (1,) * (x.ndim - 1) + (n,)
-    padding = ((0, 0),) * (x.ndim - 1) + ((n // 2, n // 2),)
-    zero = jnp.zeros((), x.dtype)
-    return lax.reduce_window(x, zero, lax.add, window, (1,) * x.ndim, padding)
+def _window_sum(x: jax.Array, window: tuple[int, ...]) -> jax.Array:
+    """Sum over a window, of odd sides for the last axes of x, centred on each element and clipped at the edges."""
+    ones, zero = (1,) * x.ndim, jnp.zeros((), x.dtype)
+    for axis, side in enumerate(window, x.ndim - len(window)):
+        if side > 1:  # one axis after the other: 8 ms against 52 ms for 5×5 at once, normalizing 32×27×27×128
+            along = ones[:axis] + (side,) + ones[axis + 1 :]
+            x = lax.reduce_window(x, zero, lax.add, along, ones, tuple((n // 2, n // 2) for n in along))
+    return x
 
 
 def _negative_power(scale: jax.Array, beta: float) -> jax.Array:
@@ -28,23 +30,23 @@ def _negative_power(scale: jax.Array, beta: float) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
-def _lrn(x, k, n, alpha, beta):
-    return _lrn_forward(x, k, n, alpha, beta)[0]
+def _lrn(x, k, window, alpha, beta):
+    return _lrn_forward(x, k, window, alpha, beta)[0]
 
 
-def _lrn_forward(x, k, n, alpha, beta):
+def _lrn_forward(x, k, window, alpha, beta):
     x32 = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    scale = k + alpha * _window_sum(x32 * x32, n)
+    scale = k + alpha * _window_sum(x32 * x32, window)
     return (x32 * _negative_power(scale, beta)).astype(x.dtype), x
 
 
-def _lrn_backward(k, n, alpha, beta, x, g):
+def _lrn_backward(k, window, alpha, beta, x, g):
     # b_i = a_i s_i^-β, s_i = k + α Σ_j a_j²  ⇒  da_i = g_i s_i^-β − 2αβ a_i Σ_j g_j a_j s_j^(-β-1), same window.
     # 37 ms against 81 ms for autodiff of the power form at 32×55×55×48.
     x32 = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    scale = k + alpha * _window_sum(x32 * x32, n)
+    scale = k + alpha * _window_sum(x32 * x32, window)
     g_power = g.astype(x32.dtype) * _negative_power(scale, beta)
-    dx = g_power - (2 * alpha * beta) * x32 * _window_sum(g_power * x32 / scale, n)
+    dx = g_power - (2 * alpha * beta) * x32 * _window_sum(g_power * x32 / scale, window)
     return (dx.astype(x.dtype),)
 
 
@@ -67,7 +69,29 @@ def local_response_norm(x: jax.Array, k: float = 2.0, n: int = 5, alpha: float =
     """
     if n < 1 or n % 2 == 0:
         raise ValueError(f"local_response_norm: n={n}: the window is centred, so n must be a positive odd number")
-    return _lrn(x, float(k), n, float(alpha), float(beta))
+    return _lrn(x, float(k), (n,), float(alpha), float(beta))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4), static_argnames=("size", "scale", "power", "min_div"))
+def spatial_response_norm(
+    x: jax.Array, size: int = 5, scale: float = 0.001, power: float = 0.75, min_div: float = 1.0
+) -> jax.Array:
+    """The original code's `rnorm`: b = a / (minDiv + scale / size² · Σ a²)^power, each map on its own.
+
+    Its layer in the configuration is called contrast normalization, but no mean is subtracted.
+
+    Args:
+      x: activations [B, H, W, C]. The sum runs over size×size pixels centred on each one, clipped at the edges.
+
+    Returns:
+      The normalized activations, in the shape and dtype of x; computed in float32 at least.
+
+    Raises:
+      ValueError: size is not a positive odd number.
+    """
+    if size < 1 or size % 2 == 0:
+        raise ValueError(f"spatial_response_norm: size={size}: the window is centred; expected a positive odd number")
+    return _lrn(x, float(min_div), (size, size, 1), float(scale) / size**2, float(power))
 
 
 def _taps(x: jax.Array, window: int, stride: int) -> Iterator[tuple[int, int, jax.Array]]:

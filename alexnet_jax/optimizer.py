@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from alexnet_jax.variants import VARIANTS
+
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Mean softmax cross-entropy of logits [B, K] against integer labels [B] (section 3.5's objective, negated)."""
@@ -16,11 +18,17 @@ class PaperSgdState(NamedTuple):
     velocity: Any
 
 
-def paper_sgd(momentum: float = 0.9, weight_decay: float = 5e-4) -> optax.GradientTransformationExtraArgs:
+def paper_sgd(
+    momentum: float = 0.9, weight_decay: float = 5e-4, variant: str = "paper"
+) -> optax.GradientTransformationExtraArgs:
     """The update of section 5:  v ← 0.9 v − 0.0005 ε w − ε ∂L/∂w;  w ← w + v.
 
     `update` takes ε as the keyword `learning_rate`, so that a schedule that listens to the validation error can set it.
+
+    Args:
+      variant: a name in `VARIANTS`, which may give the leaves called `bias` an ε and a weight decay of their own.
     """
+    of = VARIANTS[variant]
     # `optax.sgd(momentum)` after `add_decayed_weights` accumulates ∂L/∂w + 0.0005 w and multiplies the sum by ε at the
     # end: when ε drops tenfold, the whole velocity drops with it. Here ε is inside v, and old steps keep their size.
 
@@ -31,10 +39,14 @@ def paper_sgd(momentum: float = 0.9, weight_decay: float = 5e-4) -> optax.Gradie
         del unused
         if params is None:
             raise ValueError("paper_sgd: weight decay needs the parameters: call update(gradients, state, params, …)")
-        velocity = jax.tree.map(
-            lambda v, g, w: momentum * v - weight_decay * learning_rate * w - learning_rate * g,
-            state.velocity, gradients, params,
-        )  # fmt: skip
+
+        def leaf(path, v, g, w):
+            bias = path[-1] == jax.tree_util.DictKey("bias")
+            rate, decay = (of.bias_rate, of.bias_decay) if bias else (1.0, 1.0)
+            rate *= learning_rate
+            return momentum * v - decay * weight_decay * rate * w - rate * g
+
+        velocity = jax.tree.map_with_path(leaf, state.velocity, gradients, params)
         return velocity, PaperSgdState(velocity)
 
     return optax.GradientTransformationExtraArgs(init, update)

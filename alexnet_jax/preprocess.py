@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from alexnet_jax import augment
+from alexnet_jax.variants import VARIANTS
 
 
 class Preprocess(NamedTuple):
@@ -18,8 +19,9 @@ class Preprocess(NamedTuple):
       crop: the side of the square patch that is cut out.
       resize: the side to which a patch is enlarged (bilinear); 0 leaves it as it is.
       flip: whether training mirrors images at random.
-      lighting: eigenvalues [3], for pixels in 0 to 255 and already divided by 255, and eigenvectors [3, 3]; or None.
+      lighting: what multiplies α [3], for pixels in 0 to 255, and eigenvectors [3, 3]; or None.
       scale: what the centred pixels are multiplied by at the end; 1 is the paper's 0 to 255.
+      variant: a name in `VARIANTS`.
     """
 
     mean: np.ndarray
@@ -29,6 +31,7 @@ class Preprocess(NamedTuple):
     flip: bool
     lighting: tuple[np.ndarray, np.ndarray] | None
     scale: float
+    variant: str = "paper"
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -42,13 +45,15 @@ class Preprocess(NamedTuple):
         Args:
           first: the place of the first image in the whole batch.
         """
-        keys = (augment.example_keys(k, images.shape[0], first) for k in jax.random.split(key, 3))
-        crop_key, flip_key, lighting_key = keys
-        x = augment.random_crop(crop_key, self._centred(images), self.crop)
+        variant = VARIANTS[self.variant]
+        chunks = (variant.chunk, variant.chunk, 1)
+        keys = zip(jax.random.split(key, 3), chunks, strict=True)
+        crop_key, flip_key, lighting_key = (augment.example_keys(k, images.shape[0], first, c) for k, c in keys)
+        x = augment.random_crop(crop_key, self._centred(images), self.crop, variant.last_place)
         if self.flip:
             x = augment.random_flip(flip_key, x)
         if self.lighting is not None:
-            x = augment.pca_lighting(lighting_key, x, *self.lighting)
+            x = augment.pca_lighting(lighting_key, x, *self.lighting) / variant.lighting_divisor
         return self._finish(x)
 
     def center(self, images: jax.Array) -> jax.Array:
@@ -71,13 +76,20 @@ class Preprocess(NamedTuple):
 
 
 def fit(
-    images: np.ndarray, pad: int, crop: int, resize: int, flip: bool, lighting: bool, scale: float = 1.0
+    images: np.ndarray,
+    pad: int,
+    crop: int,
+    resize: int,
+    flip: bool,
+    lighting: bool,
+    scale: float = 1.0,
+    variant: str = "paper",
 ) -> Preprocess:
     """The preprocessing of a training set: its mean image and, for `lighting`, the covariance of its colours.
 
     Args:
       images: the training set, uint8 [N, H, W, C].
-      pad, crop, resize, flip, scale: as in `Preprocess`.
+      pad, crop, resize, flip, scale, variant: as in `Preprocess`.
       lighting: whether to vary the colours.
 
     Raises:
@@ -89,5 +101,6 @@ def fit(
     principal = None
     if lighting:
         eigenvalues, eigenvectors = augment.rgb_pca(images)
-        principal = (eigenvalues / 255).astype(np.float32), eigenvectors.astype(np.float32)
-    return Preprocess((mean / len(images)).astype(np.float32), pad, crop, resize, flip, principal, scale)
+        spread = 255 * (eigenvalues / 255**2) ** VARIANTS[variant].lighting_power  # λ is of pixels in 0 to 1
+        principal = spread.astype(np.float32), eigenvectors.astype(np.float32)
+    return Preprocess((mean / len(images)).astype(np.float32), pad, crop, resize, flip, principal, scale, variant)

@@ -10,7 +10,8 @@ import ml_collections
 from jax.sharding import Mesh
 
 from alexnet_jax import distributed, report, sharding
-from alexnet_jax.model import VARIANTS, AlexNet, Stem
+from alexnet_jax.model import AlexNet, Stem
+from alexnet_jax.variants import VARIANTS
 
 UNRELATED_TO_RESULT = ("data_dir", "source_dir", "mesh")  # may change between the starts of one run
 
@@ -40,6 +41,8 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     require("weight_decay", 0 <= config.weight_decay < math.inf, "0 or more")
     require("input_scale", 0 < config.input_scale < math.inf, "a positive number")
     require("variant", config.variant in VARIANTS, f"one of {', '.join(VARIANTS)}")
+    together = VARIANTS[config.variant].lrn_sees_both_towers and config.mesh.tower > 1
+    require("variant", not together, "another with mesh.tower=2: its normalization sees both towers")
     require("dtype", config.dtype in ("float32", "bfloat16"), "float32 or bfloat16")
     kernel, stride, padding = config.stem if len(config.stem) == 3 else (0, 0, 0)
     stem = positive((kernel, stride), int) and isinstance(padding, int) and padding >= 0

@@ -236,10 +236,11 @@ def _set_up(config: ml_collections.ConfigDict) -> _Task:
     recipe.check_data(config, examples.images.shape[1:], len(examples.labels), num_classes)
     train_data = DeviceData(examples, config.batch_size, mesh)
     preprocess = fit(
-        examples.images, config.pad, config.image_size, config.resize, config.flip, config.lighting, config.input_scale
-    )
+        examples.images, config.pad, config.image_size, config.resize, config.flip, config.lighting, config.input_scale,
+        config.variant,
+    )  # fmt: skip
     model = recipe.build_model(config, num_classes)
-    optimizer = paper_sgd(config.momentum, config.weight_decay)
+    optimizer = paper_sgd(config.momentum, config.weight_decay, config.variant)
     drops = tuple(round(epoch * train_data.steps_per_epoch) for epoch in config.drop_at_epochs)
     train_step = make_train_step(
         model, optimizer, preprocess,

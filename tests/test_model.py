@@ -27,8 +27,8 @@ def shapes(model, size, channels=3):
     return jax.eval_shape(model.init, jax.random.key(0), image)["params"]
 
 
-def small_params(images):
-    params = SMALL.init(jax.random.key(1), images)["params"]
+def small_params(images, model=SMALL):
+    params = model.init(jax.random.key(1), images)["params"]
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(2), len(leaves))
     return tree.unflatten([0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
@@ -60,22 +60,27 @@ def test_initial_values_of_section_5():
         np.testing.assert_array_equal(params[name]["bias"], float(one))
 
 
+def numpy_conv(layer, x, stride, padding, groups, after=(0, 0)):
+    """A grouped convolution in float64 with SciPy's correlation; `after` is more padding, at the bottom and right."""
+    kernel, bias = (np.asarray(layer[leaf], np.float64) for leaf in ("kernel", "bias"))
+    x = np.pad(x, ((0, 0), (padding, padding + after[0]), (padding, padding + after[1]), (0, 0)))
+    out_group, in_group = kernel.shape[3] // groups, x.shape[3] // groups
+    maps = []
+    for o in range(kernel.shape[3]):
+        first = (o // out_group) * in_group
+        maps.append([
+            sum(correlate2d(image[..., first + c], kernel[..., c, o], "valid") for c in range(in_group))
+            for image in x
+        ])  # fmt: skip
+    return np.moveaxis(maps, 0, 3)[:, ::stride, ::stride] + bias
+
+
 def numpy_forward(params, images, stem, train_scale=0.5):
-    """The grouped network in float64 with SciPy's correlation, written from section 3.5 alone."""
+    """The grouped network in float64, written from section 3.5 alone."""
     p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
 
-    def conv(x, name, stride, padding, groups, after=(0, 0)):
-        kernel, bias = p[name]["kernel"], p[name]["bias"]
-        x = np.pad(x, ((0, 0), (padding, padding + after[0]), (padding, padding + after[1]), (0, 0)))
-        out_group, in_group = kernel.shape[3] // groups, x.shape[3] // groups
-        maps = []
-        for o in range(kernel.shape[3]):
-            first = (o // out_group) * in_group
-            maps.append([
-                sum(correlate2d(image[..., first + c], kernel[..., c, o], "valid") for c in range(in_group))
-                for image in x
-            ])  # fmt: skip
-        return np.maximum(np.moveaxis(maps, 0, 3)[:, ::stride, ::stride] + bias, 0)
+    def conv(x, name, *shape):
+        return np.maximum(numpy_conv(p[name], x, *shape), 0)
 
     def lrn(x):
         half = x.shape[-1] // 2

@@ -34,6 +34,17 @@ def numpy_lrn_gradient(a, g, k, n, alpha, beta):
     return da
 
 
+def numpy_spatial_norm(a, size, scale, power, min_div):
+    """Each map normalized over size×size pixels around each one, in float64."""
+    a = np.asarray(a, np.float64)
+    b, half = np.empty_like(a), size // 2
+    for r in range(a.shape[1]):
+        for c in range(a.shape[2]):
+            window = a[:, max(0, r - half) : r + half + 1, max(0, c - half) : c + half + 1]
+            b[:, r, c] = a[:, r, c] / (min_div + scale / size**2 * (window**2).sum((1, 2))) ** power
+    return b
+
+
 class LocalResponseNormTest(chex.TestCase):
     @chex.variants(with_jit=True, without_jit=True)
     @parameterized.parameters(
@@ -63,6 +74,24 @@ class LocalResponseNormTest(chex.TestCase):
     def test_even_window_is_refused(self):
         with pytest.raises(ValueError, match="n=4"):
             ops.local_response_norm(jnp.ones((1, 8)), n=4)
+
+
+class SpatialResponseNormTest(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    @parameterized.parameters((5, 0.001, 0.75, 1.0), (3, 0.1, 0.5, 2.0), (1, 0.001, 0.75, 1.0))
+    def test_forward_and_gradient_against_float64(self, size, scale, power, min_div):
+        rng = np.random.default_rng(0)
+        x = (rng.standard_normal((2, 6, 7, 3)) * 50).astype(np.float32)
+        g, direction = rng.standard_normal((2, *x.shape))
+        y, vjp = jax.vjp(self.variant(lambda x: ops.spatial_response_norm(x, size, scale, power, min_div)), x)
+        exact = lambda x: numpy_spatial_norm(x, size, scale, power, min_div)  # noqa: E731
+        np.testing.assert_allclose(y, exact(x), rtol=1e-5)
+        slope = (exact(x + 1e-3 * direction) - exact(x - 1e-3 * direction)) / 2e-3
+        assert np.vdot(vjp(g.astype(np.float32))[0], direction) == pytest.approx(np.vdot(g, slope), rel=1e-3)
+
+    def test_even_window_is_refused(self):
+        with pytest.raises(ValueError, match="size=4"):
+            ops.spatial_response_norm(jnp.ones((1, 8, 8, 1)), size=4)
 
 
 def numpy_max_pool(x, window, stride):

@@ -1,0 +1,24 @@
+"""The paper's whole recipe on ImageNet, as `alexnet_jax.prepare` stores it; `imagenet2012.py:source2012` another form.
+
+The plateau listens to the validation set, as the authors did with ILSVRC-2012, whose test labels are not public.
+"""
+
+from alexnet_jax.configs import default
+from alexnet_jax.variants import VARIANTS
+
+
+def get_config(variant="paper"):
+    c = default.get_config()
+    of = VARIANTS[variant]
+    c.dataset = "imagenet2012_256"
+    c.train_split = "train"
+    c.validation_split = "validation"
+    c.test_split = "validation"
+    c.variant = variant
+    c.image_size = of.image_size
+    c.lighting = of.lighting
+    c.ten_crop = of.ten_crop
+    c.batch_size = of.batch_size
+    c.drop_at_epochs = of.drop_at_epochs
+    c.plateau_patience = 0 if of.drop_at_epochs else 3  # epochs; the paper does not say how long they waited
+    return c

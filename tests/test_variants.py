@@ -1,0 +1,192 @@
+"""Every row in which the paper, its 2012 source and Caffe's replica differ, held against what is built.
+
+The figures stand here a second time, written from the publications and not from the table in the code.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from test_model import KERNELS, MAPS, SMALL, images_of, numpy_conv, shapes, small_params
+from test_ops import numpy_lrn, numpy_max_pool, numpy_spatial_norm
+
+from alexnet_jax import AlexNet, Stem, activations, model, paper_sgd, recipe, sharding
+from alexnet_jax.configs import fashion_mnist, imagenet2012
+from alexnet_jax.model import LAYERS
+from alexnet_jax.preprocess import Preprocess, fit
+
+VARIANTS = ("paper", "source2012", "caffe")
+each_variant = pytest.mark.parametrize("variant", VARIANTS)
+STEM = Stem(5, 2, 0)  # on 36×36 images the last window hangs over by one pixel
+
+
+def numpy_variant(variant, params, images, dropout_scale):
+    """The three networks in float64, a line a layer."""
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    pool, relu = lambda x: numpy_max_pool(x, 3, 2), lambda x: np.maximum(x, 0)  # noqa: E731
+    halves = lambda f, x: np.concatenate([f(t) for t in np.split(x, 2, axis=-1)], -1)  # noqa: E731
+    x = np.asarray(images, np.float64)
+    if variant == "caffe":
+        norm = lambda x: numpy_lrn(x, 1.0, 5, 0.0001 / 5, 0.75)  # noqa: E731
+        x = pool(norm(relu(numpy_conv(p["conv1"], x, 2, 0, 1))))
+        x = pool(norm(relu(numpy_conv(p["conv2"], x, 1, 2, 2))))
+    elif variant == "source2012":
+        norm = lambda x: halves(lambda t: numpy_lrn(t, 2.0, 5, 0.0001 / 5, 0.75), x)  # noqa: E731
+        x = relu(pool(norm(numpy_conv(p["conv1"], x, 2, 0, 1, (1, 1)))))
+        x = pool(numpy_spatial_norm(norm(relu(numpy_conv(p["conv2"], x, 1, 2, 2))), 5, 0.001, 0.75, 1.0))
+    else:
+        norm = lambda x: halves(lambda t: numpy_lrn(t, 2.0, 5, 0.0001, 0.75), x)  # noqa: E731
+        x = pool(norm(relu(numpy_conv(p["conv1"], x, 2, 0, 1, (1, 1)))))
+        x = pool(norm(relu(numpy_conv(p["conv2"], x, 1, 2, 2))))
+    x = relu(numpy_conv(p["conv3"], x, 1, 1, 1))
+    x = relu(numpy_conv(p["conv4"], x, 1, 1, 2))
+    x = pool(relu(numpy_conv(p["conv5"], x, 1, 1, 2))).reshape(len(x), -1)
+    for name in ("fc6", "fc7"):
+        x = relu(x @ p[name]["kernel"] + p[name]["bias"]) * dropout_scale
+    return x @ p["fc8"]["kernel"] + p["fc8"]["bias"]
+
+
+@each_variant
+def test_order_normalization_rounding_and_scale_of_dropout_against_numpy(variant, monkeypatch):
+    network = SMALL.clone(stem=STEM, variant=variant)
+    images = images_of(36, batch=2) * 300  # large enough for each normalization to bite
+    params = small_params(images, network)
+    tested = network.apply({"params": params}, images)
+    scale = {"paper": 0.5, "source2012": 0.5, "caffe": 1.0}[variant]
+    exact = numpy_variant(variant, params, images, scale)
+    np.testing.assert_allclose(tested, exact, rtol=1e-3, atol=1e-4 * np.abs(exact).max())
+    monkeypatch.setattr(model, "dropout", lambda key, x, *rest: x)  # nothing dropped: the scale alone is left
+    trained = network.apply({"params": params}, images, train=True, rngs={"dropout": jax.random.key(0)})
+    exact = numpy_variant(variant, params, images, {"paper": 1, "source2012": 1, "caffe": 2}[variant])
+    np.testing.assert_allclose(trained, exact, rtol=1e-3, atol=1e-4 * np.abs(exact).max())
+    for other in set(VARIANTS) - {variant}:
+        assert np.abs(numpy_variant(other, params, images, scale) - tested).max() > 0.01 * np.abs(tested).max()
+
+
+@pytest.mark.parametrize("variant,size", [("paper", 224), ("source2012", 224), ("caffe", 227)])
+def test_shapes_and_parameters(variant, size):
+    network = AlexNet(variant=variant)
+    assert imagenet2012.get_config(variant).image_size == size
+    params = shapes(network, size)
+    assert {name: params[name]["kernel"].shape for name in LAYERS} == KERNELS
+    assert sum(x.size for x in jax.tree.leaves(params)) == 60_965_224
+    outputs = jax.eval_shape(lambda p, x: activations(network, p, x), params, jnp.zeros((2, size, size, 3)))
+    assert {name: outputs[name].shape for name in MAPS} == {name: (2, *shape) for name, shape in MAPS.items()}
+
+
+def test_caffe_rounds_down():
+    fc6 = shapes(AlexNet(variant="caffe"), 224)["fc6"]["kernel"]
+    assert fc6.shape[0] == 5 * 5 * 256  # 54, 26, 12 and 5 pixels
+
+
+@each_variant
+def test_initial_values(variant):
+    network = AlexNet(variant=variant, widths=(96, 256, 384, 384, 256, 128, 128))
+    params = jax.jit(network.init)(jax.random.key(0), jnp.zeros((1, 227, 227, 3)))["params"]
+    for name in LAYERS:
+        std = {("source2012", "conv3"): 0.03, ("source2012", "conv4"): 0.03, ("source2012", "conv5"): 0.03,
+               ("caffe", "fc6"): 0.005, ("caffe", "fc7"): 0.005}.get((variant, name), 0.01)  # fmt: skip
+        assert np.asarray(params[name]["kernel"]).std() == pytest.approx(std, rel=0.02), name
+        one = 0.1 if variant == "caffe" else 1.0
+        bias = one if name in ("conv2", "conv4", "conv5", "fc6", "fc7") else 0.0
+        np.testing.assert_array_equal(params[name]["bias"], np.float32(bias))
+
+
+@each_variant
+def test_update(variant):
+    rng = np.random.default_rng(0)
+    draw = lambda: {"conv1": {"kernel": rng.normal(size=(4, 3)), "bias": rng.normal(size=3)}}  # noqa: E731
+    w, optimizer = draw(), paper_sgd(variant=variant)
+    params = jax.tree.map(jnp.float32, w)
+    state, v = optimizer.init(params), jax.tree.map(np.zeros_like, w)
+    for e in (0.1, 0.1, 0.01):
+        g = draw()
+        updates, state = optimizer.update(jax.tree.map(jnp.float32, g), state, params, learning_rate=e)
+        params = jax.tree.map(jnp.add, params, updates)
+        of_bias = (e, 0.0005) if variant == "paper" else (2 * e, 0)
+        for leaf, rate, decay in (("kernel", e, 0.0005), ("bias", *of_bias)):
+            v["conv1"][leaf] = 0.9 * v["conv1"][leaf] - decay * rate * w["conv1"][leaf] - rate * g["conv1"][leaf]
+            w["conv1"][leaf] = w["conv1"][leaf] + v["conv1"][leaf]
+    jax.tree.map(lambda x, exact: np.testing.assert_allclose(x, exact, rtol=1e-5, atol=1e-6), params, w)
+
+
+@pytest.mark.parametrize("variant,batch,drops,patience,lighting,ten_crop", [
+    ("paper", 128, (), 3, True, True),
+    ("source2012", 128, (25, 51, 79), 0, True, True),
+    ("caffe", 256, (20, 40, 60, 80), 0, False, False),
+])  # fmt: skip
+def test_recipe(variant, batch, drops, patience, lighting, ten_crop):
+    c = imagenet2012.get_config(variant)
+    recipe.check_config(c)
+    assert (c.batch_size, c.drop_at_epochs, c.plateau_patience) == (batch, drops, patience)
+    assert (c.lighting, c.ten_crop, c.flip, c.variant) == (lighting, ten_crop, True, variant)
+    assert (c.learning_rate, c.momentum, c.weight_decay, c.num_epochs) == (0.01, 0.9, 5e-4, 90)
+    if variant == "caffe":
+        assert round(1_281_167 / batch * drops[0], -4) == 100_000
+
+
+def places_and_flips(variant, count, first=0):
+    """Of each training image: its crop's row, its column, and whether it is mirrored."""
+    image = 100 * np.arange(12)[:, None] + np.arange(12)
+    images = np.broadcast_to(image[None, :, :, None], (count, 12, 12, 1)).astype(np.float32)
+    preprocess = Preprocess(np.zeros((12, 12, 1)), 0, 8, 0, True, None, 1.0, variant)
+    x = np.asarray(jax.jit(preprocess.train)(jax.random.key(3), images, first))
+    corner = np.minimum(x[:, 0, 0, 0], x[:, 0, -1, 0]).astype(int)
+    return np.stack([corner // 100, corner % 100, x[:, 0, 0, 0] > x[:, 0, 1, 0]], axis=1)
+
+
+@each_variant
+def test_crops_and_flips(variant):
+    found = places_and_flips(variant, 6400)
+    places = 4 if variant == "paper" else 5  # of 8×8 in 12×12: the paper counts 32² of 224×224 in 256×256
+    for column, values in enumerate((places, places, 2)):
+        assert set(found[:, column]) == set(range(values))
+    chunks = found.reshape(200, 32, 3)
+    together = (chunks == chunks[:, :1]).all((1, 2))
+    assert together.all() if variant == "source2012" else not together.any()
+    if variant == "source2012":
+        assert len(np.unique(chunks[:, 0], axis=0)) > 40  # of 50
+    np.testing.assert_array_equal(places_and_flips(variant, 80, first=48), found[48:128])  # on another device
+
+
+@pytest.mark.parametrize("variant", ["paper", "source2012"])
+def test_lighting(variant):
+    rng = np.random.default_rng(0)
+    mixing = rng.normal(size=(3, 3)) * 20
+    images = np.clip(rng.normal(size=(4000, 4, 4, 3)) @ mixing + 120, 0, 255).astype(np.uint8)
+    preprocess = fit(images, 0, 4, 0, False, True, variant=variant)
+    x = np.asarray(jax.jit(preprocess.train)(jax.random.key(0), images), np.float64)
+    centred = images - images.mean(0)
+    covariance = np.cov(images.reshape(-1, 3).T.astype(np.float64))
+    eigenvalues, eigenvectors = np.linalg.eigh(covariance)
+    divisor = 1.0 if variant == "paper" else 1.1
+    shift = x * divisor - centred
+    np.testing.assert_allclose(shift, np.broadcast_to(shift[:, :1, :1], shift.shape), atol=1e-3)
+    unit = eigenvalues / 255**2  # of pixels in 0 to 1
+    expected = 255 * 0.1 * (unit if variant == "paper" else np.sqrt(unit))
+    np.testing.assert_allclose((shift[:, 0, 0] @ eigenvectors).std(0), expected, rtol=0.05)
+    np.testing.assert_allclose(preprocess.center(images), centred, atol=1e-3)  # testing is not touched
+
+
+def test_source2012_on_two_devices():
+    images, network = images_of(40), SMALL.clone(variant="source2012")
+    params = small_params(images, network)
+    split = network.clone(tower_axis=sharding.TOWER)
+    forward = jax.shard_map(
+        lambda p, x: lax.pmean(split.apply({"params": p}, x), sharding.TOWER), mesh=sharding.make_mesh(1, 2),
+        in_specs=(sharding.tower_specs(params), sharding.REPLICATED), out_specs=sharding.REPLICATED,
+    )  # fmt: skip
+    exact = network.apply({"params": params}, images)
+    np.testing.assert_allclose(forward(params, images), exact, rtol=1e-5, atol=1e-5 * np.abs(exact).max())
+
+
+def test_caffe_needs_both_towers_on_one_device():
+    config = fashion_mnist.get_config()
+    config.variant, config.mesh.tower = "caffe", 2
+    with pytest.raises(recipe.ConfigError, match="config.variant='caffe'.*tower=2"):
+        recipe.check_config(config)
+    network = SMALL.clone(variant="caffe", tower_axis="tower")
+    look = jax.vmap(network.init, in_axes=(None, None), axis_name="tower", axis_size=2)
+    with pytest.raises(ValueError, match="both towers"):
+        jax.eval_shape(look, jax.random.key(0), images_of(40))
