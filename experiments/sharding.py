@@ -11,6 +11,7 @@ import re
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -313,23 +314,25 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     columns = [*LAYERS, "metrics"]
-    colours = {DATA: "tab:blue", TOWER: "tab:orange", "data+tower": "tab:green"}
+    colours = {DATA: "tab:blue", TOWER: "tab:orange", f"{DATA}+{TOWER}": "tab:green"}
     largest = max([c["received"] for r in records for c in r["collectives"]], default=1)
     figure = Figure(figsize=(1.15 * len(columns) + 2, 1.1 * len(records) + 1.4), layout="constrained")
     axes = figure.subplots()
     for row, record in enumerate(records):
-        for offset, backward in ((-0.22, False), (0.22, True)):
-            for column, layer in enumerate(columns):
-                here = [c for c in record["collectives"] if c["layer"] == layer and c["backward"] == backward]
-                total = sum(c["received"] for c in here)
-                if not total:
-                    continue
-                main = max(here, key=lambda c: c["received"])["axis"]
-                size = 0.25 + 0.75 * max(0.0, 1 + np.log10(total / largest) / 6)
-                axes.barh(row + offset, 0.9 * size, 0.4, column - 0.45 * size, color=colours.get(main, "tab:gray"))
-                mark = "◀" if backward else "▶"
-                text = f"{total / 1e6:.1f}" if total >= 1e5 else f"{total / 1e6:.0e}".replace("e-0", "e-")
-                axes.text(column, row + offset, f"{mark} {text}", ha="center", va="center", fontsize=8)
+        for column, layer in enumerate(columns):
+            for top, backward in ((-0.42, False), (0.02, True)):
+                received = Counter()
+                for c in record["collectives"]:
+                    if c["layer"] == layer and c["backward"] == backward:
+                        received[c["axis"]] += c["received"]
+                height = 0.4 / max(len(received), 1)
+                for i, (axis, size) in enumerate(sorted(received.items())):
+                    width = 0.25 + 0.65 * max(0.0, 1 + np.log10(size / largest) / 6)
+                    middle = row + top + (i + 0.5) * height
+                    axes.barh(middle, width, height, column - width / 2, color=colours.get(axis, "tab:gray"))
+                    text = f"{size / 1e6:.1f}" if size >= 1e5 else f"{size / 1e6:.0e}".replace("e-0", "e-")
+                    mark = "◀" if backward else "▶"
+                    axes.text(column, middle, f"{mark} {text}", ha="center", va="center", fontsize=8)
     axes.set_xticks(range(len(columns)), columns)
     axes.xaxis.tick_top()
     names = [f"{r['layout'].replace('_', ' ')}\n{r['mesh'][DATA]} × {r['mesh'][TOWER]}" for r in records]
