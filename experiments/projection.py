@@ -100,6 +100,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Step time against devices, both on logarithmic scales; dashed is what communication alone takes."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -111,6 +112,8 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
             axes.loglog(counts, [1e3 * r["communicate_s"] for r in known], "--", color=line.get_color(), linewidth=0.8)
     counts = sorted({r["devices"] for r in rows if r["step_s"]})
     axes.set_xticks(counts, [str(n) for n in counts])
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
     axes.set_xlabel("devices")
     axes.set_ylabel("step (ms); dashed: communication")
