@@ -9,5 +9,8 @@ def get_config():
     c.train_split = "train[:45000]"
     c.validation_split = "train[45000:]"
     c.pad = 0
+    c.flip = True
     c.lighting = True
+    c.ten_crop = True
+    c.kernel_std = (0.27, *c.kernel_std[1:])  # conv1 sees three channels
     return c
