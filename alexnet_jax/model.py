@@ -174,7 +174,8 @@ class AlexNet(nn.Module):
             towers = TOWERS // _parts(self.tower_axis)
             example = lax.axis_index(self.data_axis) * x.shape[0] if self.data_axis else 0
             tower = lax.axis_index(self.tower_axis) * towers if self.tower_axis else 0
-            return [scale * dropout(self.make_rng("dropout"), x, 0.5, towers, example, tower)]
+            with jax.named_scope(name):
+                return [scale * dropout(self.make_rng("dropout"), x, 0.5, towers, example, tower)]
 
         # Section 3.5, with the sizes of a 224×224 image.
         x = [images.astype(self.dtype)]

@@ -1,11 +1,13 @@
 """How the cost of each layout grows: python -m experiments.projection --records DIR/sharding.json --workdir DIR
 
 From the bytes and FLOPs that `experiments.sharding` read out of the compiled programs, the step time on more devices
-than are at hand. The batch stays the same (strong scaling); a step computes, then communicates, without overlap.
+than are at hand. The batch stays the same (strong scaling); a step computes, then communicates, without overlap or
+latency. What a program moved beyond the least that its layout needs, it is taken to move anywhere, in proportion.
 """
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +17,7 @@ from alexnet_jax import AlexNet
 from experiments.sharding import LAYOUTS, expected
 
 DEVICES = (2, 8, 64, 512)
+SCALES = "A layout stops scaling where the next number of devices no longer makes a step 10 % shorter."
 
 
 def project(
@@ -43,10 +46,16 @@ def project(
     Raises:
       ValueError: a speed that is not positive, or a batch that the devices do not divide.
     """
-    if link <= 0 or compute <= 0:
+    if not (0 < link < math.inf and 0 < compute < math.inf):
         raise ValueError(f"--link={link:g} --compute={compute:g}: expected positive speeds")
+    if batch < 1:
+        raise ValueError(f"--batch={batch}: expected at least 1")
     if bad := [n for n in devices if batch % n]:
         raise ValueError(f"--batch={batch}: {bad[0]} devices do not divide it")
+    if not records or not isinstance(records, list) or not all("collectives" in r for r in records):
+        raise ValueError("expected what experiments.sharding writes, with at least one layout")
+    if unknown := {r["layout"] for r in records} - {layout.name for layout in LAYOUTS}:
+        raise ValueError(f"unknown layout {min(unknown)!r}")
     layouts = {layout.name: layout for layout in LAYOUTS}
     rows = []
     for record in records:
@@ -69,14 +78,17 @@ def project(
 
 
 def stops_at(rows: Sequence[dict[str, Any]], layout: str) -> str:
-    """Where more devices no longer help: the last count whose step is at least 10 % shorter than the one before."""
-    times = [(r["devices"], r["step_s"]) for r in rows if r["layout"] == layout and r["step_s"]]
-    best = times[0]
-    for count, seconds in times[1:]:
-        if seconds > 0.9 * best[1]:
+    """Where more devices no longer help: the last count whose step is at least 10 % shorter than the one before.
+
+    One device, which has nobody to wait for, is the first of them.
+    """
+    known = [r for r in rows if r["layout"] == layout and r["step_s"]]
+    best = 1, known[0]["compute_s"] * known[0]["devices"]
+    for row in known:
+        if row["devices"] > 1 and row["step_s"] > 0.9 * best[1]:
             return f"{best[0]}"
-        best = count, seconds
-    return f"{best[0]}" if len(times) == 1 else f"beyond {best[0]}"
+        best = row["devices"], row["step_s"]
+    return f"{best[0]}" if len(known) == 1 else f"beyond {best[0]}"
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -97,7 +109,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+def plot(rows: Sequence[dict[str, Any]], path: Path, title: str = "") -> None:
     """Step time against devices, both on logarithmic scales; dashed is what communication alone takes."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
@@ -115,6 +127,9 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
+    one = next(r["compute_s"] * r["devices"] for r in rows if r["step_s"])
+    axes.axhline(1e3 * one, color="0.7", linewidth=0.8, zorder=0)
+    axes.set_title(title, fontsize=10)
     axes.set_xlabel("devices")
     axes.set_ylabel("step (ms); dashed: communication")
     axes.legend(frameon=False)
@@ -130,17 +145,20 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4096, help="images in a step, over all devices (default: 4096)")
     flags = parser.parse_args()
     try:
-        rows = project(json.loads(flags.records.read_text()), flags.link, flags.compute, flags.batch)
-        flags.workdir.mkdir(parents=True, exist_ok=True)
+        records = json.loads(flags.records.read_text())
+        rows = project(records, flags.link, flags.compute, flags.batch)
     except (ValueError, KeyError, TypeError, OSError) as error:
-        sys.exit(f"Error: {flags.records}: {error}" if not str(error).startswith("--") else f"Error: {error}")
-    (flags.workdir / "projection.json").write_text(json.dumps(rows, indent=2) + "\n")
-    (flags.workdir / "projection.md").write_text(table(rows) + "\n")
-    plot(rows, flags.workdir / "projection.png")
-    print(
-        f"Step time in ms (share of communication), {flags.batch} images, {flags.link / 1e9:g} GB/s, "
-        f"{flags.compute / 1e12:g} TFLOP/s\n\n{table(rows)}\n\nWritten to {flags.workdir}"
-    )
+        sys.exit(f"Error: {error}" if str(error).startswith("--") else f"Error: --records={flags.records}: {error}")
+    assumptions = f"{flags.batch} images, {flags.link / 1e9:g} GB/s, {flags.compute / 1e12:g} TFLOP/s"
+    text = f"Step time in ms (share of communication): {assumptions}\n\n{table(rows)}\n\n{SCALES}\n"
+    try:
+        flags.workdir.mkdir(parents=True, exist_ok=True)
+        (flags.workdir / "projection.json").write_text(json.dumps(rows, indent=2) + "\n")
+        (flags.workdir / "projection.md").write_text(text)
+        plot(rows, flags.workdir / "projection.png", assumptions)
+    except OSError as error:
+        sys.exit(f"Error: --workdir={flags.workdir}: {error}")
+    print(f"{text}\nWritten to {flags.workdir}")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from alexnet_jax import AlexNet, activations, cross_entropy, paper_sgd, sharding
@@ -90,8 +90,11 @@ def make_partitioned_step(layout: Layout, model, optimizer, preprocess, learning
             return layer(*args, **kwargs)
         rule = _rule(layout, name)
         split_units = None if rule.gather else rule.kernels
-        outputs = layer(*jax.tree.map(lambda x: place(x, rule.batch), args), **kwargs)
-        return jax.tree.map(lambda x: place(x, rule.batch, *(None,) * (x.ndim - 2), split_units), outputs)
+        with jax.named_scope(name):  # what moves for a layer's sake bears its name
+            args = jax.tree.map(lambda x: place(x, rule.batch), args)
+        outputs = layer(*args, **kwargs)
+        with jax.named_scope(name):
+            return jax.tree.map(lambda x: place(x, rule.batch, *(None,) * (x.ndim - 2), split_units), outputs)
 
     def train_step(state: TrainState, batch: Batch, key: jax.Array):
         image_key, dropout_key = jax.random.split(key)
@@ -105,7 +108,8 @@ def make_partitioned_step(layout: Layout, model, optimizer, preprocess, learning
                         params[layer] = jax.tree.map(place, params[layer])
             with nn.intercept_methods(follow_rules):
                 logits = model.apply({"params": params}, images, train=True, rngs={"dropout": dropout_key})
-            logits = place(logits, _rule(layout, "fc8").batch)
+            with jax.named_scope("fc8"):
+                logits = place(logits, _rule(layout, "fc8").batch)
             with jax.named_scope("metrics"):
                 return cross_entropy(logits, batch.labels), logits
 
@@ -168,14 +172,21 @@ def expected(layout: Layout, model: AlexNet, shape: tuple[int, ...], batch: int,
     return sorted(found, key=lambda c: (c.backward, (*LAYERS, "metrics").index(c.layer), c.axis, c.kind))
 
 
-def _check(layout: Layout, model: AlexNet, mesh: Mesh, batch: int) -> None:
-    parts = mesh.shape[DATA]
-    if batch < 1 or batch % parts:
-        raise ValueError(f"--batch={batch}: {layout.name} splits a batch into {parts} parts; expected a multiple of it")
+def _fitted(layout: Layout, model: AlexNet, devices: int, batch: int) -> Layout:
+    """The layout with its devices along `data` counted; raises ValueError if it, the batch or the widths do not fit."""
+    data = devices // layout.tower if layout.data == -1 else layout.data
+    if not data or data * layout.tower > devices or layout.data == -1 and devices % layout.tower:
+        raise ValueError(f"--devices={devices}: {layout.name} needs a multiple of {layout.tower}")
+    if batch < 1 or batch % data:
+        raise ValueError(f"--batch={batch}: {layout.name} splits a batch into {data} parts; expected a multiple of it")
     widths = dict(zip(LAYERS, (*model.widths, model.num_classes), strict=True))
     for layer, width in widths.items():
-        if layout.rules and _rule(layout, layer).kernels and width % parts:
-            raise ValueError(f"{layout.name}: {layer} has {width} output channels, which {parts} devices cannot share")
+        if layout.rules and _rule(layout, layer).kernels and width % data:
+            raise ValueError(
+                f"--devices={devices}: {layout.name} splits the {width} output channels of {layer} into {data} parts; "
+                "expected a divisor of it"
+            )
+    return layout._replace(data=data)
 
 
 def _bytes_on_first_device(tree: Any, device: jax.Device) -> int:
@@ -191,8 +202,8 @@ def measure(layout: Layout, model: AlexNet, shape: tuple[int, ...], batch: int, 
     Raises:
       ValueError: a mesh that does not fit the devices, or a batch or widths that they cannot share.
     """
+    layout = _fitted(layout, model, jax.device_count(), batch)
     mesh = sharding.make_mesh(layout.data, layout.tower)
-    _check(layout, model, mesh, batch)
     random = np.random.default_rng(0)
     images = random.integers(0, 256, (batch, *shape), dtype=np.uint8)
     labels = random.integers(0, model.num_classes, batch, dtype=np.int32)
@@ -253,7 +264,7 @@ def study(
     model: AlexNet | None = None,
     shape: tuple[int, ...] = (224, 224, 3),
 ) -> list[dict[str, Any]]:
-    """The records of several layouts, by default all of `LAYOUTS` with the paper's network.
+    """The records of several layouts, by default of all in `LAYOUTS` that fit, with the paper's network.
 
     Args:
       devices: the devices to use. Virtual ones of the CPU are made where JAX has not started its backend yet.
@@ -269,13 +280,15 @@ def study(
             raise ValueError(f"--layouts: unknown layout {name!r}; the known ones are {', '.join(known)}")
     if sharding.make_mesh(cpu_devices=devices).size < devices:
         raise ValueError(f"--devices={devices}: there are {jax.device_count()} {jax.devices()[0].platform} device(s)")
-    records = []
+    model, fitted = model or AlexNet(), []
     for name in layouts or known:
-        layout = known[name]
-        if layout.data == -1:
-            layout = layout._replace(data=devices // layout.tower)
-        records.append(measure(layout, model or AlexNet(), shape, batch, steps))
-    return records
+        try:
+            fitted.append(_fitted(known[name], model, devices, batch))
+        except ValueError as error:
+            if layouts:
+                raise
+            print(f"Left out: {error}", file=sys.stderr)
+    return [measure(layout, model, shape, batch, steps) for layout in fitted]
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
@@ -330,7 +343,7 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
                     width = 0.25 + 0.65 * max(0.0, 1 + np.log10(size / largest) / 6)
                     middle = row + top + (i + 0.5) * height
                     axes.barh(middle, width, height, column - width / 2, color=colours.get(axis, "tab:gray"))
-                    text = f"{size / 1e6:.1f}" if size >= 1e5 else f"{size / 1e6:.0e}".replace("e-0", "e-")
+                    text = f"{size / 1e6:.1f}" if size >= 1e5 else f"{size / 1e3:.0f} k" if size >= 1e3 else f"{size} B"
                     mark = "◀" if backward else "▶"
                     axes.text(column, middle, f"{mark} {text}", ha="center", va="center", fontsize=8)
     axes.set_xticks(range(len(columns)), columns)
@@ -343,7 +356,7 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
     handles = [axes.barh(0, 0, color=colour, label=f"over {axis}") for axis, colour in colours.items()]
     axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=3, frameon=False)
     batch = records[0]["batch"]
-    axes.set_title(f"MB that a device receives in a step of {batch} images: ▶ forward, ◀ backward", fontsize=10)
+    axes.set_title(f"MB that a device receives in a step of {batch} images, wide on a logarithmic scale: ▶ forward, ◀ backward", fontsize=10)
     figure.savefig(path, dpi=110)
 
 
@@ -352,18 +365,22 @@ def main() -> None:
     names = [layout.name for layout in LAYOUTS]
     parser.add_argument("--workdir", type=Path, required=True, help="for sharding.json, sharding.md, sharding.png")
     parser.add_argument("--devices", type=int, default=8, help="devices to use; virtual ones on a CPU (default: 8)")
-    parser.add_argument("--layouts", default=",".join(names), help=f"with commas: {', '.join(names)} (default: all)")
+    parser.add_argument("--layouts", help=f"with commas: {', '.join(names)} (default: all that fit the devices)")
     parser.add_argument("--batch", type=int, default=32, help="images in a step, over all devices (default: 32)")
     parser.add_argument("--steps", type=int, default=3, help="timed steps, of which the median counts (default: 3)")
     flags = parser.parse_args()
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # the time to compile is one of the figures
     try:
-        if flags.devices < 1 or flags.steps < 1:
-            raise ValueError(f"--devices={flags.devices} --steps={flags.steps}: expected positive numbers")
+        for name in ("devices", "batch", "steps"):
+            if vars(flags)[name] < 1:
+                raise ValueError(f"--{name}={vars(flags)[name]}: expected a positive number")
+        layouts = None if flags.layouts is None else flags.layouts.split(",")
         flags.workdir.mkdir(parents=True, exist_ok=True)
-        records = study(flags.layouts.split(","), flags.devices, flags.batch, flags.steps)
-    except (ValueError, OSError) as error:
+        records = study(layouts, flags.devices, flags.batch, flags.steps)
+    except ValueError as error:
         sys.exit(f"Error: {error}")
+    except OSError as error:
+        sys.exit(f"Error: --workdir={flags.workdir}: {error}")
     (flags.workdir / "sharding.json").write_text(json.dumps(records, indent=2) + "\n")
     layers = "\n\n".join(f"{r['layout']}\n\n{layer_table(r)}" for r in records if r["collectives"])
     (flags.workdir / "sharding.md").write_text(f"{table(records)}\n\n{layers}\n")

@@ -1,5 +1,6 @@
 """The projection of layouts onto more devices, against sums by hand."""
 
+import json
 import subprocess
 import sys
 
@@ -11,7 +12,9 @@ from experiments import projection
 
 def record(layout, data, tower, received, minimum):
     mesh = {"data": data, "tower": tower}
-    return dict(layout=layout, mesh=mesh, batch=32, flops=1e9, received_bytes=received, minimum_bytes=minimum)
+    return dict(
+        layout=layout, mesh=mesh, batch=32, flops=1e9, received_bytes=received, minimum_bytes=minimum, collectives=[]
+    )
 
 
 def test_data_parallel_sends_two_copies_of_the_gradients():
@@ -31,11 +34,22 @@ def test_a_layout_stops_where_the_devices_no_longer_pay():
     assert projection.stops_at(rows, "tower") == "2"
     assert at["data", 512] > 0.9 * at["data", 64] and projection.stops_at(rows, "data") == "64"
     assert "| data | — |" in projection.table(rows)
+    slow = projection.project(records, link=1e6, compute=1e12, batch=4096)  # one device is faster than any two
+    assert projection.stops_at(slow, "data") == projection.stops_at(slow, "one_device") == "1"
 
 
-@pytest.mark.parametrize("flags,words", [(["--link=0"], "--link=0"), (["--batch=100"], "8 devices do not divide it")])
-def test_bad_flags_are_one_line(tmp_path, flags, words):
-    (tmp_path / "sharding.json").write_text("[]")
+@pytest.mark.parametrize("content,flags,words", [
+    (None, ["--link=0"], "--link=0"),
+    (None, ["--link=nan"], "--link=nan"),
+    (None, ["--batch=100"], "8 devices do not divide it"),
+    (None, ["--batch=0"], "--batch=0: expected at least 1"),
+    ("[]", [], "expected what experiments.sharding writes"),
+    ("{]", [], "sharding.json"),
+])  # fmt: skip
+def test_bad_flags_are_one_line_and_write_nothing(tmp_path, content, flags, words):
+    records = [record("data", 8, 1, 300, 200)]
+    (tmp_path / "sharding.json").write_text(json.dumps(records) if content is None else content)
     command = [sys.executable, "-m", "experiments.projection", f"--records={tmp_path}/sharding.json"]
     done = subprocess.run([*command, f"--workdir={tmp_path}", *flags], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["sharding.json"]

@@ -136,6 +136,9 @@ def test_the_harness_measures_every_layout(tmp_path):
     (["--layouts=ring"], "unknown layout 'ring'; the known ones are one_device"),
     (["--devices=2", "--layouts=data", "--batch=3"], "--batch=3: data splits a batch into 2 parts"),
     (["--devices=0"], "--devices=0"),
+    (["--batch=0"], "--batch=0: expected a positive number"),
+    (["--devices=3", "--batch=6", "--layouts=data,one_weird_trick"], "--devices=3: one_weird_trick splits the 4096"),
+    (["--devices=1", "--layouts=tower"], "--devices=1: tower needs a multiple of 2"),
 ])  # fmt: skip
 def test_the_harness_answers_bad_flags_in_one_line(tmp_path, flags, words):
     command = [sys.executable, "-m", "experiments.sharding", "--workdir", str(tmp_path), *flags]
