@@ -34,11 +34,14 @@ def _parse(argv: list[str]) -> list[str]:
         rest = flags.FLAGS(argv)
         flags.FLAGS.config.to_dict()  # a file that could not be read shows only now
     except (AttributeError, KeyError) as error:
-        known = sorted(default.get_config())
-        name = re.search(r"\w+", str(error)).group()
+        config = default.get_config()
+        known = sorted({*config, *(f"mesh.{name}" for name in config.mesh)} - {"mesh"})
+        word = re.search(r"\w+", str(error)).group()
+        given = re.search(rf"--config\.([\w.]*\b{word})\b", " ".join(argv))
+        name = given.group(1) if given else word
         near = difflib.get_close_matches(name, known, n=1)
-        meant = f"did you mean config.{near[0]}? " if near else ""
-        sys.exit(f"Error: config.{name}: no such field; {meant}The fields are {', '.join(known)}")
+        meant = f" Did you mean config.{near[0]}?" if near else ""
+        sys.exit(f"Error: config.{name}: no such field.{meant} The fields are {', '.join(known)}")
     except (flags.Error, TypeError, ValueError, OSError, SyntaxError) as error:
         message = " ".join(str(error).split())
         recipes = ", ".join(sorted(p.stem for p in _CONFIGS.glob("*.py") if p.stem not in ("__init__", "default")))

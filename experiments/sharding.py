@@ -343,7 +343,8 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
                     width = 0.25 + 0.65 * max(0.0, 1 + np.log10(size / largest) / 6)
                     middle = row + top + (i + 0.5) * height
                     axes.barh(middle, width, height, column - width / 2, color=colours.get(axis, "tab:gray"))
-                    text = f"{size / 1e6:.1f}" if size >= 1e5 else f"{size / 1e3:.0f} k" if size >= 1e3 else f"{size} B"
+                    small = f"{size / 1e3:.0f} kB" if size >= 1e3 else f"{size} B"
+                    text = f"{size / 1e6:.1f}" if size >= 1e5 else small
                     mark = "◀" if backward else "▶"
                     axes.text(column, middle, f"{mark} {text}", ha="center", va="center", fontsize=8)
     axes.set_xticks(range(len(columns)), columns)
@@ -356,7 +357,10 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
     handles = [axes.barh(0, 0, color=colour, label=f"over {axis}") for axis, colour in colours.items()]
     axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=3, frameon=False)
     batch = records[0]["batch"]
-    axes.set_title(f"MB that a device receives in a step of {batch} images, wide on a logarithmic scale: ▶ forward, ◀ backward", fontsize=10)
+    axes.set_title(
+        f"MB that a device receives in a step of {batch} images, wide on a logarithmic scale: ▶ forward, ◀ backward",
+        fontsize=10,
+    )
     figure.savefig(path, dpi=110)
 
 

@@ -111,7 +111,8 @@ def test_a_workdir_that_cannot_be_written(fashion_mnist, tmp_path):
 
 
 @pytest.mark.parametrize("flags,words", [
-    (["--config.num_train_step=5"], "config.num_train_step: no such field; did you mean config.num_train_steps?"),
+    (["--config.num_train_step=5"], "config.num_train_step: no such field. Did you mean config.num_train_steps?"),
+    (["--config.mesh.towers=2"], "config.mesh.towers: no such field. Did you mean config.mesh.tower?"),
     (["--config.batch_size=many"], "batch_size"),
     (["--config.batch_size=1.5"], "batch_size"),
     (["--config=no_such.py"], "no_such.py"),
