@@ -31,7 +31,9 @@ def test_a_layout_stops_where_the_devices_no_longer_pay():
     rows = projection.project(records, link=1e9, compute=1e12, batch=4096)
     at = {(r["layout"], r["devices"]): r["step_s"] for r in rows}
     assert at["one_device", 1] and at["tower", 2] and not at["tower", 64]
-    assert projection.stops_at(rows, "tower") == "2"
+    assert projection.stops_at(rows, "tower") == "1"  # 1 GB of activations at 1 GB/s: longer than one device computes
+    fast = projection.project(records, link=1e11, compute=1e12, batch=4096)
+    assert projection.stops_at(fast, "tower") == "2"  # and has no more devices
     assert at["data", 512] > 0.9 * at["data", 64] and projection.stops_at(rows, "data") == "64"
     assert "| data | — |" in projection.table(rows)
     slow = projection.project(records, link=1e6, compute=1e12, batch=4096)  # one device is faster than any two

@@ -120,9 +120,8 @@ def test_the_harness_measures_every_layout(tmp_path):
     assert by_name["fully_sharded"]["parameter_bytes"] * 8 == one["parameter_bytes"]
     gathered = {c["layer"] for c in by_name["fully_sharded"]["collectives"] if c["kind"] == "all-gather"}
     assert {"conv1", "conv5", "fc6", "fc8"} <= gathered
-    assert not [
-        c for c in by_name["one_weird_trick"]["collectives"] if c["layer"] == "fc6" and c["whole"] > 16 * 4 * 32
-    ]
+    back = [c for c in by_name["one_weird_trick"]["collectives"] if c["layer"] == "fc6" and c["backward"]]
+    assert all(c["whole"] < 4 * (16 * 32 + 32) for c in back)  # fc6's gradient stays where its kernel is
     for record in records:
         assert record["step_s"] > 0 and record["compile_s"] > 0 and record["temporary_bytes"] > 0
         assert record["received_bytes"] >= record["minimum_bytes"]
