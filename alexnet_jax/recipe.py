@@ -30,6 +30,10 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     def positive(values, types):
         return all(isinstance(v, types) and 0 < v < math.inf for v in values)
 
+    try:
+        sharding.check_axes(**config.mesh)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     for name in ("batch_size", "image_size", "log_every"):
         require(name, config[name] >= 1, "a number of at least 1")
     for name in ("num_train_steps", "pad", "resize", "warmup_steps", "plateau_patience", "eval_every"):

@@ -18,6 +18,16 @@ REPLICATED = PartitionSpec()
 BATCH = PartitionSpec(DATA)
 
 
+def check_axes(data: int, tower: int, cpu_devices: int) -> None:
+    """Raises ValueError for what no number of devices could make a mesh of `make_mesh`."""
+    if tower not in (1, 2):
+        raise ValueError(f"config.mesh.tower={tower}: the network has two towers; expected 1 or 2")
+    if data == 0 or data < -1:
+        raise ValueError(f"config.mesh.data={data}: expected a positive number, or -1 for all devices")
+    if cpu_devices < 1:
+        raise ValueError(f"config.mesh.cpu_devices={cpu_devices}: expected at least 1")
+
+
 def make_mesh(data: int = -1, tower: int = 1, cpu_devices: int = 1) -> Mesh:
     """The devices as [data, tower].
 
@@ -29,12 +39,7 @@ def make_mesh(data: int = -1, tower: int = 1, cpu_devices: int = 1) -> Mesh:
     Raises:
       ValueError: no such mesh on these devices.
     """
-    if tower not in (1, 2):
-        raise ValueError(f"config.mesh.tower={tower}: the network has two towers; expected 1 or 2")
-    if data == 0 or data < -1:
-        raise ValueError(f"config.mesh.data={data}: expected a positive number, or -1 for all devices")
-    if cpu_devices < 1:
-        raise ValueError(f"config.mesh.cpu_devices={cpu_devices}: expected at least 1")
+    check_axes(data, tower, cpu_devices)
     if cpu_devices > 1:
         # A device that waits in a collective holds a thread of XLA's pool. With one thread a core, two devices on two
         # busy cores waited for each other until XLA gave up and aborted; threads to spare let them go on.

@@ -63,6 +63,9 @@ def test_finished_folder_reports_its_result(learned, caplog):
     before = sorted((p, p.stat().st_mtime_ns) for p in folder.rglob("*"))
     with caplog.at_level(logging.INFO):
         assert train.train_and_evaluate(config, folder) == result
+    config.mesh.tower = 3
+    with pytest.raises(recipe.ConfigError, match="config.mesh.tower=3"):
+        train.train_and_evaluate(config, folder)
     assert "is finished" in caplog.text
     assert before == sorted((p, p.stat().st_mtime_ns) for p in folder.rglob("*"))
 
