@@ -138,9 +138,11 @@ def plot_filters(kernel: np.ndarray, path: Path) -> None:
     """The first-layer kernels [h, w, C, N], tower 0 above tower 1, as in figure 3."""
     kernel = np.asarray(kernel)
     half = kernel.shape[-1] // 2
-    figure, axes = plt.subplots(2, 1, figsize=(8, 5), layout="constrained")
+    columns = min(half, 16)
+    height = 2 * (8 * -(-half // columns) / columns + 0.35)  # inches: square kernels and a title a tower
+    figure, axes = plt.subplots(2, 1, figsize=(8, height), layout="constrained")
     for tower, axis in enumerate(axes):
-        picture = _tile(kernel[..., tower * half : (tower + 1) * half], columns=min(half, 16))
+        picture = _tile(kernel[..., tower * half : (tower + 1) * half], columns)
         picture = picture if picture.shape[-1] == 3 else picture.mean(axis=-1)
         axis.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         axis.set_title(f"conv1, tower {tower}", fontsize=10)
