@@ -17,7 +17,7 @@ from jax import lax
 from alexnet_jax.ops import conv, dropout, local_response_norm, max_pool, spatial_response_norm
 from alexnet_jax.variants import VARIANTS, Variant
 
-TOWERS = 2
+ACTIVATIONS = {"relu": nn.relu, "tanh": jnp.tanh}
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
 OUTPUTS = (
     "conv1", "norm1", "pool1", "conv2", "norm2", "pool2", "conv3", "conv4", "conv5", "pool5", "fc6", "fc7", "fc8"
@@ -37,6 +37,15 @@ def join(towers: Sequence[jax.Array]) -> jax.Array:
     return jnp.concatenate(towers, axis=-1)
 
 
+def widths_problem(widths: Sequence[int], towers: int) -> str:
+    """What is wrong with the widths of conv1 … conv5, fc6 and fc7, or ""."""
+    least = (towers,) + (2 if towers == 2 else 0,) * 6
+    if len(widths) == 7 and all(w >= low and w % towers == 0 for w, low in zip(widths, least, strict=True)):
+        return ""
+    takes = "even numbers" if towers == 2 else "numbers, of which 0 leaves out a layer after conv1"
+    return f"expected seven {takes} (conv1 to conv5, fc6, fc7)"
+
+
 def _parts(tower_axis: str | None) -> int:
     """The number of devices that share the towers: 1 or 2."""
     return lax.axis_size(tower_axis) if tower_axis else 1
@@ -53,12 +62,13 @@ class TowerConv(nn.Module):
     padding: int = 0
     rounds_up: bool = True
     dtype: Any = jnp.float32
+    towers: int = 2
     tower_axis: str | None = None
     conv: Callable = conv
 
     @nn.compact
     def __call__(self, inputs: Sequence[jax.Array]) -> list[jax.Array]:
-        here, towers = self.features // _parts(self.tower_axis), TOWERS // _parts(self.tower_axis)
+        here, towers = self.features // _parts(self.tower_axis), self.towers // _parts(self.tower_axis)
         shape = (self.kernel, self.kernel, inputs[0].shape[-1], here)
         kernel = self.param("kernel", nn.initializers.normal(self.kernel_std), shape).astype(self.dtype)
         bias = self.param("bias", nn.initializers.constant(self.bias), (here,)).astype(self.dtype)
@@ -99,7 +109,13 @@ class AlexNet(nn.Module):
       variant: a name in `VARIANTS`. "caffe" normalizes across the towers, so they cannot lie on two devices.
       dtype: of the activations; parameters are float32 always.
       stem: the first convolution; the default is the paper's 11×11, stride 4.
-      widths: kernels or units of conv1 … conv5, fc6, fc7, both towers together.
+      widths: kernels or units of conv1 … conv5, fc6, fc7, both towers together. With one tower, 0 leaves a layer out.
+      towers: 2, or 1 for a network whose layers all see every channel before them.
+      activation: "relu", or the "tanh" that section 3.1 holds it against.
+      lrn: whether local response normalization stands after conv1 and conv2.
+      lrn_alpha: its α; None is the variant's own, meant for images in 0 to 255.
+      pool_window: z of section 3.4, where s = 2 always.
+      dropout: the rate at fc6 and fc7.
       kernel_std, bias: the initial standard deviation of the eight layers' kernels, and the initial value of their
         biases; None is the variant's own.
       conv: the convolution; `ops.convolve` where XLA's partitioner is to split a batch, which `ops.conv` walks through.
@@ -111,7 +127,7 @@ class AlexNet(nn.Module):
     subtracted), to float32 logits [B, num_classes]; training takes `rngs={"dropout": key}`.
 
     Raises:
-      ValueError: an unknown variant, widths that two towers cannot share, or images that the network cannot take.
+      ValueError: a field with a value that it does not take, or images that the network cannot take.
     """
 
     num_classes: int = 1000
@@ -119,6 +135,12 @@ class AlexNet(nn.Module):
     dtype: Any = jnp.float32
     stem: Stem = Stem()
     widths: tuple[int, ...] = (96, 256, 384, 384, 256, 4096, 4096)
+    towers: int = 2
+    activation: str = "relu"
+    lrn: bool = True
+    lrn_alpha: float | None = None
+    pool_window: int = 3
+    dropout: float = 0.5
     kernel_std: tuple[float, ...] | None = None
     bias: tuple[float, ...] | None = None
     conv: Callable = conv
@@ -131,11 +153,15 @@ class AlexNet(nn.Module):
         std = dict(zip(LAYERS, self.kernel_std or variant.kernel_std, strict=True))
         bias = dict(zip(LAYERS, self.bias or variant.bias, strict=True))
         width = dict(zip(LAYERS, (*self.widths, self.num_classes), strict=True))
+        k, n, alpha, beta = variant.lrn
+        alpha = alpha if self.lrn_alpha is None else self.lrn_alpha
+        lrn = partial(local_response_norm, k=k, n=n, alpha=alpha, beta=beta)
+        f = ACTIVATIONS[self.activation]
 
         outputs = {}
 
         def see(name, towers):  # section 3.1, where the variant has it
-            outputs[name] = [nn.relu(x) for x in towers] if name in variant.relu_after else towers
+            outputs[name] = [f(x) for x in towers] if name in variant.activation_after else towers
             return outputs[name]
 
         def common(name):
@@ -152,30 +178,37 @@ class AlexNet(nn.Module):
             return x
 
         def convolve(name, inputs, kernel, stride=1, padding=0):
+            if not width[name]:
+                return inputs
             shape = dict(kernel=kernel, stride=stride, padding=padding, rounds_up=variant.rounds_up, conv=self.conv)
-            return see(name, TowerConv(**shape, **common(name))(inputs))
+            return see(name, TowerConv(towers=self.towers, **shape, **common(name))(inputs))
 
         def normalize(name, towers):  # section 3.3
-            if variant.lrn_sees_both_towers:
-                return see(name, jnp.split(local_response_norm(join(towers), *variant.lrn), TOWERS, axis=-1))
-            towers = [local_response_norm(x, *variant.lrn) for x in towers]
+            if self.lrn and variant.lrn_sees_both_towers:
+                towers = jnp.split(lrn(join(towers)), self.towers, axis=-1)
+            elif self.lrn:
+                towers = [lrn(x) for x in towers]
             if name in variant.spatial_norm_after:
                 towers = [spatial_response_norm(x, *variant.spatial_norm) for x in towers]
             return see(name, towers)
 
         def pool(name, towers):  # section 3.4
-            return see(name, [max_pool(x, window=3, stride=2) for x in towers])
+            return see(name, [max_pool(x, window=self.pool_window, stride=2) for x in towers])
 
         def connect(name, x):
-            x = see(name, [nn.relu(Dense(**common(name))(x))])[0]
-            scale = variant.dropout_scale[0 if train else 1]
-            if not train:  # section 4.2: half of the outputs in training, half of each output in testing
+            if not width[name]:
+                return [x]
+            x = see(name, [f(Dense(**common(name))(x))])[0]
+            # Section 4.2: half of the outputs in training, half of each output in testing.
+            kept = 1 - self.dropout
+            scale = (1 / kept if train else 1.0) if variant.dropout_rescales else (1.0 if train else kept)
+            if not train or not self.dropout:
                 return [x * scale]
-            towers = TOWERS // _parts(self.tower_axis)
+            towers = self.towers // _parts(self.tower_axis)
             example = lax.axis_index(self.data_axis) * x.shape[0] if self.data_axis else 0
             tower = lax.axis_index(self.tower_axis) * towers if self.tower_axis else 0
             with jax.named_scope(name):
-                return [scale * dropout(self.make_rng("dropout"), x, 0.5, towers, example, tower)]
+                return [scale * dropout(self.make_rng("dropout"), x, self.dropout, towers, example, tower)]
 
         # Section 3.5, with the sizes of a 224×224 image.
         x = [images.astype(self.dtype)]
@@ -197,8 +230,16 @@ class AlexNet(nn.Module):
     def _check(self, images: jax.Array) -> Variant:
         if self.variant not in VARIANTS:
             raise ValueError(f"variant={self.variant!r}: unknown; the known variants are {', '.join(VARIANTS)}")
-        if len(self.widths) != 7 or any(w < TOWERS or w % TOWERS for w in self.widths):
-            raise ValueError(f"widths={self.widths}: expected seven even numbers, conv1 to conv5, fc6 and fc7")
+        if self.towers not in (1, 2):
+            raise ValueError(f"towers={self.towers}: expected 1 or 2")
+        if problem := widths_problem(self.widths, self.towers):
+            raise ValueError(f"widths={self.widths}: {problem}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation={self.activation!r}: expected one of {', '.join(ACTIVATIONS)}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout}: expected a rate of at least 0 and below 1")
+        if self.towers % _parts(self.tower_axis):
+            raise ValueError(f"towers={self.towers}: a single tower cannot lie on two devices")
         for name, values in (("kernel_std", self.kernel_std), ("bias", self.bias)):
             if values and len(values) != len(LAYERS):
                 raise ValueError(f"{name}={values}: expected eight numbers, conv1 to fc8")
@@ -207,15 +248,16 @@ class AlexNet(nn.Module):
         if images.ndim != 4:
             raise ValueError(f"images of shape {images.shape}: expected [B, H, W, C]")
         kernel, stride, padding = self.stem
+        z = self.pool_window
         size = min(images.shape[1:3])
         rounds_up = VARIANTS[self.variant].rounds_up
         maps = 1 + (size + 2 * padding - kernel + (stride - 1) * rounds_up) // stride
         for _ in range(3):
-            maps = (maps - 3) // 2 + 1
+            maps = (maps - z) // 2 + 1
         if maps < 1:
             raise ValueError(
                 f"images of {images.shape[1]}×{images.shape[2]}: too small for a {kernel}×{kernel} stem of stride "
-                f"{stride} and three 3×3 poolings of stride 2; use larger images or a smaller stem"
+                f"{stride} and three {z}×{z} poolings of stride 2; use larger images or a smaller stem"
             )
         return VARIANTS[self.variant]
 
@@ -228,8 +270,9 @@ def activations(model: AlexNet, params: Any, images: jax.Array) -> dict[str, jax
       images: [B, H, W, C].
 
     Returns:
-      The arrays named in `OUTPUTS`, in that order, each as the next layer reads it: after ReLU, except where the
-      variant has none there. fc8 is the logits. The channels of tower 0 come before those of tower 1.
+      The arrays named in `OUTPUTS`, in that order, without those of layers that are left out; each as the next layer
+      reads it: after ReLU, except where the variant has none there. fc8 is the logits. The channels of tower 0 come
+      before those of tower 1.
     """
     outputs = model.apply({"params": params}, images, mutable=["activations"])[1]["activations"]["layers"][0]
-    return {name: outputs[name] for name in OUTPUTS}
+    return {name: outputs[name] for name in OUTPUTS if name in outputs}

@@ -22,6 +22,7 @@ class Preprocess(NamedTuple):
       lighting: what multiplies α [3], for pixels in 0 to 255, and eigenvectors [3, 3]; or None.
       scale: what the centred pixels are multiplied by at the end; 1 is the paper's 0 to 255.
       variant: a name in `VARIANTS`.
+      random_crop: whether training sees a random patch, or the central one.
     """
 
     mean: np.ndarray
@@ -32,6 +33,7 @@ class Preprocess(NamedTuple):
     lighting: tuple[np.ndarray, np.ndarray] | None
     scale: float
     variant: str = "paper"
+    random_crop: bool = True
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -49,7 +51,11 @@ class Preprocess(NamedTuple):
         chunks = (variant.chunk, variant.chunk, 1)
         keys = zip(jax.random.split(key, 3), chunks, strict=True)
         crop_key, flip_key, lighting_key = (augment.example_keys(k, images.shape[0], first, c) for k, c in keys)
-        x = augment.random_crop(crop_key, self._centred(images), self.crop, variant.last_place)
+        x = self._centred(images)
+        if self.random_crop:
+            x = augment.random_crop(crop_key, x, self.crop, variant.last_place)
+        else:
+            x = augment.center_crop(x, self.crop)
         if self.flip:
             x = augment.random_flip(flip_key, x)
         if self.lighting is not None:
@@ -84,12 +90,13 @@ def fit(
     lighting: bool,
     scale: float = 1.0,
     variant: str = "paper",
+    random_crop: bool = True,
 ) -> Preprocess:
     """The preprocessing of a training set: its mean image and, for `lighting`, the covariance of its colours.
 
     Args:
       images: the training set, uint8 [N, H, W, C].
-      pad, crop, resize, flip, scale, variant: as in `Preprocess`.
+      pad, crop, resize, flip, scale, variant, random_crop: as in `Preprocess`.
       lighting: whether to vary the colours.
 
     Raises:
@@ -103,4 +110,5 @@ def fit(
         eigenvalues, eigenvectors = augment.rgb_pca(images)
         spread = 255 * (eigenvalues / 255**2) ** VARIANTS[variant].lighting_power  # λ is of pixels in 0 to 1
         principal = spread.astype(np.float32), eigenvectors.astype(np.float32)
-    return Preprocess((mean / len(images)).astype(np.float32), pad, crop, resize, flip, principal, scale, variant)
+    mean = (mean / len(images)).astype(np.float32)
+    return Preprocess(mean, pad, crop, resize, flip, principal, scale, variant, random_crop)

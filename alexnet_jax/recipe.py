@@ -10,7 +10,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 from alexnet_jax import distributed, report, sharding
-from alexnet_jax.model import AlexNet, Stem
+from alexnet_jax.model import ACTIVATIONS, AlexNet, Stem, widths_problem
 from alexnet_jax.variants import VARIANTS
 
 UNRELATED_TO_RESULT = ("data_dir", "source_dir", "mesh")  # may change between the starts of one run
@@ -51,8 +51,14 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     kernel, stride, padding = config.stem if len(config.stem) == 3 else (0, 0, 0)
     stem = positive((kernel, stride), int) and isinstance(padding, int) and padding >= 0
     require("stem", stem, "(kernel, stride, padding), with kernel and stride at least 1")
-    widths = len(config.widths) == 7 and positive(config.widths, int) and all(w % 2 == 0 for w in config.widths)
-    require("widths", widths, "seven even numbers (conv1 to conv5, fc6, fc7)")
+    require("towers", config.towers in (1, 2), "1 or 2")
+    require("towers", config.towers >= config.mesh.tower, "2 with mesh.tower=2: a single tower stays on one device")
+    if problem := widths_problem(config.widths, config.towers):
+        raise ConfigError(f"config.widths={config.widths!r}: {problem}")
+    require("activation", config.activation in ACTIVATIONS, f"one of {', '.join(ACTIVATIONS)}")
+    require("lrn_alpha", 0 <= config.lrn_alpha < math.inf, "a positive number, or 0 for the variant's own")
+    require("pool_window", config.pool_window >= 2, "2 or more")
+    require("dropout", 0 <= config.dropout < 1, "a rate of at least 0 and below 1")
     std = len(config.kernel_std) in (0, 8) and positive(config.kernel_std, int | float)
     require("kernel_std", std, "eight positive numbers (conv1 to fc8), or none")
     bias = len(config.bias) in (0, 8) and all(isinstance(b, int | float) and math.isfinite(b) for b in config.bias)
@@ -112,6 +118,12 @@ def build_model(config: ml_collections.ConfigDict, num_classes: int) -> AlexNet:
         dtype=jnp.dtype(config.dtype),
         stem=Stem(*config.stem),
         widths=tuple(config.widths),
+        towers=config.towers,
+        activation=config.activation,
+        lrn=config.lrn,
+        lrn_alpha=config.lrn_alpha or None,
+        pool_window=config.pool_window,
+        dropout=config.dropout,
         kernel_std=tuple(config.kernel_std) or None,
         bias=tuple(config.bias) or None,
     )

@@ -134,15 +134,15 @@ def _tile(kernels: np.ndarray, columns: int) -> np.ndarray:
     return picture
 
 
-def plot_filters(kernel: np.ndarray, path: Path) -> None:
+def plot_filters(kernel: np.ndarray, path: Path, towers: int = 2) -> None:
     """The first-layer kernels [h, w, C, N], tower 0 above tower 1, as in figure 3."""
-    kernel = np.asarray(kernel)
-    half = kernel.shape[-1] // 2
-    columns = min(half, 16)
-    height = 2 * (8 * -(-half // columns) / columns + 0.35)  # inches: square kernels and a title a tower
-    figure, axes = plt.subplots(2, 1, figsize=(8, height), layout="constrained")
-    for tower, axis in enumerate(axes):
-        picture = _tile(kernel[..., tower * half : (tower + 1) * half], columns)
+    parts = np.split(np.asarray(kernel), towers, axis=-1)
+    part = parts[0].shape[-1]
+    columns = min(part, 16)
+    height = towers * (8 * -(-part // columns) / columns + 0.35)  # inches: square kernels and a title a tower
+    figure, axes = plt.subplots(towers, 1, figsize=(8, height), layout="constrained", squeeze=False)
+    for tower, (axis, kernels) in enumerate(zip(axes[:, 0], parts, strict=True)):
+        picture = _tile(kernels, columns)
         picture = picture if picture.shape[-1] == 3 else picture.mean(axis=-1)
         axis.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         axis.set_title(f"conv1, tower {tower}", fontsize=10)

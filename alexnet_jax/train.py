@@ -237,7 +237,7 @@ def _set_up(config: ml_collections.ConfigDict) -> _Task:
     train_data = DeviceData(examples, config.batch_size, mesh)
     preprocess = fit(
         examples.images, config.pad, config.image_size, config.resize, config.flip, config.lighting, config.input_scale,
-        config.variant,
+        config.variant, config.random_crop,
     )  # fmt: skip
     model = recipe.build_model(config, num_classes)
     optimizer = paper_sgd(config.momentum, config.weight_decay, config.variant)
@@ -372,7 +372,7 @@ def _test(config, task, state, workdir, started, images_per_s) -> dict[str, Any]
         "device": device_name(task.mesh),
     }
     if jax.process_index() == 0:
-        report.plot_filters(kernel, workdir / "filters.png")
+        report.plot_filters(kernel, workdir / "filters.png", config.towers)
         labels = task.builder.info.features["label"].names
         report.plot_confusion(tested.confusion, labels, workdir / "confusion.png")
         report.plot_curves(workdir / "metrics.jsonl", workdir / "curves.png")
@@ -391,7 +391,8 @@ def show_result(result: dict[str, Any]) -> str:
 def _show_summary(config, task, state) -> None:
     image = jnp.zeros((1, *task.preprocess.image_shape), jnp.float32)
     shapes = jax.eval_shape(partial(activations, task.model), state.params, image)
-    layers = report.layer_table({name: shapes[name] for name in OUTPUTS}, state.params)  # JAX sorts the names of a dict
+    shapes = {name: shapes[name] for name in OUTPUTS if name in shapes}  # JAX sorts the names of a dict
+    layers = report.layer_table(shapes, state.params)
     sizes = ", ".join(f"{size:,} to {use}" for use, size in task.sizes.items())
     shape = "×".join(map(str, task.train_data.images.shape[1:]))
     going_on = f"; going on after step {state.step:,}" if state.step else ""

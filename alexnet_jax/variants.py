@@ -9,12 +9,12 @@ class Variant(NamedTuple):
     # The network.
     image_size: int = 224  # side of the crop from a 256×256 image
     rounds_up: bool = True  # conv1's last window may hang over the right and bottom edge, which reads as 0
-    relu_after: tuple[str, ...] = ("conv1", "conv2", "conv3", "conv4", "conv5")
+    activation_after: tuple[str, ...] = ("conv1", "conv2", "conv3", "conv4", "conv5")
     lrn: tuple[float, int, float, float] = (2.0, 5, 1e-4, 0.75)  # k, n, α, β (section 3.3)
     lrn_sees_both_towers: bool = False
     spatial_norm_after: tuple[str, ...] = ()
     spatial_norm: tuple[int, float, float, float] = (5, 0.001, 0.75, 1.0)  # size, scale, power, minDiv
-    dropout_scale: tuple[float, float] = (1.0, 0.5)  # of fc6's and fc7's outputs, in training and in testing (4.2)
+    dropout_rescales: bool = False  # what is kept is multiplied in training, or all outputs in testing (4.2)
     # conv1 … fc8: the initial kernels are N(0, std²), the biases constant (section 5).
     kernel_std: tuple[float, ...] = (0.01,) * 8
     bias: tuple[float, ...] = (0, 1, 0, 1, 1, 1, 1, 0)
@@ -36,7 +36,7 @@ VARIANTS = {
     "paper": Variant(),
     # The original code as the Computer History Museum released it: layers-145.cfg and layer-params-145.cfg.
     "source2012": Variant(
-        relu_after=("pool1", "conv2", "conv3", "conv4", "pool5"),
+        activation_after=("pool1", "conv2", "conv3", "conv4", "pool5"),
         lrn=(2.0, 5, 1e-4 / 5, 0.75),  # the code divides its scale by n
         spatial_norm_after=("norm2",),
         kernel_std=(0.01, 0.01, 0.03, 0.03, 0.03, 0.01, 0.01, 0.01),
@@ -54,7 +54,7 @@ VARIANTS = {
         rounds_up=False,
         lrn=(1.0, 5, 1e-4 / 5, 0.75),
         lrn_sees_both_towers=True,
-        dropout_scale=(2.0, 1.0),
+        dropout_rescales=True,
         kernel_std=(0.01, 0.01, 0.01, 0.01, 0.01, 0.005, 0.005, 0.01),
         bias=(0, 0.1, 0, 0.1, 0.1, 0.1, 0.1, 0),
         bias_rate=2.0,

@@ -16,6 +16,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 DEVICES = 8  # virtual ones, for the meshes of these tests
 os.environ.setdefault("PJRT_NPROC", str(os.cpu_count() + DEVICES))  # as sharding.make_mesh does
 jax.config.update("jax_num_cpu_devices", DEVICES)
+jax.devices()  # started now: the first config that a test trains may ask for fewer
 
 # A network of the same eight layers that trains in seconds, on a part of the real data.
 TINY = (

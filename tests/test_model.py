@@ -28,7 +28,7 @@ def shapes(model, size, channels=3):
 
 
 def small_params(images, model=SMALL):
-    params = model.init(jax.random.key(1), images)["params"]
+    params = jax.eval_shape(model.init, jax.random.key(1), images)["params"]
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(2), len(leaves))
     return tree.unflatten([0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
@@ -75,26 +75,32 @@ def numpy_conv(layer, x, stride, padding, groups, after=(0, 0)):
     return np.moveaxis(maps, 0, 3)[:, ::stride, ::stride] + bias
 
 
-def numpy_forward(params, images, stem, train_scale=0.5):
-    """The grouped network in float64, written from section 3.5 alone."""
+def numpy_forward(params, images, stem, kept=0.5, f=lambda x: np.maximum(x, 0), alpha=1e-4, window=3, towers=2):
+    """The grouped network in float64, written from section 3.5 alone; α of None is no normalization."""
     p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
 
-    def conv(x, name, *shape):
-        return np.maximum(numpy_conv(p[name], x, *shape), 0)
+    def conv(x, name, stride, padding, groups, *hang):
+        if name not in p:
+            return x
+        return f(numpy_conv(p[name], x, stride, padding, 1 if towers == 1 else groups, *hang))
 
     def lrn(x):
-        half = x.shape[-1] // 2
-        return np.concatenate([numpy_lrn(t, 2.0, 5, 1e-4, 0.75) for t in (x[..., :half], x[..., half:])], -1)
+        if alpha is None:
+            return x
+        return np.concatenate([numpy_lrn(t, 2.0, 5, alpha, 0.75) for t in np.split(x, towers, axis=-1)], -1)
+
+    def pool(x):
+        return numpy_max_pool(x, window, 2)
 
     hang = [-(s + 2 * stem.padding - stem.kernel) % stem.stride for s in images.shape[1:3]]
     x = conv(np.asarray(images, np.float64), "conv1", stem.stride, stem.padding, 1, hang)
-    x = numpy_max_pool(lrn(x), 3, 2)
-    x = numpy_max_pool(lrn(conv(x, "conv2", 1, 2, 2)), 3, 2)
+    x = pool(lrn(x))
+    x = pool(lrn(conv(x, "conv2", 1, 2, 2)))
     x = conv(x, "conv3", 1, 1, 1)
     x = conv(x, "conv4", 1, 1, 2)
-    x = numpy_max_pool(conv(x, "conv5", 1, 1, 2), 3, 2).reshape(len(images), -1)
-    for name in ("fc6", "fc7"):
-        x = np.maximum(x @ p[name]["kernel"] + p[name]["bias"], 0) * train_scale
+    x = pool(conv(x, "conv5", 1, 1, 2)).reshape(len(images), -1)
+    for name in [name for name in ("fc6", "fc7") if name in p]:
+        x = f(x @ p[name]["kernel"] + p[name]["bias"]) * kept
     return x @ p["fc8"]["kernel"] + p["fc8"]["bias"]
 
 
@@ -105,6 +111,58 @@ class ForwardTest(chex.TestCase):
         params = small_params(images)
         logits = self.variant(lambda p, x: SMALL.apply({"params": p}, x))(params, images)
         chex.assert_trees_all_close(logits, numpy_forward(params, images, SMALL.stem), rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("fields,exact", [
+    (dict(activation="tanh"), dict(f=np.tanh)),
+    (dict(lrn=False), dict(alpha=None)),
+    (dict(lrn_alpha=0.5), dict(alpha=0.5)),
+    (dict(pool_window=2), dict(window=2)),
+    (dict(dropout=0.2), dict(kept=0.8)),
+    (dict(dropout=0.0), dict(kept=1.0)),
+    (dict(towers=1), dict(towers=1)),
+    (dict(towers=1, widths=(7, 5, 6, 0, 0, 0, 0)), dict(towers=1)),  # four layers
+    (dict(towers=1, widths=(8, 12, 16, 0, 12, 20, 0)), dict(towers=1)),
+])  # fmt: skip
+def test_each_field_of_an_ablation_against_numpy(fields, exact):
+    images, model = images_of(29, batch=2), SMALL.clone(**fields)
+    params = small_params(images, model)
+    logits = model.apply({"params": params}, images)
+    expected = numpy_forward(params, images, SMALL.stem, **exact)
+    np.testing.assert_allclose(logits, expected, rtol=2e-4, atol=2e-4 * np.abs(expected).max())
+    assert tuple(activations(model, params, images))[-1] == "fc8"
+
+
+def test_no_dropout_trains_what_it_tests():
+    images, model = images_of(28), SMALL.clone(dropout=0.0)
+    params = small_params(images)
+    train = model.apply({"params": params}, images, train=True, rngs={"dropout": jax.random.key(0)})
+    np.testing.assert_array_equal(train, model.apply({"params": params}, images))
+
+
+@pytest.mark.parametrize("rate", [0.2, 0.5])
+@pytest.mark.parametrize("variant", ["paper", "caffe"])
+def test_the_scale_in_testing_follows_the_rate(rate, variant):
+    images, widths = images_of(28, batch=1), (8, 12, 16, 8, 12, 20, 900)
+    model = SMALL.clone(dropout=rate, variant=variant, widths=widths)
+    params = small_params(images, model)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    params["fc7"] = {"kernel": zeros["fc7"]["kernel"], "bias": jnp.ones(900)}  # every unit of fc7 is 1,
+    params["fc8"] = {"kernel": jnp.ones((900, 6)), "bias": zeros["fc8"]["bias"]}  # and the logits count them
+    run = lambda **how: model.apply({"params": params}, images, **how)[0, 0]  # noqa: E731
+    tested, trained = run(), run(train=True, rngs={"dropout": jax.random.key(0)})
+    assert tested == pytest.approx(900 if variant == "caffe" else 900 * (1 - rate), rel=1e-4)
+    assert trained == pytest.approx(tested, rel=0.06) and trained != tested
+
+
+@pytest.mark.parametrize("widths,count", [  # counted by hand
+    ((48, 128, 192, 192, 256, 4096, 4096), 59_798_312),  # what section 3.2 holds the two towers against
+    ((96, 256, 384, 384, 256, 4096, 4096), 62_378_344),
+])  # fmt: skip
+def test_parameters_of_one_tower(widths, count):
+    params = shapes(AlexNet(towers=1, widths=widths), 224)
+    assert params["conv2"]["kernel"].shape[2] == widths[0] and params["conv4"]["kernel"].shape[2] == widths[2]
+    assert sum(x.size for x in jax.tree.leaves(params)) == count
 
 
 def test_against_flax_with_grouped_convolutions_at_full_size():
@@ -206,6 +264,10 @@ def test_compact_network_takes_small_images(size):
     (AlexNet(), 60, "too small"),
     (AlexNet(widths=(95, 256, 384, 384, 256, 4096, 4096)), 224, "even"),
     (AlexNet(kernel_std=(0.1,)), 224, "eight"),
+    (AlexNet(towers=4), 224, "towers=4: expected 1 or 2"),
+    (AlexNet(widths=(96, 256, 384, 0, 256, 4096, 4096)), 224, "even"),
+    (AlexNet(activation="elu"), 224, "relu, tanh"),
+    (AlexNet(dropout=1.0), 224, "dropout=1.0"),
 ])  # fmt: skip
 def test_what_cannot_be_built_says_so(model, size, words):
     with pytest.raises(ValueError, match=words):

@@ -42,6 +42,12 @@ def test_training_augments_and_testing_does_not():
     np.testing.assert_array_equal(p.ten(images)[:, 4], p.center(images))
 
 
+def test_without_random_crops_training_sees_the_central_patch():
+    images = colour_images()
+    p = fit(images, pad=1, crop=6, resize=0, flip=False, lighting=False, random_crop=False)
+    np.testing.assert_array_equal(p.train(jax.random.key(0), images), p.center(images))
+
+
 def test_lighting_has_the_scale_of_the_pixels():
     images = colour_images(500)
     p = fit(images, pad=0, crop=8, resize=0, flip=False, lighting=True)

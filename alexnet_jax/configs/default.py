@@ -20,6 +20,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.pad = 0  # mean-coloured border, in pixels, added before cropping
     c.image_size = 224  # side of the cropped patch, in pixels of the data set
     c.resize = 0  # side to which the patch is enlarged on the device; 0: not
+    c.random_crop = True  # training sees a random patch; False: the central one
     c.flip = True
     c.lighting = False  # PCA lighting; needs three colour channels
     c.input_scale = 1.0  # the network sees (pixel − mean) × this; 1: the paper's 0 to 255
@@ -29,7 +30,13 @@ def get_config() -> ml_collections.ConfigDict:
     c.variant = "paper"
     c.dtype = "float32"  # of the activations; or "bfloat16". Parameters are float32
     c.stem = (11, 4, 0)  # kernel, stride and padding of conv1
-    c.widths = (96, 256, 384, 384, 256, 4096, 4096)  # conv1 … conv5, fc6, fc7
+    c.widths = (96, 256, 384, 384, 256, 4096, 4096)  # conv1 … conv5, fc6, fc7; with one tower, 0 leaves a layer out
+    c.towers = 2  # or 1: every layer sees all channels before it
+    c.activation = "relu"  # or "tanh" (section 3.1)
+    c.lrn = True  # local response normalization after conv1 and conv2 (section 3.3)
+    c.lrn_alpha = 0.0  # its α; 0: the variant's own, meant for input_scale 1: another scale s wants α ÷ s²
+    c.pool_window = 3  # z of section 3.4; 2: poolings that do not overlap
+    c.dropout = 0.5  # rate at fc6 and fc7 (section 4.2); 0: none
     c.kernel_std = ()  # initial standard deviation of the eight layers' kernels; (): the variant's own
     c.bias = ()  # initial biases of the eight layers; (): the variant's own
 
