@@ -143,7 +143,7 @@ def test_no_dropout_trains_what_it_tests():
 @pytest.mark.parametrize("rate", [0.2, 0.5])
 @pytest.mark.parametrize("variant", ["paper", "caffe"])
 def test_the_scale_in_testing_follows_the_rate(rate, variant):
-    images, widths = images_of(28, batch=1), (8, 12, 16, 8, 12, 20, 900)
+    images, widths = images_of(31, batch=1), (8, 12, 16, 8, 12, 20, 900)
     model = SMALL.clone(dropout=rate, variant=variant, widths=widths)
     params = small_params(images, model)
     zeros = jax.tree.map(jnp.zeros_like, params)
