@@ -28,6 +28,10 @@ def _parse(argv: list[str]) -> list[str]:
         flags.DEFINE_integer("num_processes", None, "How many processes train together.", lower_bound=1)
         flags.DEFINE_integer("process_id", None, "The number of this one, from 0.", lower_bound=0)
         flags.DEFINE_integer("initialization_timeout", 300, "For how many seconds they wait to meet.", lower_bound=1)
+        flags.DEFINE_string(
+            "compile_cache", None, "Where compiled programs are kept for the next start; empty: nowhere. The default: "
+            "$JAX_COMPILATION_CACHE_DIR, or alexnet_jax in the user's cache folder.",
+        )  # fmt: skip
         config_flags.DEFINE_config_file(
             "config", str(_CONFIGS / "fashion_mnist.py"), "A recipe; --config.FIELD=VALUE sets one field of it."
         )
@@ -70,9 +74,11 @@ def main(argv: list[str]) -> None:
 
     import jax
 
-    from alexnet_jax import checkpoint, data, distributed, recipe, train  # after the flags: a typo is answered at once
+    # after the flags: a typo is answered at once
+    from alexnet_jax import checkpoint, compile_cache, data, distributed, recipe, train
 
     given = flags.FLAGS
+    compile_cache.use_compile_cache(given.compile_cache)
     try:
         distributed.start(
             given.coordinator_address, given.num_processes, given.process_id, given.initialization_timeout

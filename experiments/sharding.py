@@ -6,7 +6,6 @@ times it. In a notebook, `study()` returns the same records.
 
 import argparse
 import json
-import os
 import re
 import statistics
 import sys
@@ -30,10 +29,10 @@ from alexnet_jax import AlexNet, activations, cross_entropy, paper_sgd, sharding
 from alexnet_jax.data import Batch
 from alexnet_jax.model import LAYERS
 from alexnet_jax.ops import convolve
-from alexnet_jax.preprocess import Preprocess
 from alexnet_jax.sharding import DATA, TOWER
 from alexnet_jax.train import TrainState, create_state, device_name, make_train_step
 from experiments.collectives import Collective, collectives
+from experiments.measure import flops, random_batch
 
 
 class Rule(NamedTuple):
@@ -204,12 +203,7 @@ def measure(layout: Layout, model: AlexNet, shape: tuple[int, ...], batch: int, 
     """
     layout = _fitted(layout, model, jax.device_count(), batch)
     mesh = sharding.make_mesh(layout.data, layout.tower)
-    random = np.random.default_rng(0)
-    images = random.integers(0, 256, (batch, *shape), dtype=np.uint8)
-    labels = random.integers(0, model.num_classes, batch, dtype=np.int32)
-    data = Batch(*sharding.place((images, labels), mesh, sharding.BATCH))
-    mean = np.full((1, 1, shape[-1]), 128, np.float32)
-    preprocess = Preprocess(mean, pad=0, crop=shape[0], resize=0, flip=True, lighting=None, scale=1.0)
+    data, preprocess = random_batch(shape, batch, model.num_classes, mesh)
     optimizer, rate, key = paper_sgd(), lambda step, plateau: jnp.float32(0.01), jax.random.key(1)
     if layout.rules:
         model = model.clone(conv=convolve)
@@ -225,8 +219,6 @@ def measure(layout: Layout, model: AlexNet, shape: tuple[int, ...], batch: int, 
     compiled = traced.lower().compile()
     compile_s = time.perf_counter() - start
     memory = compiled.memory_analysis()
-    # XLA counts the body of a loop once, and `ops.conv` has loops on the CPU; lowered for a TPU it has none.
-    cost = (compiled if layout.rules else traced.lower(lowering_platforms=("tpu",))).cost_analysis() or {}
     first = mesh.devices.flat[0]
     record = {
         "layout": layout.name,
@@ -236,7 +228,7 @@ def measure(layout: Layout, model: AlexNet, shape: tuple[int, ...], batch: int, 
         "parameter_bytes": _bytes_on_first_device(state.params, first),
         "optimizer_bytes": _bytes_on_first_device(state.opt_state, first),
         "temporary_bytes": memory.temp_size_in_bytes,
-        "flops": cost.get("flops"),
+        "flops": (compiled.cost_analysis() or {}).get("flops") if layout.rules else flops(traced),
         "compile_s": compile_s,
     }
     times = []
@@ -373,7 +365,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32, help="images in a step, over all devices (default: 32)")
     parser.add_argument("--steps", type=int, default=3, help="timed steps, of which the median counts (default: 3)")
     flags = parser.parse_args()
-    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # the time to compile is one of the figures
+    jax.config.update("jax_enable_compilation_cache", False)  # the time to compile is one of the figures
     try:
         for name in ("devices", "batch", "steps"):
             if vars(flags)[name] < 1:

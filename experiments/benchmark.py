@@ -1,0 +1,591 @@
+"""How fast it is, and how far from what the device could do: python -m experiments.benchmark --workdir DIR
+
+Each part runs in a process of its own and is one entry of DIR/benchmark.json: the training step and inference beside
+PyTorch (`step`), each layer beside the device's roofline (`layers`), the growth with image, batch and width (`growth`)
+and with devices (`devices`), what the loop of `alexnet_jax.main` adds to the bare step (`loop`), and how soon it trains
+at the first and second start (`start`). A part that runs again replaces its entry.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import flags as absl_flags
+from ml_collections import config_flags
+
+from alexnet_jax import AlexNet, activations, cross_entropy, dropout, local_response_norm, max_pool, paper_sgd, sharding
+from alexnet_jax.compile_cache import use_compile_cache
+from alexnet_jax.evaluate import predict
+from alexnet_jax.model import LAYERS, OUTPUTS, TOWERS
+from alexnet_jax.report import write_json
+from alexnet_jax.train import create_state, device_name, make_train_step
+from alexnet_jax.variants import VARIANTS
+from experiments import benchmark_report, measure
+from experiments.sharding import Layout
+from experiments.sharding import measure as measure_layout
+
+ROOT = Path(__file__).parents[1]
+PARTS = ("step", "layers", "growth", "devices", "loop", "start")
+TOLERANCE = 1e-3  # of the largest element of an array, between two sums of float32 in another order
+# Of `main`'s default recipe a part of the data, which is read again in each round.
+LOOP_DATA = ("train_split=train[:12800]", "validation_split=train[55000:56000]", "test_split=test[:1000]")
+START_DATA = ("train_split=train[:1000]", "validation_split=train[55000:55500]", "test_split=test[:500]")
+
+
+class Setting(NamedTuple):
+    """What is measured: the paper's network, or with --quick one that takes seconds."""
+
+    model: AlexNet
+    shape: tuple[int, int, int]
+    batches: tuple[int, ...]
+    dtypes: tuple[str, ...]
+    rounds: int
+    torch_python: str
+    quick: bool = False
+    config: tuple[str, ...] = ()  # flags of the loop's recipe
+
+
+class Call(NamedTuple):
+    """A compiled program with its arguments in place, and what it is said to cost."""
+
+    run: Callable[[], Any]
+    cost: dict[str, Any]
+
+
+def _compile(traced: jax.stages.Traced) -> tuple[jax.stages.Compiled, dict[str, Any]]:
+    start = time.perf_counter()
+    compiled = traced.lower().compile()
+    seconds = time.perf_counter() - start
+    return compiled, {"flops": measure.flops(traced), "compile_s": seconds, **measure.memory(compiled)}
+
+
+def training_step(model: AlexNet, batch: int, shape: tuple[int, int, int]) -> Call:
+    """The train step of `alexnet_jax.train` on one random batch of images [H, W, C]; each call is the next step."""
+    data, preprocess = measure.random_batch(shape, batch, model.num_classes)
+    optimizer, key = paper_sgd(), jax.random.key(1)
+    state = create_state(model, optimizer, shape, 0)
+    step = make_train_step(model, optimizer, preprocess, lambda step, plateau: jnp.float32(1e-4))
+    compiled, cost = _compile(step.trace(state, data, key))
+
+    def run():
+        nonlocal state
+        state, metrics = compiled(state, data, key)
+        return state, metrics
+
+    return Call(run, cost)
+
+
+def inference(model: AlexNet, batch: int, shape: tuple[int, int, int]) -> Call:
+    """Class probabilities of one random batch of images [H, W, C], the central patch alone."""
+    data, preprocess = measure.random_batch(shape, batch, model.num_classes)
+    params = create_state(model, paper_sgd(), shape, 0).params
+    function = jax.jit(lambda params, images: predict(model, params, images, preprocess, ten_crop=False))
+    compiled, cost = _compile(function.trace(params, data.images))
+    return Call(partial(compiled, params, data.images), cost)
+
+
+# The layers, each on its own.
+
+
+class Layer(NamedTuple):
+    """A layer as the network calls it: `function(params, inputs)`, and the shapes of both."""
+
+    name: str
+    function: Callable[[Any, Any], Any]
+    params: Any
+    inputs: Any
+    input_gradient: bool = True  # conv1's inputs are the images
+
+
+def layers_of(model: AlexNet, batch: int, shape: tuple[int, int, int]) -> list[Layer]:
+    """The layers of `OUTPUTS`, each with its ReLU, and the fully connected ones with their dropout."""
+    images = jax.ShapeDtypeStruct((batch, *shape), jnp.float32)
+    params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    shapes = partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype))
+    variant, seen = VARIANTS[model.variant], {}
+
+    def keep(call, args, kwargs, context):
+        if context.method_name == "__call__" and context.module.name in LAYERS:
+            seen[context.module.name] = context.module.clone(parent=None), shapes(args[0])
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(keep):
+        maps = jax.eval_shape(partial(activations, model), params, images)
+
+    def towers(of):
+        return [jax.ShapeDtypeStruct((*of.shape[:-1], of.shape[-1] // TOWERS), of.dtype)] * TOWERS
+
+    def learned(name, params, inputs):
+        x = jax.tree.map(nn.relu if name != "fc8" else lambda x: x, seen[name][0].apply({"params": params}, inputs))
+        return dropout(jax.random.key(0), x) if name in ("fc6", "fc7") else x
+
+    def fixed(function, params, inputs):
+        return [function(x) for x in inputs]
+
+    found = []
+    for before, name in zip(("images", *OUTPUTS), OUTPUTS, strict=False):
+        if name in LAYERS:
+            found.append(Layer(name, partial(learned, name), params[name], seen[name][1], name != "conv1"))
+        else:
+            norm = lambda x: local_response_norm(x, *variant.lrn)  # noqa: E731
+            function = partial(fixed, norm if name.startswith("norm") else max_pool)
+            found.append(Layer(name, function, {}, towers(maps[before])))
+    return found
+
+
+def forward_and_backward(layer: Layer) -> tuple[Callable, Callable]:
+    """Functions of (params, inputs, gradient of the outputs): the outputs; the outputs and the gradients."""
+
+    def forward(params, inputs, _):
+        return layer.function(params, inputs)
+
+    def both(params, inputs, gradient):
+        if layer.input_gradient:
+            outputs, back = jax.vjp(layer.function, params, inputs)
+        else:
+            outputs, back = jax.vjp(lambda params: layer.function(params, inputs), params)
+        return outputs, back(gradient)
+
+    return forward, both
+
+
+def least_bytes(layer: Layer) -> tuple[int, int]:
+    """What a layer must read and write, forward and backward, if each array moves once."""
+    outputs = jax.eval_shape(layer.function, layer.params, layer.inputs)
+    params, x, y = measure.size(layer.params), measure.size(layer.inputs), measure.size(outputs)
+    return params + x + y, 2 * params + x + y + x * layer.input_gradient
+
+
+def step_bytes(model: AlexNet, batch: int, shape: tuple[int, int, int]) -> dict[str, int]:
+    """The least bytes of a training step and of inference: all layers', and reading and writing for the update."""
+    each = [(least_bytes(layer), measure.size(layer.params)) for layer in layers_of(model, batch, shape)]
+    forward, backward = (sum(bytes_[i] for bytes_, _ in each) for i in (0, 1))
+    # Parameters and velocities are read and written, gradients read.
+    return {"training": forward + backward + 5 * sum(params for _, params in each), "inference": forward}
+
+
+def layers(setting: Setting) -> dict[str, Any]:
+    """Time, operations and least bytes of each layer, forward and backward, at the largest batch."""
+    batch, records = setting.batches[-1], []
+    for dtype in setting.dtypes:
+        model = setting.model.clone(dtype=jnp.dtype(dtype))
+        for layer in layers_of(model, batch, setting.shape):
+            arrays = jax.tree.map(_random, (layer.params, layer.inputs))
+            outputs = jax.eval_shape(layer.function, *arrays)
+            arrays = (*arrays, jax.tree.map(_random, outputs))
+            calls = [jax.jit(function) for function in forward_and_backward(layer)]
+            times = [measure.median_seconds(partial(call, *arrays), setting.rounds) for call in calls]
+            operations = [measure.flops(call.trace(*arrays)) for call in calls]
+            for which, i in (("forward", 0), ("backward", 1)):
+                records.append({
+                    "layer": layer.name, "pass": which, "dtype": dtype, "bytes": least_bytes(layer)[i],
+                    "flops": operations[i] - i * operations[0], "seconds": max(times[i] - i * times[0], 1e-9),
+                })  # fmt: skip
+        records.append(_update(model, setting) | {"dtype": dtype})
+    return {"batch": batch, "shape": setting.shape, "rates": rates(setting), "layers": records}
+
+
+def _random(of: jax.ShapeDtypeStruct) -> jax.Array:
+    return jax.random.normal(jax.random.key(of.size), of.shape).astype(of.dtype)
+
+
+def _update(model: AlexNet, setting: Setting) -> dict[str, Any]:
+    optimizer = paper_sgd()
+    params = create_state(model, optimizer, setting.shape, 0).params
+    gradients, opt_state = jax.tree.map(jnp.ones_like, params), optimizer.init(params)
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def update(params, opt_state, gradients):
+        updates, opt_state = optimizer.update(gradients, opt_state, params, learning_rate=1e-4)
+        return optax.apply_updates(params, updates), opt_state
+
+    operations = measure.flops(update.trace(params, opt_state, gradients))
+
+    def run():
+        nonlocal params, opt_state
+        params, opt_state = update(params, opt_state, gradients)
+        return params
+
+    seconds = measure.median_seconds(run, setting.rounds)
+    return {
+        "layer": "update", "pass": "update", "seconds": seconds, "flops": operations, "bytes": 5 * measure.size(params)
+    }  # fmt: skip
+
+
+def rates(setting: Setting) -> dict[str, Any]:
+    """What the device reaches at best: FLOP/s of a matrix product by dtype, bytes/s of a copy."""
+    return {
+        "matmul": {dtype: measure.matmul_rate(dtype, setting.rounds) for dtype in setting.dtypes},
+        "copy": measure.copy_rate(setting.rounds),
+    }
+
+
+# Beside PyTorch.
+
+
+class Peer:
+    """`torch_alexnet` as a process; `ask` sends it a request and waits for the answer."""
+
+    def __init__(self, python: str):
+        command = [python, str(ROOT / "experiments" / "torch_alexnet.py")]
+        try:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            )
+        except OSError as error:
+            raise ValueError(f"--torch-python={python}: {error.strerror}") from None
+
+    def ask(self, ask: str, **what: Any) -> dict[str, Any] | None:
+        """None if the process has ended, as it does where PyTorch is not installed."""
+        try:
+            self.process.stdin.write(json.dumps({"ask": ask, **what}) + "\n")
+            self.process.stdin.flush()
+            return json.loads(self.process.stdout.readline() or "null")
+        except BrokenPipeError:
+            return None
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def _network(setting: Setting) -> dict[str, Any]:
+    model, (side, _, channels) = setting.model, setting.shape
+    return {"image": side, "channels": channels, "classes": model.num_classes, "widths": list(model.widths)}
+
+
+def differences(peer: Peer, setting: Setting, batch: int = 4) -> dict[str, float]:
+    """How far PyTorch's logits and gradients are from ours on the same weights and images, without dropout.
+
+    Returns:
+      For the logits and each parameter's gradient, the largest difference by the largest element.
+    """
+    random = np.random.default_rng(1)
+    images = random.integers(-128, 128, (batch, *setting.shape)).astype(np.float32)
+    labels = random.integers(0, setting.model.num_classes, batch).astype(np.int32)
+    params = create_state(setting.model, paper_sgd(), setting.shape, 0).params
+
+    def loss(params):
+        logits = setting.model.apply({"params": params}, images)
+        return cross_entropy(logits, labels), logits
+
+    with jax.default_matmul_precision("highest"):
+        gradients, logits = jax.jit(jax.grad(loss, has_aux=True))(params)
+    ours = {"logits": logits, **_by_path(gradients)}
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = f"{folder}/in.npz", f"{folder}/out.npz"
+        np.savez(source, images=images, labels=labels, **_by_path(params))
+        answer = peer.ask("compute", network=_network(setting), source=source, target=target)
+        if answer is None or "error" in answer:
+            raise ValueError(f"PyTorch computes nothing: {(answer or {}).get('error', 'its process has ended')}")
+        theirs = np.load(target)
+        return {k: float(np.abs(v - theirs[k]).max() / np.abs(v).max()) for k, v in ours.items()}
+
+
+def _by_path(tree: Any) -> dict[str, np.ndarray]:
+    return {f"{layer}/{name}": np.asarray(x) for layer, leaves in tree.items() for name, x in leaves.items()}
+
+
+def step(setting: Setting) -> dict[str, Any]:
+    """Training and inference over the batches and dtypes, alternating with PyTorch's forms where it is installed."""
+    result = {
+        "shape": setting.shape, "rates": rates(setting), "memory_bytes": measure.device_memory(), "cases": []
+    }  # fmt: skip
+    peer = Peer(setting.torch_python)
+    try:
+        result["torch"] = peer.ask("version")
+        if result["torch"]:
+            result["differences"] = differences(peer, setting)
+            name, worst = max(result["differences"].items(), key=lambda item: item[1])
+            print(f"PyTorch {result['torch']['version']}: the same weights and images give logits and gradients that "
+                  f"differ by at most {worst:.1e} of the largest element ({name})", flush=True)  # fmt: skip
+            if not worst < TOLERANCE:
+                raise ValueError(f"{name} differs by {worst:.1e} of its largest element: not the same network")
+        else:
+            print(f"No PyTorch in {setting.torch_python}: measured alone", flush=True)
+        for dtype in setting.dtypes:
+            model = setting.model.clone(dtype=jnp.dtype(dtype))
+            for batch in setting.batches:
+                for which, make in (("training", training_step), ("inference", inference)):
+                    peak = measure.Peak()
+                    call = make(model, batch, setting.shape)
+                    case = {
+                        "pass": which, "dtype": dtype, "batch": batch, **call.cost,
+                        "bytes": step_bytes(model, batch, setting.shape)[which],
+                        **_alternate(call, peer if result["torch"] else None, setting, batch, which, dtype),
+                        **peak.record(),
+                    }  # fmt: skip
+                    result["cases"].append(case)
+                    print(benchmark_report.case_line(case), flush=True)
+                    del call
+    finally:
+        peer.close()
+    return result
+
+
+def _forms(setting: Setting, batch: int) -> dict[str, dict[str, bool]]:
+    """PyTorch's forms by name; on a CPU, where it takes half a minute to compile one, at the largest batch alone."""
+    compiled_too = batch == setting.batches[-1] or jax.default_backend() != "cpu"
+    kinds = (False, True) if compiled_too and not setting.quick else (False,)
+    return {
+        ("compiled" if compiled else "eager") + (", channels-last" if channels_last else ""):
+            {"compiled": compiled, "channels_last": channels_last}
+        for compiled in kinds for channels_last in (False, True)
+    }  # fmt: skip
+
+
+def _alternate(call: Call, peer: Peer | None, setting: Setting, batch: int, which: str, dtype: str) -> dict[str, Any]:
+    """Seconds of a call, the median of rounds in which each of PyTorch's forms has its turn too."""
+    measure.seconds(call.run, 1)
+    counts, times, errors = {"jax": measure.repeats(measure.seconds(call.run, 1))}, {"jax": []}, {}
+    what = {"network": _network(setting), "batch": batch, "train": which == "training", "dtype": dtype}
+    for name, form in _forms(setting, batch).items() if peer else ():
+        answer = peer.ask("open", name=name, **what, **form)
+        if answer and "error" not in answer:
+            answer = peer.ask("time", name=name, steps=1)
+        if not answer or "error" in answer:
+            errors[name] = (answer or {}).get("error", "its process has ended")
+            continue
+        counts[name], times[name] = measure.repeats(answer["seconds"]), []
+    for _ in range(setting.rounds):
+        for name, count in counts.items():
+            if name == "jax":
+                times[name].append(measure.seconds(call.run, count))
+            else:
+                times[name].append(peer.ask("time", name=name, steps=count)["seconds"] / count)
+    if peer:
+        peer.ask("close")
+    medians = {name: statistics.median(each) for name, each in times.items()}
+    return {
+        "seconds": medians["jax"], "rounds_s": times["jax"], "images_per_s": batch / medians["jax"],
+        "peers": [
+            {"form": name, "images_per_s": batch / seconds, "ratio": seconds / medians["jax"], "rounds_s": times[name]}
+            for name, seconds in medians.items() if name != "jax"
+        ],
+        "peer_errors": errors,
+    }  # fmt: skip
+
+
+# Growth.
+
+
+def _exponent(curve: Sequence[dict[str, Any]]) -> float:
+    """p of seconds ≈ c · FLOP^p, by least squares: 1 is linear, less is better."""
+    work, seconds = (np.log([point[name] for point in curve]) for name in ("flops", "seconds"))
+    return float(np.polyfit(work, seconds, 1)[0])
+
+
+def growth(setting: Setting) -> dict[str, Any]:
+    """Seconds of a training step against the image's side, the batch and the width, one at a time."""
+    model, side, channels = setting.model, setting.shape[0], setting.shape[2]
+    middle = setting.batches[len(setting.batches) // 2]
+
+    def point(value, model, batch, side):
+        call = training_step(model, batch, (side, side, channels))
+        return {"value": value, "flops": call.cost["flops"], "program_bytes": call.cost["program_bytes"],
+                "seconds": measure.median_seconds(call.run, setting.rounds)}  # fmt: skip
+
+    sides = (side, 2 * side) if setting.quick else (side // 2, 3 * side // 4, side, 3 * side // 2)
+    shares = (1, 2) if setting.quick else (0.25, 0.5, 1, 1.5)
+    wider = lambda share: model.clone(widths=tuple(2 * round(share * w / 2) for w in model.widths))  # noqa: E731
+    curves = {
+        "image side": [point(s, model, middle, s) for s in sides],
+        "batch": [point(b, model, b, side) for b in setting.batches],
+        "width": [point(share, wider(share), middle, side) for share in shares],
+    }
+    return {"batch": middle, "curves": curves, "exponents": {name: _exponent(curve) for name, curve in curves.items()}}
+
+
+def devices(setting: Setting) -> dict[str, Any]:
+    """Seconds of a data-parallel training step of one batch on 1, 2, 4 … devices; virtual ones share a CPU's cores."""
+    batch = setting.batches[-1]
+    counts = [n for n in (1, 2, 4, 8) if n <= jax.device_count() and batch % n == 0]
+    records = [
+        measure_layout(Layout(f"{n} devices", n, 1), setting.model, setting.shape, batch, setting.rounds)
+        for n in counts
+    ]
+    return {
+        "batch": batch, "virtual": jax.devices()[0].platform == "cpu",
+        "curve": [{"value": n, "seconds": r["step_s"]} for n, r in zip(counts, records, strict=True)],
+    }  # fmt: skip
+
+
+# The loop and the start.
+
+
+def _config(given: Sequence[str], otherwise: Sequence[str]):
+    """The recipe that `main`'s flags describe, or the default one on a part of its data."""
+    values = absl_flags.FlagValues()
+    config_flags.DEFINE_config_file(
+        "config", str(ROOT / "alexnet_jax" / "configs" / "fashion_mnist.py"), flag_values=values
+    )
+    values(["benchmark", *(given or [f"--config.{field}" for field in otherwise])])
+    return values.config
+
+
+def loop(setting: Setting) -> dict[str, Any]:
+    """Images/s of the loop of `train_and_evaluate`, as its metrics.jsonl has them, and of the bare step beside it.
+
+    The bare step takes the same state, donated, and one batch that lies on the device. The loop's first window, which
+    compiles, is left out; validating and saving, which stop the loop's clock, are not in it.
+    """
+    from alexnet_jax import train
+
+    window, rounds = (10, 1) if setting.quick else (50, 3)
+    config = _config(setting.config, LOOP_DATA)
+    config.num_train_steps, config.log_every = (5 if setting.quick else 6) * window, window
+    bare, looped = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        use_compile_cache(f"{folder}/programs")
+        task = train._set_up(config)
+        state = create_state(task.model, task.optimizer, task.preprocess.image_shape, config.seed, task.mesh)
+        key, batch = jax.random.key(0), task.train_data.batch(jax.random.key(0), 0)
+
+        def run():
+            nonlocal state
+            state, metrics = task.train_step(state, batch, key)
+            return state, metrics
+
+        measure.seconds(run, window)
+        for i in range(rounds):
+            bare += [config.batch_size / measure.seconds(run, window) for _ in range(5)]
+            workdir = Path(folder) / str(i)
+            train.train_and_evaluate(config, workdir)
+            lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+            looped += [line["images_per_s"] for line in lines if "images_per_s" in line][1:]
+    ratio = statistics.median(bare) / statistics.median(looped)
+    return {
+        "dataset": config.dataset, "batch": config.batch_size, "mesh": dict(task.mesh.shape), "window": window,
+        "bare_images_per_s": statistics.median(bare), "loop_images_per_s": statistics.median(looped),
+        "overhead": ratio - 1, "bare": bare, "loop": looped,
+    }  # fmt: skip
+
+
+def start(setting: Setting) -> dict[str, Any]:
+    """Seconds from the command to the end of its first step, when nothing is compiled yet and when all is."""
+    recipes = ("fashion_mnist",) if setting.quick else ("fashion_mnist", "fashion_mnist_224")
+    found = {}
+    for recipe in recipes:
+        with tempfile.TemporaryDirectory() as folder:
+            times = [_time_to_first_step(recipe, Path(folder), name) for name in ("first", "second")]
+            programs = list((Path(folder) / "programs").iterdir())
+            found[recipe] = {
+                "first_s": times[0], "second_s": times[1], "programs": len(programs),
+                "cache_bytes": sum(p.stat().st_size for p in programs),
+            }  # fmt: skip
+    return {"recipes": found}
+
+
+def _time_to_first_step(recipe: str, folder: Path, name: str) -> float:
+    command = [
+        sys.executable, "-m", "alexnet_jax.main", f"--workdir={folder / name}",
+        f"--config=alexnet_jax/configs/{recipe}.py", f"--compile_cache={folder / 'programs'}",
+        *(f"--config.{field}" for field in START_DATA), "--config.num_train_steps=3", "--config.log_every=1",
+        "--config.batch_size=32", "--config.ten_crop=False",
+    ]  # fmt: skip
+    begin, seen = time.perf_counter(), None
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        output = []
+        for line in process.stdout:
+            output.append(line)
+            if seen is None and line.startswith("step 1/"):
+                seen = time.perf_counter() - begin
+    if process.returncode or seen is None:
+        raise ValueError(f"alexnet_jax.main does not train: {''.join(output[-3:])}")
+    return seen
+
+
+def _one_part(part: str, setting: Setting, folder: Path) -> None:
+    """Measures a part in this process and puts it into DIR/benchmark.json."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs room on the same GPU
+    jax.config.update("jax_enable_compilation_cache", part == "loop")  # the time to compile is one of the figures
+    if part == "devices":
+        sharding.make_mesh(cpu_devices=2 if setting.quick else 4)
+    if part not in ("loop", "start"):  # which start the devices themselves
+        cpu = jax.default_backend() == "cpu"
+        setting = setting._replace(
+            batches=setting.batches or ((1, 8, 32, 64) if cpu else (128, 512, 2048)),
+            dtypes=setting.dtypes or (("float32",) if cpu else ("float32", "bfloat16")),
+        )
+    found = globals()[part](setting)
+    about = {
+        "device": device_name(sharding.one_device()).split(", mesh")[0], "date": f"{datetime.date.today()}",
+        "jax": jax.__version__, "quick": setting.quick,
+    }  # fmt: skip
+    write_json(folder / "benchmark.json", _read(folder) | {part: about | found})
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / "benchmark.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _setting(flags: argparse.Namespace, config: list[str]) -> Setting:
+    """Raises ValueError for flags that make no sense."""
+    if unknown := set(flags.parts.split(",")) - set(PARTS):
+        raise ValueError(f"--parts: unknown part {min(unknown)!r}; the parts are {', '.join(PARTS)}")
+    if bad := [flag for flag in config if not flag.startswith("--config")]:
+        raise ValueError(f"unexpected argument {bad[0]!r}")
+    batches = flags.batches.split(",") if flags.batches else ["2", "4"] if flags.quick else []
+    if not all(b.isdecimal() and int(b) for b in batches):
+        raise ValueError(f"--batches={flags.batches}: expected positive numbers with commas, as in 1,8,32")
+    dtypes = flags.dtypes.split(",") if flags.dtypes else ["float32"] if flags.quick else []
+    if bad := set(dtypes) - {"float32", "bfloat16"}:
+        raise ValueError(f"--dtypes: {min(bad)!r}; expected float32, bfloat16 or both with a comma")
+    model, side = AlexNet(), 224
+    if flags.quick:
+        model, side = AlexNet(num_classes=10, widths=(8, 16, 16, 16, 16, 32, 32)), 64
+    return Setting(
+        model, (side, side, 3), tuple(sorted(map(int, batches))), tuple(dtypes), 3 if flags.quick else 5,
+        flags.torch_python, flags.quick, tuple(config),
+    )  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m experiments.benchmark", description=__doc__.splitlines()[0])
+    parser.add_argument("--workdir", type=Path, required=True, help="for benchmark.json, benchmark.md, benchmark.png")
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"with commas (default: {','.join(PARTS)})")
+    parser.add_argument("--batches", help="with commas (default: 1,8,32,64 on a CPU, 128,512,2048 elsewhere)")
+    parser.add_argument("--dtypes", help="float32, bfloat16 or both (default: float32 on a CPU, both elsewhere)")
+    parser.add_argument("--quick", action="store_true", help="a small network and few steps, to see that it works")
+    parser.add_argument("--torch-python", default=sys.executable, help="a Python that has PyTorch (default: this one)")
+    parser.epilog = "Flags --config=FILE and --config.FIELD=VALUE, as of alexnet_jax.main, set the recipe of the loop."
+    flags, config = parser.parse_known_args(argv)
+    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        setting, parts = _setting(flags, config), flags.parts.split(",")
+        flags.workdir.mkdir(parents=True, exist_ok=True)
+        for part in parts:
+            if len(parts) == 1:
+                _one_part(part, setting, flags.workdir)
+                continue
+            command = [sys.executable, "-m", "experiments.benchmark", *arguments, f"--parts={part}"]
+            if subprocess.run(command, cwd=ROOT).returncode:
+                sys.exit(f"Error: --parts={part} failed; the other parts run without it")
+        records = _read(flags.workdir)
+        (flags.workdir / "benchmark.md").write_text(text := benchmark_report.markdown(records))
+        benchmark_report.plot(records, flags.workdir / "benchmark.png")
+    except ValueError as error:
+        sys.exit(f"Error: {error}")
+    except OSError as error:
+        sys.exit(f"Error: --workdir={flags.workdir}: {error}")
+    print(f"{text}\nWritten to {flags.workdir}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""The tables and the picture of `experiments.benchmark`, from what it measured."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Record = dict[str, Any]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (head, ("---",) * len(head), *rows))
+
+
+def _count(x: float) -> str:
+    return f"{x:,.0f}" if x >= 100 else f"{x:.1f}"
+
+
+def fastest(case: Record) -> Record | None:
+    """PyTorch's fastest form in a case."""
+    return max(case["peers"], key=lambda peer: peer["images_per_s"], default=None)
+
+
+def case_line(case: Record) -> str:
+    """A case in one line, as it is measured."""
+    peers = "; ".join(f"{p['form']} {_count(p['images_per_s'])}, ratio {p['ratio']:.2f}" for p in case["peers"])
+    failed = "; ".join(f"{name} failed: {error}" for name, error in case["peer_errors"].items())
+    beside = f" (PyTorch: {'; '.join(filter(None, (peers, failed)))})" if peers or failed else ""
+    return f"{case['pass']} {case['dtype']} batch {case['batch']}: {_count(case['images_per_s'])} images/s{beside}"
+
+
+def _step(part: Record) -> str:
+    matmul, copy = part["rates"]["matmul"], part["rates"]["copy"]
+    names = list(dict.fromkeys(p["form"] for case in part["cases"] for p in case["peers"]))
+    head = ["pass", "dtype", "batch", "images/s", "of the matrix product", "of the copy", "compile (s)",
+            "program (MB)", "peak (MB)", *(f"PyTorch {n}" for n in names)]  # fmt: skip
+    head += ["ratio to the fastest"] * bool(names)
+    rows = []
+    for case in part["cases"]:
+        peers = {p["form"]: _count(p["images_per_s"]) for p in case["peers"]}
+        peak = case.get("device_peak_bytes") or case.get("resident_peak_bytes")
+        best = fastest(case)
+        rows.append([
+            case["pass"], case["dtype"], case["batch"], _count(case["images_per_s"]),
+            f"{case['flops'] / case['seconds'] / matmul[case['dtype']]:.0%}",
+            f"{case['bytes'] / case['seconds'] / copy:.0%}", f"{case['compile_s']:.1f}",
+            f"{case['program_bytes'] / 1e6:.0f}", f"{peak / 1e6:.0f}" if peak else "not told",
+            *(peers.get(n, "—") for n in names), *([f"{best['ratio']:.2f}"] if best else ["—"] * bool(names)),
+        ])  # fmt: skip
+    measured = ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in a {dtype} matrix product" for dtype, rate in matmul.items())
+    lines = [f"The device reaches {measured} and {copy / 1e9:.1f} GB/s in a copy.", _table(head, rows)]
+    if part["torch"]:
+        name, worst = max(part["differences"].items(), key=lambda item: item[1])
+        lines.append(
+            f"PyTorch {part['torch']['version']} with the same weights and images and no dropout: logits and gradients "
+            f"differ by at most {worst:.1e} of the largest element ({name})."
+        )
+    return "\n\n".join([*lines, *_memory(part)])
+
+
+def memory_model(part: Record, dtype: str) -> tuple[float, float] | None:
+    """Bytes of the training program as (bytes without images, bytes an image), from the two largest batches."""
+    cases = [c for c in part["cases"] if c["pass"] == "training" and c["dtype"] == dtype][-2:]
+    if len(cases) < 2:
+        return None
+    small, large = cases
+    slope = (large["program_bytes"] - small["program_bytes"]) / (large["batch"] - small["batch"])
+    return large["program_bytes"] - slope * large["batch"], slope
+
+
+def _memory(part: Record) -> list[str]:
+    lines = []
+    for dtype in part["rates"]["matmul"]:
+        if found := memory_model(part, dtype):
+            fixed, image = found
+            donated = next(c["donated_bytes"] for c in part["cases"] if c["pass"] == "training")
+            lines.append(
+                f"Memory of a training step in {dtype}: {fixed / 1e6:.0f} MB and {image / 1e6:.2f} MB an image, so "
+                f"that {part['memory_bytes'] / 1e9:.1f} GB hold a batch of "
+                f"{int((part['memory_bytes'] - fixed) / image):,} (computed). Donated: parameters, velocities and "
+                f"counters, {donated / 1e6:.0f} MB."
+            )
+    return lines
+
+
+def roofline(record: Record, rates: Record) -> float:
+    """The share of what the device could do: the longer of computing at the matrix product's rate and moving the least
+    bytes at the copy's, by the measured time."""
+    least = max(record["flops"] / rates["matmul"][record["dtype"]], record["bytes"] / rates["copy"])
+    return least / record["seconds"]
+
+
+def _layers(part: Record) -> str:
+    head = ("layer", "pass", "dtype", "ms", "GFLOP/s", "GB/s", "of the roofline")
+    rows = [
+        (r["layer"], r["pass"], r["dtype"], f"{1e3 * r['seconds']:.1f}", f"{r['flops'] / r['seconds'] / 1e9:.1f}",
+         f"{r['bytes'] / r['seconds'] / 1e9:.1f}", f"{roofline(r, part['rates']):.0%}")
+        for r in part["layers"]
+    ]  # fmt: skip
+    totals = []
+    for dtype in dict.fromkeys(r["dtype"] for r in part["layers"]):
+        total = sum(r["seconds"] for r in part["layers"] if r["dtype"] == dtype)
+        totals.append(f"{1e3 * total:.0f} ms in {dtype}")
+    text = f"Each layer alone, {part['batch']} images; bytes are the least, each array moved once. Together: "
+    return f"{text}{', '.join(totals)}.\n\n{_table(head, rows)}"
+
+
+def _growth(part: Record) -> str:
+    rows = [
+        (name, point["value"], f"{point['flops'] / 1e9:.1f}", f"{1e3 * point['seconds']:.1f}",
+         f"{point['flops'] / point['seconds'] / 1e9:.1f}", f"{part['exponents'][name]:.2f}")
+        for name, curve in part["curves"].items() for point in curve
+    ]  # fmt: skip
+    head = ("against", "value", "GFLOP", "step (ms)", "GFLOP/s", "exponent")
+    return (
+        f"A training step, {part['batch']} images where the batch is not what grows; the exponent p of time ~ FLOP^p, "
+        f"1 is linear.\n\n{_table(head, rows)}"
+    )
+
+
+def _devices(part: Record) -> str:
+    head = ("devices", "step (s)", "of one device's")
+    one = part["curve"][0]["seconds"]
+    rows = [(p["value"], f"{p['seconds']:.3f}", f"{p['seconds'] / one:.2f}") for p in part["curve"]]
+    shared = " The devices are virtual and share the CPU's cores: equal times are linear cost." * part["virtual"]
+    return f"Data parallel, {part['batch']} images over all devices.{shared}\n\n{_table(head, rows)}"
+
+
+def _loop(part: Record) -> str:
+    mesh = " × ".join(f"{size} {axis}" for axis, size in part["mesh"].items())
+    head = ("data set", "batch", "mesh", "bare step (images/s)", "loop (images/s)", "the loop adds")
+    row = (part["dataset"], part["batch"], mesh, _count(part["bare_images_per_s"]), _count(part["loop_images_per_s"]),
+           f"{part['overhead']:.1%}")  # fmt: skip
+    return f"Medians of windows of {part['window']} steps, alternating.\n\n{_table(head, [row])}"
+
+
+def _start(part: Record) -> str:
+    head = ("recipe", "first start (s)", "second start (s)", "programs kept", "MB")
+    rows = [
+        (name, f"{r['first_s']:.1f}", f"{r['second_s']:.1f}", r["programs"], f"{r['cache_bytes'] / 1e6:.1f}")
+        for name, r in part["recipes"].items()
+    ]  # fmt: skip
+    return f"From the command to the end of its first step, batch 32, a part of the data.\n\n{_table(head, rows)}"
+
+
+SECTIONS = {
+    "step": ("Training and inference", _step),
+    "layers": ("Layer by layer", _layers),
+    "growth": ("Growth", _growth),
+    "devices": ("Devices", _devices),
+    "loop": ("The loop", _loop),
+    "start": ("The second start", _start),
+}
+
+
+def markdown(records: Record) -> str:
+    """Every part that was measured, each with its device and date."""
+    texts = ["# Benchmark"]
+    for part, (title, text) in SECTIONS.items():
+        if part in records:
+            r = records[part]
+            quick = "; a small network, --quick" if r["quick"] else ""
+            texts.append(f"## {title}\n\n{r['device']}, {r['date']}, JAX {r['jax']}{quick}\n\n{text(r)}")
+    return "\n\n".join(texts) + "\n"
+
+
+def plot(records: Record, path: Path) -> None:
+    """Each layer under the roofline, images/s beside PyTorch by batch, and growth; what was measured of them."""
+    from matplotlib.figure import Figure
+
+    wanted = [draw for part, draw in (("layers", _draw_roofline), ("step", _draw_speed), ("growth", _draw_growth))
+              if part in records]  # fmt: skip
+    if not wanted:
+        return
+    figure = Figure(figsize=(6.2 * len(wanted), 5), layout="constrained")
+    for draw, axes in zip(wanted, np.atleast_1d(figure.subplots(1, len(wanted))), strict=True):
+        draw(axes, records)
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def _draw_roofline(axes, records: Record) -> None:
+    part = records["layers"]
+    known = [r for r in part["layers"] if r["flops"] > 0]
+    intensity = [r["flops"] / r["bytes"] for r in known]
+    reach = np.geomspace(min(intensity) / 2, max(intensity) * 2)
+    for dtype, style in zip(part["rates"]["matmul"], ("-", "--"), strict=False):
+        top, copy = part["rates"]["matmul"][dtype], part["rates"]["copy"]
+        axes.loglog(reach, np.minimum(top, copy * reach) / 1e9, f"k{style}", linewidth=1, label=f"roofline, {dtype}")
+        for which, colour in (("forward", "tab:blue"), ("backward", "tab:orange"), ("update", "tab:green")):
+            points = [r for r in known if r["pass"] == which and r["dtype"] == dtype]
+            x, y = ([r["flops"] / r[by] / unit for r in points] for by, unit in (("bytes", 1), ("seconds", 1e9)))
+            axes.loglog(x, y, "o", color=colour, markersize=4, fillstyle="full" if style == "-" else "none",
+                        label=which if style == "-" else None)  # fmt: skip
+            for r, *place in zip(points, x, y, strict=True):
+                axes.annotate(r["layer"], place, fontsize=7, xytext=(3, 2), textcoords="offset points")
+    axes.set(xlabel="FLOP a byte (least bytes)", ylabel="GFLOP/s",
+             title=f"Layers, {part['batch']} images: {part['device']}, {part['date']}")  # fmt: skip
+    axes.title.set_fontsize(10)
+    axes.legend(fontsize=8, frameon=False)
+
+
+def _draw_speed(axes, records: Record) -> None:
+    part = records["step"]
+    for dtype, style in zip(part["rates"]["matmul"], ("-", "--"), strict=False):
+        cases = [c for c in part["cases"] if c["pass"] == "training" and c["dtype"] == dtype]
+        curves = {"this project": [(c["batch"], c["images_per_s"]) for c in cases]}
+        for case in cases:
+            for peer in case["peers"]:
+                curves.setdefault(f"PyTorch {peer['form']}", []).append((case["batch"], peer["images_per_s"]))
+        for i, (name, points) in enumerate(curves.items()):
+            label = f"{name}, {dtype}"
+            axes.plot(*zip(*points, strict=True), f"o{style}", color=f"C{i}", markersize=4, label=label)
+    axes.set_xscale("log", base=2)
+    ticks = sorted({c["batch"] for c in part["cases"]})
+    axes.set_xticks(ticks, map(str, ticks))
+    axes.set_ylim(bottom=0)
+    axes.set(xlabel="batch", ylabel="images/s", title=f"Training: {part['device']}, {part['date']}")
+    axes.title.set_fontsize(10)
+    axes.legend(fontsize=8, frameon=False)
+
+
+def _draw_growth(axes, records: Record) -> None:
+    part = records["growth"]
+    for name, curve in part["curves"].items():
+        x, y = ([point[key] for point in curve] for key in ("flops", "seconds"))
+        label = f"{name} {curve[0]['value']} to {curve[-1]['value']}: exponent {part['exponents'][name]:.2f}"
+        axes.loglog(np.array(x) / 1e9, y, "o-", markersize=4, label=label)
+    axes.set(xlabel="GFLOP a step", ylabel="seconds a step", title=f"Growth: {part['device']}, {part['date']}")
+    axes.title.set_fontsize(10)
+    axes.legend(fontsize=8, frameon=False)

@@ -1,0 +1,121 @@
+"""The benchmark on a small network: what it counts against sums by hand, what it computes against PyTorch."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from alexnet_jax import AlexNet
+from experiments import benchmark, benchmark_report, measure
+
+SMALL = AlexNet(num_classes=10, widths=(8, 16, 16, 16, 16, 32, 32))
+SETTING = benchmark.Setting(SMALL, (64, 64, 3), (2, 4), ("float32",), 1, sys.executable, quick=True)
+# Multiplications and additions of an image forward, by the sizes of section 3.5: pixels × kernels × what a kernel sees.
+PAPER = {
+    "conv1": 2 * 55**2 * 96 * 11**2 * 3, "conv2": 2 * 27**2 * 256 * 5**2 * 48, "conv3": 2 * 13**2 * 384 * 3**2 * 256,
+    "conv4": 2 * 13**2 * 384 * 3**2 * 192, "conv5": 2 * 13**2 * 256 * 3**2 * 192,
+    "fc6": 2 * 9216 * 4096, "fc7": 2 * 4096**2, "fc8": 2 * 4096 * 1000,
+}  # fmt: skip
+
+
+def test_the_operations_of_each_layer_are_the_papers():
+    counted = {}
+    for layer in benchmark.layers_of(AlexNet(), 1, (224, 224, 3)):
+        outputs = jax.eval_shape(layer.function, layer.params, layer.inputs)
+        forward, both = (
+            measure.flops(jax.jit(function).trace(layer.params, layer.inputs, outputs))
+            for function in benchmark.forward_and_backward(layer)
+        )
+        counted[layer.name] = forward, both - forward
+    assert list(counted) == list(benchmark.OUTPUTS)
+    for name, flops in PAPER.items():
+        forward, backward = counted[name]
+        assert forward == pytest.approx(flops, rel=0.02)  # biases, ReLU and dropout are counted too
+        assert backward == pytest.approx(flops if name == "conv1" else 2 * flops, rel=0.03), name
+
+
+def test_the_least_bytes_are_each_array_once():
+    by_name = {layer.name: layer for layer in benchmark.layers_of(AlexNet(), 2, (224, 224, 3))}
+    x, y, w = 4 * 2 * 27**2 * 96, 4 * 2 * 27**2 * 256, 4 * (25 * 48 * 256 + 256)
+    assert benchmark.least_bytes(by_name["conv2"]) == (x + y + w, y + 2 * (x + w) - x)
+    images, y, w = 4 * 2 * 224**2 * 3, 4 * 2 * 55**2 * 96, 4 * (121 * 3 * 96 + 96)
+    assert benchmark.least_bytes(by_name["conv1"]) == (images + y + w, images + y + 2 * w)  # no gradient of the images
+
+
+def test_a_training_step_counts_as_its_layers_do():
+    call = benchmark.training_step(SMALL, 2, (64, 64, 3))
+    layers = 0
+    for layer in benchmark.layers_of(SMALL, 2, (64, 64, 3)):
+        outputs = jax.eval_shape(layer.function, layer.params, layer.inputs)
+        both = benchmark.forward_and_backward(layer)[1]
+        layers += measure.flops(jax.jit(both).trace(layer.params, layer.inputs, outputs))
+    assert layers < call.cost["flops"] < 1.5 * layers  # the images, the loss and the update beside them
+    state, _ = call.run()
+    assert call.cost["donated_bytes"] >= measure.size((state.params, state.opt_state))
+    assert call.cost["program_bytes"] > call.cost["donated_bytes"]
+
+
+def test_pytorch_computes_the_same():
+    pytest.importorskip("torch")
+    peer = benchmark.Peer(sys.executable)
+    try:
+        found = benchmark.differences(peer, SETTING)
+    finally:
+        peer.close()
+    assert set(found) == {"logits", *(f"{layer}/{x}" for layer in benchmark.LAYERS for x in ("kernel", "bias"))}
+    assert max(found.values()) < 1e-4
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch") is not None, reason="PyTorch is installed here")
+def test_without_pytorch_it_is_measured_alone(capsys):
+    result = benchmark.step(SETTING._replace(batches=(2,)))
+    assert result["torch"] is None and [c["peers"] for c in result["cases"]] == [[], []]
+    assert "measured alone" in capsys.readouterr().out
+
+
+def test_the_exponent_of_a_curve():
+    curve = [{"flops": x, "seconds": 3 * x**1.5} for x in (1e9, 2e9, 7e9)]
+    assert benchmark._exponent(curve) == pytest.approx(1.5)
+
+
+def test_the_memory_of_an_image():
+    cases = [{"pass": "training", "dtype": "float32", "batch": b, "program_bytes": 500 + 7 * b} for b in (1, 8, 32)]
+    assert benchmark_report.memory_model({"cases": cases}, "float32") == pytest.approx((500, 7))
+
+
+def test_the_command_and_what_it_leaves(tmp_path):
+    command = [sys.executable, "-m", "experiments.benchmark", f"--workdir={tmp_path}", "--quick", "--batches=2,4"]
+    done = subprocess.run([*command, "--parts=step,growth"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    records = json.loads((tmp_path / "benchmark.json").read_text())
+    assert set(records) == {"step", "growth"}
+    for part in records.values():
+        assert part["device"] and part["date"] and part["jax"] == jax.__version__ and part["quick"]
+    cases = {(c["pass"], c["batch"]): c for c in records["step"]["cases"]}
+    assert set(cases) == {(which, batch) for which in ("training", "inference") for batch in (2, 4)}
+    for case in cases.values():
+        assert case["seconds"] == pytest.approx(np.median(case["rounds_s"]))
+        assert case["images_per_s"] == pytest.approx(case["batch"] / case["seconds"])
+        assert case["flops"] > 0 and case["bytes"] > 0 and case["compile_s"] > 0 and case["program_bytes"] > 0
+    assert cases["training", 4]["flops"] > 2 * cases["inference", 4]["flops"]
+    assert set(records["growth"]["exponents"]) == {"image side", "batch", "width"}
+    text = (tmp_path / "benchmark.md").read_text()
+    assert "## Training and inference" in text and "## Growth" in text and "MB an image" in text
+    assert (tmp_path / "benchmark.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("flags,words", [
+    (["--parts=speed"], "--parts: unknown part 'speed'; the parts are step"),
+    (["--batches=8,many"], "--batches=8,many: expected positive numbers"),
+    (["--dtypes=float16"], "--dtypes: 'float16'"),
+    (["--colour=1"], "unexpected argument '--colour=1'"),
+])  # fmt: skip
+def test_bad_flags_are_one_line(tmp_path, flags, words):
+    with pytest.raises(SystemExit) as stop:
+        benchmark.main([f"--workdir={tmp_path / 'out'}", *flags])
+    assert words in stop.value.code and "\n" not in stop.value.code and not (tmp_path / "out").exists()
