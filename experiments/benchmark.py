@@ -578,13 +578,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             if subprocess.run(command, cwd=ROOT).returncode:
                 sys.exit(f"Error: --parts={part} failed; the other parts run without it")
         records = _read(flags.workdir)
-        (flags.workdir / "benchmark.md").write_text(text := benchmark_report.markdown(records))
+        (flags.workdir / "benchmark.md").write_text(benchmark_report.markdown(records))
         benchmark_report.plot(records, flags.workdir / "benchmark.png")
     except ValueError as error:
         sys.exit(f"Error: {error}")
     except OSError as error:
         sys.exit(f"Error: --workdir={flags.workdir}: {error}")
-    print(f"{text}\nWritten to {flags.workdir}")
+    if len(parts) == 1:  # otherwise each part has shown its own
+        print(f"{benchmark_report.section(parts[0], records[parts[0]])}\n")
+    else:
+        print(f"Written to {flags.workdir}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def _count(x: float) -> str:
-    return f"{x:,.0f}" if x >= 100 else f"{x:.1f}"
+    return f"{x:,.0f}" if x >= 100 else f"{x:.1f}" if x >= 1 else f"{x:.2g}"
 
 
 def fastest(case: Record) -> Record | None:
@@ -45,7 +45,7 @@ def _step(part: Record) -> str:
             case["pass"], case["dtype"], case["batch"], _count(case["images_per_s"]),
             f"{case['flops'] / case['seconds'] / matmul[case['dtype']]:.0%}",
             f"{case['bytes'] / case['seconds'] / copy:.0%}", f"{case['compile_s']:.1f}",
-            f"{case['program_bytes'] / 1e6:.0f}", f"{peak / 1e6:.0f}" if peak else "not told",
+            _count(case["program_bytes"] / 1e6), _count(peak / 1e6) if peak else "not told",
             *(peers.get(n, "—") for n in names), *([f"{best['ratio']:.2f}"] if best else ["—"] * bool(names)),
         ])  # fmt: skip
     measured = ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in a {dtype} matrix product" for dtype, rate in matmul.items())
@@ -94,8 +94,8 @@ def roofline(record: Record, rates: Record) -> float:
 def _layers(part: Record) -> str:
     head = ("layer", "pass", "dtype", "ms", "GFLOP/s", "GB/s", "of the roofline")
     rows = [
-        (r["layer"], r["pass"], r["dtype"], f"{1e3 * r['seconds']:.1f}", f"{r['flops'] / r['seconds'] / 1e9:.1f}",
-         f"{r['bytes'] / r['seconds'] / 1e9:.1f}", f"{roofline(r, part['rates']):.0%}")
+        (r["layer"], r["pass"], r["dtype"], _count(1e3 * r["seconds"]), _count(r["flops"] / r["seconds"] / 1e9),
+         _count(r["bytes"] / r["seconds"] / 1e9), f"{roofline(r, part['rates']):.0%}")
         for r in part["layers"]
     ]  # fmt: skip
     totals = []
@@ -108,8 +108,8 @@ def _layers(part: Record) -> str:
 
 def _growth(part: Record) -> str:
     rows = [
-        (name, point["value"], f"{point['flops'] / 1e9:.1f}", f"{1e3 * point['seconds']:.1f}",
-         f"{point['flops'] / point['seconds'] / 1e9:.1f}", f"{part['exponents'][name]:.2f}")
+        (name, point["value"], _count(point["flops"] / 1e9), _count(1e3 * point["seconds"]),
+         _count(point["flops"] / point["seconds"] / 1e9), f"{part['exponents'][name]:.2f}")
         for name, curve in part["curves"].items() for point in curve
     ]  # fmt: skip
     head = ("against", "value", "GFLOP", "step (ms)", "GFLOP/s", "exponent")
@@ -154,15 +154,16 @@ SECTIONS = {
 }
 
 
+def section(part: str, record: Record) -> str:
+    """A part that was measured, in Markdown, with its device and date."""
+    title, text = SECTIONS[part]
+    quick = "; a small network, --quick" if record["quick"] else ""
+    return f"## {title}\n\n{record['device']}, {record['date']}, JAX {record['jax']}{quick}\n\n{text(record)}"
+
+
 def markdown(records: Record) -> str:
-    """Every part that was measured, each with its device and date."""
-    texts = ["# Benchmark"]
-    for part, (title, text) in SECTIONS.items():
-        if part in records:
-            r = records[part]
-            quick = "; a small network, --quick" if r["quick"] else ""
-            texts.append(f"## {title}\n\n{r['device']}, {r['date']}, JAX {r['jax']}{quick}\n\n{text(r)}")
-    return "\n\n".join(texts) + "\n"
+    """Every part that was measured."""
+    return "\n\n".join(["# Benchmark", *(section(part, records[part]) for part in SECTIONS if part in records)]) + "\n"
 
 
 def plot(records: Record, path: Path) -> None:
