@@ -20,7 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,14 +27,14 @@ import optax
 from absl import flags as absl_flags
 from ml_collections import config_flags
 
-from alexnet_jax import AlexNet, activations, cross_entropy, dropout, local_response_norm, max_pool, paper_sgd, sharding
+from alexnet_jax import AlexNet, paper_sgd, sharding
 from alexnet_jax.compile_cache import use_compile_cache
 from alexnet_jax.evaluate import predict
-from alexnet_jax.model import LAYERS, OUTPUTS, TOWERS
 from alexnet_jax.report import write_json
 from alexnet_jax.train import create_state, device_name, make_train_step
-from alexnet_jax.variants import VARIANTS
 from experiments import benchmark_report, measure
+from experiments.layers import forward_and_backward, layers_of, least_bytes, step_bytes
+from experiments.peer import Peer, differences, network
 from experiments.sharding import Layout
 from experiments.sharding import measure as measure_layout
 
@@ -99,86 +98,6 @@ def inference(model: AlexNet, batch: int, shape: tuple[int, int, int]) -> Call:
     return Call(partial(compiled, params, data.images), cost)
 
 
-# The layers, each on its own.
-
-
-class Layer(NamedTuple):
-    """A layer as the network calls it: `function(params, inputs)`, and the shapes of both."""
-
-    name: str
-    function: Callable[[Any, Any], Any]
-    params: Any
-    inputs: Any
-    input_gradient: bool = True  # conv1's inputs are the images
-
-
-def layers_of(model: AlexNet, batch: int, shape: tuple[int, int, int]) -> list[Layer]:
-    """The layers of `OUTPUTS`, each with its ReLU, and the fully connected ones with their dropout."""
-    images = jax.ShapeDtypeStruct((batch, *shape), jnp.float32)
-    params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
-    shapes = partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype))
-    variant, seen = VARIANTS[model.variant], {}
-
-    def keep(call, args, kwargs, context):
-        if context.method_name == "__call__" and context.module.name in LAYERS:
-            seen[context.module.name] = context.module.clone(parent=None), shapes(args[0])
-        return call(*args, **kwargs)
-
-    with nn.intercept_methods(keep):
-        maps = jax.eval_shape(partial(activations, model), params, images)
-
-    def towers(of):
-        return [jax.ShapeDtypeStruct((*of.shape[:-1], of.shape[-1] // TOWERS), of.dtype)] * TOWERS
-
-    def learned(name, params, inputs):
-        x = jax.tree.map(nn.relu if name != "fc8" else lambda x: x, seen[name][0].apply({"params": params}, inputs))
-        return dropout(jax.random.key(0), x) if name in ("fc6", "fc7") else x
-
-    def fixed(function, params, inputs):
-        return [function(x) for x in inputs]
-
-    found = []
-    for before, name in zip(("images", *OUTPUTS), OUTPUTS, strict=False):
-        if name in LAYERS:
-            found.append(Layer(name, partial(learned, name), params[name], seen[name][1], name != "conv1"))
-        else:
-            norm = lambda x: local_response_norm(x, *variant.lrn)  # noqa: E731
-            function = partial(fixed, norm if name.startswith("norm") else max_pool)
-            found.append(Layer(name, function, {}, towers(maps[before])))
-    return found
-
-
-def forward_and_backward(layer: Layer) -> tuple[Callable, Callable]:
-    """Functions of (params, inputs, gradient of the outputs): the outputs; the outputs and the gradients."""
-
-    def forward(params, inputs, _):
-        return layer.function(params, inputs)
-
-    def both(params, inputs, gradient):
-        if layer.input_gradient:
-            outputs, back = jax.vjp(layer.function, params, inputs)
-        else:
-            outputs, back = jax.vjp(lambda params: layer.function(params, inputs), params)
-        return outputs, back(gradient)
-
-    return forward, both
-
-
-def least_bytes(layer: Layer) -> tuple[int, int]:
-    """What a layer must read and write, forward and backward, if each array moves once."""
-    outputs = jax.eval_shape(layer.function, layer.params, layer.inputs)
-    params, x, y = measure.size(layer.params), measure.size(layer.inputs), measure.size(outputs)
-    return params + x + y, 2 * params + x + y + x * layer.input_gradient
-
-
-def step_bytes(model: AlexNet, batch: int, shape: tuple[int, int, int]) -> dict[str, int]:
-    """The least bytes of a training step and of inference: all layers', and reading and writing for the update."""
-    each = [(least_bytes(layer), measure.size(layer.params)) for layer in layers_of(model, batch, shape)]
-    forward, backward = (sum(bytes_[i] for bytes_, _ in each) for i in (0, 1))
-    # Parameters and velocities are read and written, gradients read.
-    return {"training": forward + backward + 5 * sum(params for _, params in each), "inference": forward}
-
-
 def layers(setting: Setting) -> dict[str, Any]:
     """Time, operations and least bytes of each layer, forward and backward, at the largest batch."""
     batch, records = setting.batches[-1], []
@@ -235,72 +154,6 @@ def rates(setting: Setting) -> dict[str, Any]:
     }
 
 
-# Beside PyTorch.
-
-
-class Peer:
-    """`torch_alexnet` as a process; `ask` sends it a request and waits for the answer."""
-
-    def __init__(self, python: str):
-        command = [python, str(ROOT / "experiments" / "torch_alexnet.py")]
-        try:
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-            )
-        except OSError as error:
-            raise ValueError(f"--torch-python={python}: {error.strerror}") from None
-
-    def ask(self, ask: str, **what: Any) -> dict[str, Any] | None:
-        """None if the process has ended, as it does where PyTorch is not installed."""
-        try:
-            self.process.stdin.write(json.dumps({"ask": ask, **what}) + "\n")
-            self.process.stdin.flush()
-            return json.loads(self.process.stdout.readline() or "null")
-        except BrokenPipeError:
-            return None
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
-
-
-def _network(setting: Setting) -> dict[str, Any]:
-    model, (side, _, channels) = setting.model, setting.shape
-    return {"image": side, "channels": channels, "classes": model.num_classes, "widths": list(model.widths)}
-
-
-def differences(peer: Peer, setting: Setting, batch: int = 4) -> dict[str, float]:
-    """How far PyTorch's logits and gradients are from ours on the same weights and images, without dropout.
-
-    Returns:
-      For the logits and each parameter's gradient, the largest difference by the largest element.
-    """
-    random = np.random.default_rng(1)
-    images = random.integers(-128, 128, (batch, *setting.shape)).astype(np.float32)
-    labels = random.integers(0, setting.model.num_classes, batch).astype(np.int32)
-    params = create_state(setting.model, paper_sgd(), setting.shape, 0).params
-
-    def loss(params):
-        logits = setting.model.apply({"params": params}, images)
-        return cross_entropy(logits, labels), logits
-
-    with jax.default_matmul_precision("highest"):
-        gradients, logits = jax.jit(jax.grad(loss, has_aux=True))(params)
-    ours = {"logits": logits, **_by_path(gradients)}
-    with tempfile.TemporaryDirectory() as folder:
-        source, target = f"{folder}/in.npz", f"{folder}/out.npz"
-        np.savez(source, images=images, labels=labels, **_by_path(params))
-        answer = peer.ask("compute", network=_network(setting), source=source, target=target)
-        if answer is None or "error" in answer:
-            raise ValueError(f"PyTorch computes nothing: {(answer or {}).get('error', 'its process has ended')}")
-        theirs = np.load(target)
-        return {k: float(np.abs(v - theirs[k]).max() / np.abs(v).max()) for k, v in ours.items()}
-
-
-def _by_path(tree: Any) -> dict[str, np.ndarray]:
-    return {f"{layer}/{name}": np.asarray(x) for layer, leaves in tree.items() for name, x in leaves.items()}
-
-
 def step(setting: Setting) -> dict[str, Any]:
     """Training and inference over the batches and dtypes, alternating with PyTorch's forms where it is installed."""
     result = {
@@ -310,7 +163,7 @@ def step(setting: Setting) -> dict[str, Any]:
     try:
         result["torch"] = peer.ask("version")
         if result["torch"]:
-            result["differences"] = differences(peer, setting)
+            result["differences"] = differences(peer, setting.model, setting.shape)
             name, worst = max(result["differences"].items(), key=lambda item: item[1])
             print(f"PyTorch {result['torch']['version']}: the same weights and images give logits and gradients that "
                   f"differ by at most {worst:.1e} of the largest element ({name})", flush=True)  # fmt: skip
@@ -353,7 +206,8 @@ def _alternate(call: Call, peer: Peer | None, setting: Setting, batch: int, whic
     """Seconds of a call, the median of rounds in which each of PyTorch's forms has its turn too."""
     measure.seconds(call.run, 1)
     counts, times, errors = {"jax": measure.repeats(measure.seconds(call.run, 1))}, {"jax": []}, {}
-    what = {"network": _network(setting), "batch": batch, "train": which == "training", "dtype": dtype}
+    what = {"network": network(setting.model, setting.shape), "batch": batch, "dtype": dtype}
+    what["train"] = which == "training"
     for name, form in _forms(setting, batch).items() if peer else ():
         answer = peer.ask("open", name=name, **what, **form)
         if answer and "error" not in answer:

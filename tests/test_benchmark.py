@@ -11,7 +11,9 @@ import pytest
 from conftest import ROOT
 
 from alexnet_jax import AlexNet
-from experiments import benchmark, benchmark_report, measure
+from alexnet_jax.model import LAYERS, OUTPUTS
+from experiments import benchmark, benchmark_report, layers, measure
+from experiments.peer import Peer, differences
 
 SMALL = AlexNet(num_classes=10, widths=(8, 16, 16, 16, 16, 32, 32))
 SETTING = benchmark.Setting(SMALL, (64, 64, 3), (2, 4), ("float32",), 1, sys.executable, quick=True)
@@ -25,14 +27,14 @@ PAPER = {
 
 def test_the_operations_of_each_layer_are_the_papers():
     counted = {}
-    for layer in benchmark.layers_of(AlexNet(), 1, (224, 224, 3)):
+    for layer in layers.layers_of(AlexNet(), 1, (224, 224, 3)):
         outputs = jax.eval_shape(layer.function, layer.params, layer.inputs)
         forward, both = (
             measure.flops(jax.jit(function).trace(layer.params, layer.inputs, outputs))
-            for function in benchmark.forward_and_backward(layer)
+            for function in layers.forward_and_backward(layer)
         )
         counted[layer.name] = forward, both - forward
-    assert list(counted) == list(benchmark.OUTPUTS)
+    assert list(counted) == list(OUTPUTS)
     for name, flops in PAPER.items():
         forward, backward = counted[name]
         assert forward == pytest.approx(flops, rel=0.02)  # biases, ReLU and dropout are counted too
@@ -40,21 +42,21 @@ def test_the_operations_of_each_layer_are_the_papers():
 
 
 def test_the_least_bytes_are_each_array_once():
-    by_name = {layer.name: layer for layer in benchmark.layers_of(AlexNet(), 2, (224, 224, 3))}
+    by_name = {layer.name: layer for layer in layers.layers_of(AlexNet(), 2, (224, 224, 3))}
     x, y, w = 4 * 2 * 27**2 * 96, 4 * 2 * 27**2 * 256, 4 * (25 * 48 * 256 + 256)
-    assert benchmark.least_bytes(by_name["conv2"]) == (x + y + w, y + 2 * (x + w) - x)
+    assert layers.least_bytes(by_name["conv2"]) == (x + y + w, y + 2 * (x + w) - x)
     images, y, w = 4 * 2 * 224**2 * 3, 4 * 2 * 55**2 * 96, 4 * (121 * 3 * 96 + 96)
-    assert benchmark.least_bytes(by_name["conv1"]) == (images + y + w, images + y + 2 * w)  # no gradient of the images
+    assert layers.least_bytes(by_name["conv1"]) == (images + y + w, images + y + 2 * w)  # no gradient of the images
 
 
 def test_a_training_step_counts_as_its_layers_do():
     call = benchmark.training_step(SMALL, 2, (64, 64, 3))
-    layers = 0
-    for layer in benchmark.layers_of(SMALL, 2, (64, 64, 3)):
+    together = 0
+    for layer in layers.layers_of(SMALL, 2, (64, 64, 3)):
         outputs = jax.eval_shape(layer.function, layer.params, layer.inputs)
-        both = benchmark.forward_and_backward(layer)[1]
-        layers += measure.flops(jax.jit(both).trace(layer.params, layer.inputs, outputs))
-    assert layers < call.cost["flops"] < 1.5 * layers  # the images, the loss and the update beside them
+        both = layers.forward_and_backward(layer)[1]
+        together += measure.flops(jax.jit(both).trace(layer.params, layer.inputs, outputs))
+    assert together < call.cost["flops"] < 1.5 * together  # the images, the loss and the update beside them
     state, _ = call.run()
     assert call.cost["donated_bytes"] >= measure.size((state.params, state.opt_state))
     assert call.cost["program_bytes"] > call.cost["donated_bytes"]
@@ -62,12 +64,12 @@ def test_a_training_step_counts_as_its_layers_do():
 
 def test_pytorch_computes_the_same():
     pytest.importorskip("torch")
-    peer = benchmark.Peer(sys.executable)
+    peer = Peer(sys.executable)
     try:
-        found = benchmark.differences(peer, SETTING)
+        found = differences(peer, SMALL, (64, 64, 3))
     finally:
         peer.close()
-    assert set(found) == {"logits", *(f"{layer}/{x}" for layer in benchmark.LAYERS for x in ("kernel", "bias"))}
+    assert set(found) == {"logits", *(f"{layer}/{x}" for layer in LAYERS for x in ("kernel", "bias"))}
     assert max(found.values()) < 1e-4
 
 

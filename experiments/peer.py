@@ -1,0 +1,82 @@
+"""PyTorch beside us: `torch_alexnet` as a process, and whether it computes the same."""
+
+import json
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from alexnet_jax import AlexNet, cross_entropy, paper_sgd
+from alexnet_jax.train import create_state
+
+
+class Peer:
+    """`torch_alexnet` as a process; `ask` sends it a request and waits for the answer."""
+
+    def __init__(self, python: str):
+        command = [python, str(Path(__file__).with_name("torch_alexnet.py"))]
+        try:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            )
+        except OSError as error:
+            raise ValueError(f"--torch-python={python}: {error.strerror}") from None
+
+    def ask(self, ask: str, **what: Any) -> dict[str, Any] | None:
+        """None if the process has ended, as it does where PyTorch is not installed."""
+        try:
+            self.process.stdin.write(json.dumps({"ask": ask, **what}) + "\n")
+            self.process.stdin.flush()
+            return json.loads(self.process.stdout.readline() or "null")
+        except BrokenPipeError:
+            return None
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def network(model: AlexNet, shape: tuple[int, int, int]) -> dict[str, Any]:
+    """What `torch_alexnet.AlexNet` is to be."""
+    return {"image": shape[0], "channels": shape[2], "classes": model.num_classes, "widths": list(model.widths)}
+
+
+def differences(peer: Peer, model: AlexNet, shape: tuple[int, int, int], batch: int = 4) -> dict[str, float]:
+    """How far PyTorch's logits and gradients are from ours on the same weights and images, without dropout.
+
+    Args:
+      shape: [H, W, C] of an image.
+
+    Returns:
+      For the logits and each parameter's gradient, the largest difference by the largest element.
+
+    Raises:
+      ValueError: PyTorch does not compute them.
+    """
+    random = np.random.default_rng(1)
+    images = random.integers(-128, 128, (batch, *shape)).astype(np.float32)
+    labels = random.integers(0, model.num_classes, batch).astype(np.int32)
+    params = create_state(model, paper_sgd(), shape, 0).params
+
+    def loss(params):
+        logits = model.apply({"params": params}, images)
+        return cross_entropy(logits, labels), logits
+
+    with jax.default_matmul_precision("highest"):
+        gradients, logits = jax.jit(jax.grad(loss, has_aux=True))(params)
+    ours = {"logits": logits, **_by_path(gradients)}
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = f"{folder}/in.npz", f"{folder}/out.npz"
+        np.savez(source, images=images, labels=labels, **_by_path(params))
+        answer = peer.ask("compute", network=network(model, shape), source=source, target=target)
+        if answer is None or "error" in answer:
+            raise ValueError(f"PyTorch computes nothing: {(answer or {}).get('error', 'its process has ended')}")
+        theirs = np.load(target)
+        return {k: float(np.abs(v - theirs[k]).max() / np.abs(v).max()) for k, v in ours.items()}
+
+
+def _by_path(tree: Any) -> dict[str, np.ndarray]:
+    return {f"{layer}/{name}": np.asarray(x) for layer, leaves in tree.items() for name, x in leaves.items()}
