@@ -29,7 +29,9 @@ from ml_collections import config_flags
 
 from alexnet_jax import AlexNet, paper_sgd, sharding
 from alexnet_jax.compile_cache import use_compile_cache
+from alexnet_jax.data import DataError
 from alexnet_jax.evaluate import predict
+from alexnet_jax.recipe import ConfigError
 from alexnet_jax.report import write_json
 from alexnet_jax.train import create_state, device_name, make_train_step
 from experiments import benchmark_report, measure
@@ -283,12 +285,14 @@ def devices(setting: Setting) -> dict[str, Any]:
 
 
 def _config(given: Sequence[str], otherwise: Sequence[str]):
-    """The recipe that `main`'s flags describe, or the default one on a part of its data."""
-    values = absl_flags.FlagValues()
-    config_flags.DEFINE_config_file(
-        "config", str(ROOT / "alexnet_jax" / "configs" / "fashion_mnist.py"), flag_values=values
-    )
-    values(["benchmark", *(given or [f"--config.{field}" for field in otherwise])])
+    """The recipe that `main`'s flags describe, or the default one on a part of its data; ValueError if there is none."""
+    values, path = absl_flags.FlagValues(), ROOT / "alexnet_jax" / "configs" / "fashion_mnist.py"
+    try:
+        config_flags.DEFINE_config_file("config", str(path), flag_values=values)
+        values(["benchmark", *(given or [f"--config.{field}" for field in otherwise])])
+        values.config.to_dict()  # a file that could not be read shows only now
+    except (absl_flags.Error, AttributeError, KeyError, TypeError, OSError, SyntaxError) as error:
+        raise ValueError(f"--config: {' '.join(str(error).split())}") from None
     return values.config
 
 
@@ -395,6 +399,7 @@ def _setting(flags: argparse.Namespace, config: list[str]) -> Setting:
         raise ValueError(f"--parts: unknown part {min(unknown)!r}; the parts are {', '.join(PARTS)}")
     if bad := [flag for flag in config if not flag.startswith("--config")]:
         raise ValueError(f"unexpected argument {bad[0]!r}")
+    _config(config, LOOP_DATA)
     batches = flags.batches.split(",") if flags.batches else ["2", "4"] if flags.quick else []
     if not all(b.isdecimal() and int(b) for b in batches):
         raise ValueError(f"--batches={flags.batches}: expected positive numbers with commas, as in 1,8,32")
@@ -429,12 +434,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                 _one_part(part, setting, flags.workdir)
                 continue
             command = [sys.executable, "-m", "experiments.benchmark", *arguments, f"--parts={part}"]
-            if subprocess.run(command, cwd=ROOT).returncode:
+            if subprocess.run(command).returncode:
                 sys.exit(f"Error: --parts={part} failed; the other parts run without it")
         records = _read(flags.workdir)
         (flags.workdir / "benchmark.md").write_text(benchmark_report.markdown(records))
         benchmark_report.plot(records, flags.workdir / "benchmark.png")
-    except ValueError as error:
+    except (ValueError, ConfigError, DataError) as error:
         sys.exit(f"Error: {error}")
     except OSError as error:
         sys.exit(f"Error: --workdir={flags.workdir}: {error}")

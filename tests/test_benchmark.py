@@ -116,6 +116,7 @@ def test_the_command_and_what_it_leaves(tmp_path):
     (["--batches=8,many"], "--batches=8,many: expected positive numbers"),
     (["--dtypes=float16"], "--dtypes: 'float16'"),
     (["--colour=1"], "unexpected argument '--colour=1'"),
+    (["--config.batch_siz=1"], "--config: "),
 ])  # fmt: skip
 def test_bad_flags_are_one_line(tmp_path, flags, words):
     with pytest.raises(SystemExit) as stop:
