@@ -285,7 +285,7 @@ def devices(setting: Setting) -> dict[str, Any]:
 
 
 def _config(given: Sequence[str], otherwise: Sequence[str]):
-    """The recipe that `main`'s flags describe, or the default one on a part of its data; ValueError if there is none."""
+    """The recipe that `main`'s flags describe, or the default on a part of its data; ValueError if there is none."""
     values, path = absl_flags.FlagValues(), ROOT / "alexnet_jax" / "configs" / "fashion_mnist.py"
     try:
         config_flags.DEFINE_config_file("config", str(path), flag_values=values)

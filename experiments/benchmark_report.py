@@ -154,6 +154,37 @@ SECTIONS = {
 }
 
 
+def summary(records: Record) -> str:
+    """The main figures, each with its device and date."""
+    rows = []
+
+    def add(part, what, value):
+        rows.append((what, value, records[part]["device"], records[part]["date"]))
+
+    if part := records.get("step"):
+        largest = max(case["batch"] for case in part["cases"])
+        for case in (c for c in part["cases"] if c["batch"] == largest):
+            share = case["flops"] / case["seconds"] / part["rates"]["matmul"][case["dtype"]]
+            text = f"{_count(case['images_per_s'])} images/s, {share:.0%} of the matrix product's rate"
+            if best := fastest(case):
+                text += f"; {best['ratio']:.2f} × PyTorch's fastest ({best['form']}: {_count(best['images_per_s'])})"
+            add("step", f"{case['pass']}, {case['dtype']}, batch {largest}", text)
+        for dtype in part["rates"]["matmul"]:
+            if found := memory_model(part, dtype):
+                add("step", f"memory of a training step, {dtype}",
+                    f"{found[0] / 1e6:.0f} MB and {found[1] / 1e6:.2f} MB an image")  # fmt: skip
+    if part := records.get("growth"):
+        for name, exponent in part["exponents"].items():
+            add("growth", f"growth with the {name}", f"time ~ FLOP^{exponent:.2f}")
+    if part := records.get("loop"):
+        loop = f"{_count(part['loop_images_per_s'])} images/s, bare step {_count(part['bare_images_per_s'])}"
+        add("loop", f"the loop on {part['dataset']}, batch {part['batch']}", f"{loop}: {part['overhead']:+.1%}")
+    if part := records.get("start"):
+        for name, r in part["recipes"].items():
+            add("start", f"command to first step, {name}", f"{r['first_s']:.1f} s; second start {r['second_s']:.1f} s")
+    return _table(("what", "measured", "device", "date"), rows)
+
+
 def section(part: str, record: Record) -> str:
     """A part that was measured, in Markdown, with its device and date."""
     title, text = SECTIONS[part]
@@ -162,8 +193,9 @@ def section(part: str, record: Record) -> str:
 
 
 def markdown(records: Record) -> str:
-    """Every part that was measured."""
-    return "\n\n".join(["# Benchmark", *(section(part, records[part]) for part in SECTIONS if part in records)]) + "\n"
+    """The main figures, then every part that was measured."""
+    sections = [section(part, records[part]) for part in SECTIONS if part in records]
+    return "\n\n".join(["# Benchmark", summary(records), *sections]) + "\n"
 
 
 def plot(records: Record, path: Path) -> None:
