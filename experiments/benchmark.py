@@ -288,8 +288,9 @@ def _config(given: Sequence[str], otherwise: Sequence[str]):
     """The recipe that `main`'s flags describe, or the default on a part of its data; ValueError if there is none."""
     values, path = absl_flags.FlagValues(), ROOT / "alexnet_jax" / "configs" / "fashion_mnist.py"
     try:
-        config_flags.DEFINE_config_file("config", str(path), flag_values=values)
-        values(["benchmark", *(given or [f"--config.{field}" for field in otherwise])])
+        argv = ["benchmark", *(given or [f"--config.{field}" for field in otherwise])]
+        config_flags.DEFINE_config_file("config", str(path), flag_values=values, sys_argv=argv)
+        values(argv)
         values.config.to_dict()  # a file that could not be read shows only now
     except (absl_flags.Error, AttributeError, KeyError, TypeError, OSError, SyntaxError) as error:
         raise ValueError(f"--config: {' '.join(str(error).split())}") from None
