@@ -1,51 +1,62 @@
 """The second start finds its programs, and computes the same with them: real processes."""
 
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from conftest import TINY, run_main, saved_state
+from conftest import ROOT, TINY, run_main, saved_state
 
-SHORT = (*TINY, "--config.num_train_steps=10", "--config.mesh.data=1", "--config.mesh.cpu_devices=1")
+# Without the settings of these tests.
+USERS = {name: value for name, value in os.environ.items() if "CACHE" not in name}
 
 
 def entries(folder):
     return {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
 
 
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    """A user's, with a cache folder of its own and none of these tests' settings: (variables, that folder)."""
-    home = tmp_path_factory.mktemp("cache")
-    kept = {k: v for k, v in os.environ.items() if "CACHE" not in k}
-    return {**kept, "XDG_CACHE_HOME": str(home)}, home / "alexnet_jax"
+def test_the_second_start_compiles_nothing_and_ends_the_same(fashion_mnist, tmp_path):
+    def run(workdir):
+        flags = (*TINY, "--config.num_train_steps=10", f"--compile_cache={tmp_path}/programs")
+        code, output = run_main(workdir, *flags, env=USERS)
+        assert code == 0, output
+        return saved_state(workdir, 10)
 
-
-def test_the_second_start_compiles_nothing_and_ends_the_same(fashion_mnist, environment, tmp_path):
-    variables, cache = environment
-    code, output = run_main(tmp_path / "first", *SHORT, env=variables)
-    assert code == 0, output
-    programs = entries(cache)
+    compiled = run(tmp_path / "first")
+    programs = entries(tmp_path / "programs")
     assert any(name.startswith("jit_train_step-") for name in programs)
-    code, output = run_main(tmp_path / "second", *SHORT, env=variables)
-    assert code == 0, output
-    assert entries(cache) == programs  # each program that is compiled is written there
-    ours, theirs = saved_state(tmp_path / "second", 10), saved_state(tmp_path / "first", 10)
-    for path, leaf in theirs.items():
-        np.testing.assert_array_equal(ours[path], leaf, path)
+    found = run(tmp_path / "second")
+    assert entries(tmp_path / "programs") == programs  # each program that is compiled is written there
+    for path, leaf in compiled.items():
+        np.testing.assert_array_equal(found[path], leaf, path)
 
 
-def test_the_flag_moves_it_and_stops_it(fashion_mnist, environment, tmp_path):
-    variables, _ = environment
-    variables = {**variables, "XDG_CACHE_HOME": f"{tmp_path}/user", "JAX_COMPILATION_CACHE_DIR": f"{tmp_path}/jax"}
-    code, output = run_main(tmp_path / "stopped", *SHORT, "--compile_cache=", env=variables)
-    assert code == 0 and not (tmp_path / "user").exists() and not (tmp_path / "jax").exists(), output
-    code, output = run_main(tmp_path / "moved", *SHORT, f"--compile_cache={tmp_path}/here", env=variables)
-    assert code == 0 and entries(tmp_path / "here") and not (tmp_path / "jax").exists(), output
+COMPILE = """
+import sys, jax
+from alexnet_jax.compile_cache import use_compile_cache
+use_compile_cache(eval(sys.argv[1]))
+print(jax.jit(lambda x: x + 1)(1))
+"""
 
 
-def test_a_folder_that_cannot_be_written_is_one_line_of_warning(fashion_mnist, environment, tmp_path):
+@pytest.mark.parametrize("folder,environment,written", [
+    (None, {}, "xdg/alexnet_jax"),
+    (None, {"JAX_COMPILATION_CACHE_DIR": "{}/jax"}, "jax"),
+    ("{}/flag", {"JAX_COMPILATION_CACHE_DIR": "{}/jax"}, "flag"),
+    ("", {"JAX_COMPILATION_CACHE_DIR": "{}/jax"}, None),
+    ("{}/file/cache", {"JAX_COMPILATION_CACHE_DIR": "{}/jax"}, None),
+])  # fmt: skip
+def test_where_programs_are_kept(tmp_path, folder, environment, written):
     (tmp_path / "file").write_text("")
-    code, output = run_main(tmp_path / "run", *SHORT, f"--compile_cache={tmp_path}/file/cache", env=environment[0])
-    warnings = [line for line in output.splitlines() if "cache" in line]
-    assert code == 0 and len(warnings) == 1 and "Not a directory; programs are compiled anew" in warnings[0], output
+    environment = {**environment, "XDG_CACHE_HOME": "{}/xdg"}
+    environment = {name: value.format(tmp_path) for name, value in environment.items()}
+    command = [sys.executable, "-c", COMPILE, repr(folder and folder.format(tmp_path))]
+    done = subprocess.run(command, cwd=ROOT, env=USERS | environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "2\n", done.stderr
+    assert {str(p.parent.relative_to(tmp_path)) for p in tmp_path.rglob("jit_*-cache")} == ({written} - {None})
+    if folder == "{}/file/cache":
+        warning = f"--compile_cache={tmp_path}/file/cache: Not a directory; programs are compiled anew\n"
+        assert done.stderr == warning
+    else:
+        assert not done.stderr
