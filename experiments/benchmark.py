@@ -42,7 +42,9 @@ from experiments.sharding import measure as measure_layout
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("step", "layers", "growth", "devices", "loop", "start")
-TOLERANCE = 1e-3  # of the largest element of an array, between two sums of float32 in another order
+# By the largest element of an array. Where float32 takes another pixel for a pooling window's maximum than float64 does,
+# a gradient of conv1 changed by 0.003.
+TOLERANCE = {"logits": 1e-5, "gradients": 1e-2}
 # Of `main`'s default recipe a part of the data, which is read again in each round.
 LOOP_DATA = ("train_split=train[:12800]", "validation_split=train[55000:56000]", "test_split=test[:1000]")
 START_DATA = ("train_split=train[:1000]", "validation_split=train[55000:55500]", "test_split=test[:500]")
@@ -166,11 +168,10 @@ def step(setting: Setting) -> dict[str, Any]:
         result["torch"] = peer.ask("version")
         if result["torch"]:
             result["differences"] = differences(peer, setting.model, setting.shape)
-            name, worst = max(result["differences"].items(), key=lambda item: item[1])
-            print(f"PyTorch {result['torch']['version']}: the same weights and images give logits and gradients that "
-                  f"differ by at most {worst:.1e} of the largest element ({name})", flush=True)  # fmt: skip
-            if not worst < TOLERANCE:
-                raise ValueError(f"{name} differs by {worst:.1e} of its largest element: not the same network")
+            print(benchmark_report.agreement(result), flush=True)
+            for name, difference in result["differences"].items():
+                if not difference < TOLERANCE["logits" if name == "logits" else "gradients"]:
+                    raise ValueError(f"{name} differs by {difference:.1e} of its largest element: not the same network")
         else:
             print(f"No PyTorch in {setting.torch_python}: measured alone", flush=True)
         for dtype in setting.dtypes:

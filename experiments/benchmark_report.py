@@ -30,6 +30,15 @@ def case_line(case: Record) -> str:
     return f"{case['pass']} {case['dtype']} batch {case['batch']}: {_count(case['images_per_s'])} images/s{beside}"
 
 
+def agreement(part: Record) -> str:
+    """How far PyTorch's results are from ours, in one line."""
+    name, worst = max(part["differences"].items(), key=lambda item: item[1])
+    return (
+        f"With the same weights and images, without dropout, our logits and gradients in float32 differ from those of "
+        f"PyTorch {part['torch']['version']} in float64 by at most {worst:.1e} of the largest element ({name})."
+    )
+
+
 def _step(part: Record) -> str:
     matmul, copy = part["rates"]["matmul"], part["rates"]["copy"]
     names = list(dict.fromkeys(p["form"] for case in part["cases"] for p in case["peers"]))
@@ -51,11 +60,7 @@ def _step(part: Record) -> str:
     measured = ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in a {dtype} matrix product" for dtype, rate in matmul.items())
     lines = [f"The device reaches {measured} and {copy / 1e9:.1f} GB/s in a copy.", _table(head, rows)]
     if part["torch"]:
-        name, worst = max(part["differences"].items(), key=lambda item: item[1])
-        lines.append(
-            f"PyTorch {part['torch']['version']} with the same weights and images and no dropout: logits and gradients "
-            f"differ by at most {worst:.1e} of the largest element ({name})."
-        )
+        lines.append(agreement(part))
     return "\n\n".join([*lines, *_memory(part)])
 
 

@@ -75,9 +75,12 @@ def _to_jax(layer: str, kernel: np.ndarray, last_maps: int) -> np.ndarray:
 
 
 def compute(network: dict, source: str, target: str) -> dict:
-    """Logits and gradients without dropout, of the images, labels and parameters in one .npz file, into another."""
-    arrays = np.load(source)
-    net = AlexNet(**network).eval()
+    """Logits and gradients without dropout, of the images, labels and parameters in one .npz file, into another.
+
+    In float64: in float32 two nearly equal pixels of a pooling window may change places, and their gradients with them.
+    """
+    arrays = {name: array.astype(np.float64) for name, array in np.load(source).items()}
+    net = AlexNet(**network).double().eval()
     last_maps = network["widths"][4]
     with torch.no_grad():
         for layer in LAYERS:
