@@ -42,8 +42,8 @@ from experiments.sharding import measure as measure_layout
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("step", "layers", "growth", "devices", "loop", "start")
-# By the largest element of an array. Where float32 takes another pixel for a pooling window's maximum than float64 does,
-# a gradient of conv1 changed by 0.003.
+# By the largest element of an array. Where float32 took another pixel for a pooling window's maximum than float64, a
+# gradient of conv1 changed by 0.003.
 TOLERANCE = {"logits": 1e-5, "gradients": 1e-2}
 # Of `main`'s default recipe a part of the data, which is read again in each round.
 LOOP_DATA = ("train_split=train[:12800]", "validation_split=train[55000:56000]", "test_split=test[:1000]")
