@@ -104,7 +104,7 @@ def inference(model: AlexNet, batch: int, shape: tuple[int, int, int]) -> Call:
 
 def layers(setting: Setting) -> dict[str, Any]:
     """Time, operations and least bytes of each layer, forward and backward, at the largest batch."""
-    batch, records = setting.batches[-1], []
+    batch, records, before = setting.batches[-1], [], rates(setting)
     for dtype in setting.dtypes:
         model = setting.model.clone(dtype=jnp.dtype(dtype))
         for layer in layers_of(model, batch, setting.shape):
@@ -120,7 +120,7 @@ def layers(setting: Setting) -> dict[str, Any]:
                     "flops": operations[i] - i * operations[0], "seconds": max(times[i] - i * times[0], 1e-9),
                 })  # fmt: skip
         records.append(_update(model, setting) | {"dtype": dtype})
-    return {"batch": batch, "shape": setting.shape, "rates": rates(setting), "layers": records}
+    return {"batch": batch, "shape": setting.shape, "rates": rates(setting, before), "layers": records}
 
 
 def _random(of: jax.ShapeDtypeStruct) -> jax.Array:
@@ -150,12 +150,13 @@ def _update(model: AlexNet, setting: Setting) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def rates(setting: Setting) -> dict[str, Any]:
-    """What the device reaches at best: FLOP/s of a matrix product by dtype, bytes/s of a copy."""
-    return {
+def rates(setting: Setting, before: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What the device reaches at best, now or `before`: FLOP/s of a matrix product by dtype, bytes/s of a copy."""
+    now = {
         "matmul": {dtype: measure.matmul_rate(dtype, setting.rounds) for dtype in setting.dtypes},
         "copy": measure.copy_rate(setting.rounds),
     }
+    return jax.tree.map(max, before, now) if before else now
 
 
 def step(setting: Setting) -> dict[str, Any]:
@@ -189,6 +190,7 @@ def step(setting: Setting) -> dict[str, Any]:
                     result["cases"].append(case)
                     print(benchmark_report.case_line(case), flush=True)
                     del call
+        result["rates"] = rates(setting, result["rates"])
     finally:
         peer.close()
     return result
@@ -250,12 +252,12 @@ def _exponent(curve: Sequence[dict[str, Any]]) -> float:
 def growth(setting: Setting) -> dict[str, Any]:
     """Seconds of a training step against the image's side, the batch and the width, one at a time."""
     model, side, channels = setting.model, setting.shape[0], setting.shape[2]
-    middle = setting.batches[len(setting.batches) // 2]
+    middle = setting.batches[min(1, len(setting.batches) - 1)]
 
     def point(value, model, batch, side):
         call = training_step(model, batch, (side, side, channels))
         return {"value": value, "flops": call.cost["flops"], "program_bytes": call.cost["program_bytes"],
-                "seconds": measure.median_seconds(call.run, setting.rounds)}  # fmt: skip
+                "seconds": measure.median_seconds(call.run, 3)}  # fmt: skip
 
     sides = (side, 2 * side) if setting.quick else (side // 2, 3 * side // 4, side, 3 * side // 2)
     shares = (1, 2) if setting.quick else (0.25, 0.5, 1, 1.5)
