@@ -167,19 +167,11 @@ def find_parts(dataset: str, data_dir: Path, size: int) -> tuple[dict[str, list[
 
 
 def _official(dataset: str, data_dir: Path) -> str:
-    """How to prepare one of TFDS's own data sets, which is the part that needs TensorFlow."""
+    """How to prepare one of TFDS's own data sets."""
     try:
-        instructions = tfds.builder_cls(dataset).MANUAL_DOWNLOAD_INSTRUCTIONS
+        return f"TFDS prepares {dataset} with: {''.join(data.how_to_build(dataset, data_dir))}"
     except tfds.core.registered.DatasetNotFoundError:
         return f"TFDS knows no {dataset!r} that it could prepare itself"
-    manual = ""
-    if instructions:
-        manual = " --manual_dir=DIR, where DIR is a folder with the files that you got from the owner: "
-        manual += " ".join(instructions.split())
-    return (
-        f"TFDS prepares {dataset} with: pip install tensorflow && "
-        f"tfds build {dataset} --file_format=array_record --data_dir={data_dir}{manual}"
-    )
 
 
 class Shard(NamedTuple):
