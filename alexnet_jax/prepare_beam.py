@@ -152,7 +152,7 @@ def prepare(
         check_undecodable([name for of_shard in made for name in of_shard.undecodable], max_undecodable)
         finish(Path(scratch), shards, made)
         metadata = set(Path(scratch).iterdir()) - {shard.path for shard in shards}
-        for path in sorted(metadata, key=lambda path: path.name == "dataset_info.json"):  # the one that says it is whole
+        for path in sorted(metadata, key=lambda path: path.name == "dataset_info.json"):  # says that it is whole
             _store(path, f"{folder}/{path.name}")
     FileSystems.delete([f"{folder}/{shard.sums.name}" for shard in shards])
     return folder
