@@ -168,8 +168,9 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="where the data set NAME_256 goes")
     parser.add_argument("--max_undecodable", type=int, default=10, help="files that may be left out before it fails")
     flags, of_beam = parser.parse_known_args()
-    logging.basicConfig(format="%(message)s", stream=sys.stdout)
+    log.addHandler(logging.StreamHandler(sys.stdout))  # of its own: Beam has set up the root's
     log.setLevel(logging.INFO)
+    log.propagate = False
     try:
         folder = prepare(**vars(flags), options=PipelineOptions(of_beam))
     except (PrepareError, data.DataError, OSError) as error:

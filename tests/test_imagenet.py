@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -127,3 +128,24 @@ def test_from_the_archives_to_the_test_errors(archives, tmp_path):
         np.testing.assert_array_equal(ours[path], leaf, path)
     result = json.loads((places["RUN"] / "result.json").read_text())
     assert result["test_patches"] == 10 and 0 < result["test_top5_error"] <= result["test_top1_error"]
+
+
+def test_the_full_network_learns_photographs_by_heart(tmp_path):
+    for path in sorted(PHOTOGRAPHS.iterdir())[::25]:
+        file = tmp_path / "photographs" / "train" / path.name[:9] / path.name
+        file.parent.mkdir(parents=True)
+        file.write_bytes(path.read_bytes())
+    places = {"PHOTOGRAPHS": tmp_path / "photographs", "DATA": tmp_path / "data", "RUN": tmp_path / "run"}
+    run(documented("python -m alexnet_jax.prepare --dataset photographs", **places))
+    train = documented("python -m alexnet_jax.main .*photographs_256", **places)
+    train += ["--config.batch_size=8", "--config.num_train_steps=50", "--config.learning_rate=0.003"]
+    output = run([*train, "--config.warmup_steps=10", "--config.drop_at_epochs=(45.,)"])
+    assert re.search(r"fc6 .*37,752,832", output) and re.search("steps +50 of 8 images", output)
+    metrics = [json.loads(line) for line in (places["RUN"] / "metrics.jsonl").read_text().splitlines()]
+    losses = [m["train_loss"] for m in metrics if "train_loss" in m]
+    assert losses[0] == pytest.approx(np.log(8), rel=0.2)  # all classes alike
+    last = next(m for m in reversed(metrics) if "validation_loss" in m)
+    assert last["validation_loss"] < 0.2 and last["validation_top1_error"] == 0  # on the central patch
+    result = json.loads((places["RUN"] / "result.json").read_text())
+    assert result["test_patches"] == 10 and result["test_top1_error"] == 0
+    shutil.rmtree(places["RUN"])  # a checkpoint is half a gigabyte
