@@ -10,6 +10,7 @@ it back. Beam repeats what fails; a pipeline that is stopped starts over.
 import argparse
 import itertools
 import logging
+import os
 import shutil
 import sys
 import tempfile
@@ -133,7 +134,7 @@ def prepare(
       PrepareError, data.DataError, OSError: as there.
       RuntimeError: Beam's own, if a worker goes on failing.
     """
-    data_dir, out = data_dir.rstrip("/"), out.rstrip("/")
+    data_dir, out = (f if "://" in f else os.path.abspath(f) for f in (data_dir.rstrip("/"), out.rstrip("/")))
     folder = f"{out}/{dataset}_{SIDE}/{VERSION}"
     if FileSystems.exists(f"{folder}/dataset_info.json"):
         log.info("%s is prepared already", folder)
