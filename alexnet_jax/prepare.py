@@ -195,6 +195,27 @@ class Shard(NamedTuple):
         return self.path.with_name(f"{self.path.name}.npz")
 
 
+def plan(name: str, parts: dict[str, list[Part]], label: tfds.features.ClassLabel, folder: Path) -> list[Shard]:
+    """The shards of the data set `name` in a folder: what there is to do.
+
+    Raises:
+      PrepareError: a name that TFDS does not take.
+    """
+    for word in (name, *parts):
+        if not re.fullmatch(r"\w+", word):
+            raise PrepareError(f"{word!r}: the names of data sets and splits are letters, digits and _ in TFDS")
+    features = tfds.features.FeaturesDict({
+        "image": tfds.features.Image(shape=(SIDE, SIDE, 3), encoding_format="jpeg"),
+        "label": tfds.features.ClassLabel(names=label.names),
+        "file_name": tfds.features.Text(),
+    })  # fmt: skip
+    return [
+        Shard(split, part, folder / f"{name}-{split}.array_record-{i:05}-of-{len(parts[split]):05}", features)
+        for split in parts
+        for i, part in enumerate(parts[split])
+    ]
+
+
 class Made(NamedTuple):
     """What is known of a shard once its file is there."""
 
@@ -246,29 +267,6 @@ def make_shard(shard: Shard) -> Made:
         np.savez(output, pixel_sum=pixel_sum, products=products, **fields)
     temporary.replace(shard.sums)
     return made
-
-
-def plan(
-    name: str, parts: dict[str, list[Part]], label: tfds.features.ClassLabel, folder: Path
-) -> list[Shard]:
-    """The shards of the data set `name` in a folder: what there is to do.
-
-    Raises:
-      PrepareError: a name that TFDS does not take.
-    """
-    for word in (name, *parts):
-        if not re.fullmatch(r"\w+", word):
-            raise PrepareError(f"{word!r}: the names of data sets and splits are letters, digits and _ in TFDS")
-    features = tfds.features.FeaturesDict({
-        "image": tfds.features.Image(shape=(SIDE, SIDE, 3), encoding_format="jpeg"),
-        "label": tfds.features.ClassLabel(names=label.names),
-        "file_name": tfds.features.Text(),
-    })  # fmt: skip
-    return [
-        Shard(split, part, folder / f"{name}-{split}.array_record-{i:05}-of-{len(parts[split]):05}", features)
-        for split in parts
-        for i, part in enumerate(parts[split])
-    ]
 
 
 def _start_worker() -> None:
