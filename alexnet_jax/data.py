@@ -40,13 +40,49 @@ def _lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def open_builder(name: str, data_dir: str = "", source_dir: str = "") -> tfds.core.DatasetBuilder:
+def how_to_build(name: str, data_dir: Path, manual_dir: str = "") -> tuple[str, str]:
+    """The command with which TFDS prepares one of its own data sets, which needs TensorFlow; and what is to be known.
+
+    Args:
+      manual_dir: a folder with the files that only the owner of the data set gives out, if there are such files.
+
+    Raises:
+      tfds.core.registered.DatasetNotFoundError: the data set is none of TFDS's own.
+    """
+    instructions = " ".join((tfds.builder_cls(name).MANUAL_DOWNLOAD_INSTRUCTIONS or "").split())
+    command = f'pip install -e ".[tfds]" && tfds build {name} --file_format=array_record --data_dir={data_dir}'
+    if not instructions:
+        return command, ""
+    return f"{command} --manual_dir={manual_dir or 'ARCHIVES'}", f" ({instructions})"
+
+
+def _how_to_prepare(name: str, folder: Path, manual_dir: str) -> str:
+    """The commands that make a data set of TFDS, or what `alexnet_jax.prepare` makes of one; "" if there are none."""
+    original = name.removesuffix("_256")
+    commands, note, source = [], "", folder
+    try:
+        build, note = how_to_build(original, folder, manual_dir)
+        commands.append(build)
+    except tfds.core.registered.DatasetNotFoundError:
+        source, note = "IMAGES", " (IMAGES is a folder split/class/image)"
+    if any((folder / original).glob("**/dataset_info.json")):
+        commands, note, source = [], "", folder
+    if original == name:
+        return commands[0] + note if commands else ""
+    commands.append(f"python -m alexnet_jax.prepare --dataset {original} --data_dir {source} --out {folder}")
+    return " && ".join(commands) + note
+
+
+def open_builder(
+    name: str, data_dir: str = "", source_dir: str = "", manual_dir: str = ""
+) -> tfds.core.DatasetBuilder:
     """The TFDS builder of a prepared data set; Fashion-MNIST is prepared here if it is not yet.
 
     Args:
       name: a TFDS name.
       data_dir: where TFDS keeps prepared data sets; "" is TFDS's default, ~/tensorflow_datasets.
       source_dir: where the original files of Fashion-MNIST are, if the user has them.
+      manual_dir: where the archives of ImageNet are; for the commands that the error names.
 
     Raises:
       DataError: an unknown name, or a data set that is neither prepared nor can be prepared here.
@@ -61,17 +97,18 @@ def open_builder(name: str, data_dir: str = "", source_dir: str = "") -> tfds.co
                     fashion_mnist.prepare(folder, source_dir)
                     log.info("Prepared %s in %.0f s", builder.data_path, time.monotonic() - start)
             builder = tfds.builder(name, data_dir=folder)
+        if builder.info.splits:
+            return builder
     except tfds.core.registered.DatasetNotFoundError:
-        raise DataError(f"config.dataset={name!r}: TFDS knows no such data set, and {folder} holds none") from None
+        pass
     except OSError as error:
         raise DataError(f"config.dataset={name!r}: {error}") from None
-    if not builder.info.splits:
+    if commands := _how_to_prepare(name, folder, manual_dir):
         raise DataError(
             f"config.data_dir={str(folder)!r}: no prepared data set {name!r} there; name the folder that has it, or "
-            f"prepare it once: pip install tensorflow && tfds build {name} --file_format=array_record "
-            f"--data_dir={folder}"
+            f"prepare it once: {commands}"
         )
-    return builder
+    raise DataError(f"config.dataset={name!r}: TFDS knows no such data set, and {folder} holds none")
 
 
 def split_size(builder: tfds.core.DatasetBuilder, split: str) -> int:

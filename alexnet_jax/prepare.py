@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -116,10 +116,28 @@ class TfdsPart(NamedTuple):
 Part = FolderPart | TfdsPart
 
 
-@functools.cache
+@functools.lru_cache(maxsize=2)  # an open data set may be a temporary one
 def _records(folder: Path, split: str):
     builder = tfds.builder_from_directory(folder)
     return builder.as_data_source(split, decoders=dict.fromkeys(["image"], tfds.decode.SkipDecoding()))
+
+
+def folder_parts(
+    names: Iterable[str], folder: Path, size: int
+) -> tuple[dict[str, list[FolderPart]], tfds.features.ClassLabel | None]:
+    """The parts of each split, `size` images each, and the classes, of the files split/class/name of a folder."""
+    paths: dict[str, list[str]] = {}
+    for split, path in (name.split("/", 1) for name in names):
+        if not path.split("/")[1].startswith("."):
+            paths.setdefault(split, []).append(path)
+    classes = sorted({path.split("/")[0] for split in paths.values() for path in split})
+    for split in paths.values():
+        split.sort(key=lambda path: hashlib.sha256(path.encode()).digest())
+    parts = {
+        split: [FolderPart(folder / split, of_split[i : i + size], classes) for i in range(0, len(of_split), size)]
+        for split, of_split in sorted(paths.items())
+    }
+    return parts, tfds.features.ClassLabel(names=classes) if classes else None
 
 
 def find_parts(dataset: str, data_dir: Path, size: int) -> tuple[dict[str, list[Part]], tfds.features.ClassLabel]:
@@ -145,19 +163,8 @@ def find_parts(dataset: str, data_dir: Path, size: int) -> tuple[dict[str, list[
         }
         label = info.features["label"]
     else:
-        paths: dict[str, list[str]] = {}
-        for path in data_dir.glob("*/*/*"):
-            split, folder, name = path.relative_to(data_dir).parts
-            if path.is_file() and not name.startswith("."):
-                paths.setdefault(split, []).append(f"{folder}/{name}")
-        classes = sorted({path.split("/")[0] for split in paths.values() for path in split})
-        for split in paths.values():
-            split.sort(key=lambda path: hashlib.sha256(path.encode()).digest())
-        parts = {
-            split: [FolderPart(data_dir / split, names[i : i + size], classes) for i in range(0, len(names), size)]
-            for split, names in sorted(paths.items())
-        }
-        label = tfds.features.ClassLabel(names=classes) if classes else None
+        paths = (path for path in data_dir.glob("*/*/*") if path.is_file())
+        parts, label = folder_parts((path.relative_to(data_dir).as_posix() for path in paths), data_dir, size)
     if "train" not in parts:
         raise PrepareError(
             f"--data_dir={data_dir}: expected {dataset}/, a prepared TFDS data set, or train/CLASS/IMAGE, and other "
@@ -167,19 +174,11 @@ def find_parts(dataset: str, data_dir: Path, size: int) -> tuple[dict[str, list[
 
 
 def _official(dataset: str, data_dir: Path) -> str:
-    """How to prepare one of TFDS's own data sets, which is the part that needs TensorFlow."""
+    """How to prepare one of TFDS's own data sets."""
     try:
-        instructions = tfds.builder_cls(dataset).MANUAL_DOWNLOAD_INSTRUCTIONS
+        return f"TFDS prepares {dataset} with: {''.join(data.how_to_build(dataset, data_dir))}"
     except tfds.core.registered.DatasetNotFoundError:
         return f"TFDS knows no {dataset!r} that it could prepare itself"
-    manual = ""
-    if instructions:
-        manual = " --manual_dir=DIR, where DIR is a folder with the files that you got from the owner: "
-        manual += " ".join(instructions.split())
-    return (
-        f"TFDS prepares {dataset} with: pip install tensorflow && "
-        f"tfds build {dataset} --file_format=array_record --data_dir={data_dir}{manual}"
-    )
 
 
 class Shard(NamedTuple):
@@ -196,6 +195,27 @@ class Shard(NamedTuple):
         return self.path.with_name(f"{self.path.name}.npz")
 
 
+def plan(name: str, parts: dict[str, list[Part]], label: tfds.features.ClassLabel, folder: Path) -> list[Shard]:
+    """The shards of the data set `name` in a folder: what there is to do.
+
+    Raises:
+      PrepareError: a name that TFDS does not take.
+    """
+    for word in (name, *parts):
+        if not re.fullmatch(r"\w+", word):
+            raise PrepareError(f"{word!r}: the names of data sets and splits are letters, digits and _ in TFDS")
+    features = tfds.features.FeaturesDict({
+        "image": tfds.features.Image(shape=(SIDE, SIDE, 3), encoding_format="jpeg"),
+        "label": tfds.features.ClassLabel(names=label.names),
+        "file_name": tfds.features.Text(),
+    })  # fmt: skip
+    return [
+        Shard(split, part, folder / f"{name}-{split}.array_record-{i:05}-of-{len(parts[split]):05}", features)
+        for split in parts
+        for i, part in enumerate(parts[split])
+    ]
+
+
 class Made(NamedTuple):
     """What is known of a shard once its file is there."""
 
@@ -205,12 +225,17 @@ class Made(NamedTuple):
     undecodable: list[str]
 
 
+def known(shard: Shard) -> Made:
+    """Reads what `make_shard` wrote beside the file."""
+    with np.load(shard.sums) as found:
+        return Made(*(found[field].tolist() for field in Made._fields))
+
+
 def make_shard(shard: Shard) -> Made:
     """Writes the file and, beside it, what is known of it; if both are there from the same images, reads the latter."""
     fingerprint = hashlib.sha256(f"{JPEG_QUALITY} {shard.part.fingerprint()}".encode()).hexdigest()
     with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):  # not there, or not whole
-        with np.load(shard.sums) as found:
-            made = Made(*(found[field].tolist() for field in Made._fields))
+        made = known(shard)
         if made.fingerprint == fingerprint and made.file_bytes == shard.path.stat().st_size:
             return made
 
@@ -283,32 +308,18 @@ def prepare(
     """
     name, workers = f"{dataset}_{SIDE}", workers or len(os.sched_getaffinity(0))
     folder = Path(out).absolute() / name / VERSION
-    if folder.exists():
+    if (folder / "dataset_info.json").exists():
         log.info("%s is prepared already", folder)
         return folder
+    if folder.exists():
+        raise PrepareError(f"{folder} is not whole, and not this command's; remove it")
     parts, label = find_parts(dataset, Path(data_dir).absolute(), shard_size)
-    for word in (dataset, *parts):
-        if not re.fullmatch(r"\w+", word):
-            raise PrepareError(f"{word!r}: the names of data sets and splits are letters, digits and _ in TFDS")
-    features = tfds.features.FeaturesDict({
-        "image": tfds.features.Image(shape=(SIDE, SIDE, 3), encoding_format="jpeg"),
-        "label": tfds.features.ClassLabel(names=label.names),
-        "file_name": tfds.features.Text(),
-    })  # fmt: skip
     work = folder.with_name(f"incomplete.{VERSION}")
+    shards = plan(name, parts, label, work)
     work.mkdir(parents=True, exist_ok=True)
-    shards = [
-        Shard(split, part, work / f"{name}-{split}.array_record-{i:05}-of-{len(parts[split]):05}", features)
-        for split in parts
-        for i, part in enumerate(parts[split])
-    ]
     with _only_writer(work):
         made = _make_all(shards, workers, max_undecodable)
-        principal = statistics(shard.sums for shard in shards if shard.split == "train")
-        for leftover in set(work.iterdir()) - {shard.path for shard in shards}:
-            leftover.unlink()
-        np.savez(work / STATISTICS, **principal)
-        _write_metadata(work, features, shards, made)
+        finish(work, shards, made)
         work.rename(folder)
     return folder
 
@@ -337,11 +348,7 @@ def _make_all(shards: Sequence[Shard], workers: int, max_undecodable: int) -> li
             for done, future in enumerate(as_completed(futures), 1):
                 images += future.result().examples
                 undecodable += future.result().undecodable
-                if len(undecodable) > max_undecodable:
-                    raise PrepareError(
-                        f"{len(undecodable)} files cannot be decoded, more than --max_undecodable={max_undecodable}: "
-                        f"{'; '.join(sorted(undecodable))}. Repair or remove them, and run the same command again"
-                    )
+                check_undecodable(undecodable, max_undecodable)
                 progress.advance()
                 if done * 100 // len(shards) > (done - 1) * 100 // len(shards):
                     seconds = time.monotonic() - started
@@ -357,13 +364,27 @@ def _make_all(shards: Sequence[Shard], workers: int, max_undecodable: int) -> li
     return [future.result() for future in futures]
 
 
-def _write_metadata(work: Path, features: Any, shards: Sequence[Shard], made: Sequence[Made]) -> None:
+def check_undecodable(undecodable: Sequence[str], limit: int) -> None:
+    """Raises PrepareError, with the names, if there are more than `limit`."""
+    if len(undecodable) > limit:
+        raise PrepareError(
+            f"{len(undecodable)} files cannot be decoded, more than --max_undecodable={limit}: "
+            f"{'; '.join(sorted(undecodable))}. Repair or remove them, and run the same command again"
+        )
+
+
+def finish(work: Path, shards: Sequence[Shard], made: Sequence[Made]) -> None:
+    """Writes what makes the shards a data set, from the sums beside them; nothing else stays in the folder."""
+    principal = statistics(shard.sums for shard in shards if shard.split == "train")
+    for leftover in set(work.iterdir()) - {shard.path for shard in shards}:
+        leftover.unlink()
+    np.savez(work / STATISTICS, **principal)
     splits = []
     for split, group in itertools.groupby(zip(shards, made, strict=True), lambda pair: pair[0].split):
         of_split = [m for _, m in group]
         splits.append(tfds.core.SplitInfo(split, [m.examples for m in of_split], sum(m.file_bytes for m in of_split)))
     tfds.folder_dataset.write_metadata(
-        data_dir=work, features=features, split_infos=splits, version=VERSION, check_data=False,
+        data_dir=work, features=shards[0].features, split_infos=splits, version=VERSION, check_data=False,
         description=f"Shorter side to {SIDE}, central {SIDE}×{SIDE}, JPEG of quality {JPEG_QUALITY}.",
     )  # fmt: skip
     undecodable = [name for m in made for name in m.undecodable]

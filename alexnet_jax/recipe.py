@@ -13,7 +13,7 @@ from alexnet_jax import distributed, report, sharding
 from alexnet_jax.model import ACTIVATIONS, AlexNet, Stem, widths_problem
 from alexnet_jax.variants import VARIANTS
 
-UNRELATED_TO_RESULT = ("data_dir", "source_dir", "mesh")  # may change between the starts of one run
+UNRELATED_TO_RESULT = ("data_dir", "source_dir", "manual_dir", "mesh")  # may change between the starts of one run
 
 
 class ConfigError(Exception):

@@ -227,7 +227,7 @@ class _Task(NamedTuple):
 
 def _set_up(config: ml_collections.ConfigDict) -> _Task:
     mesh = recipe.build_mesh(config)
-    builder = data.open_builder(config.dataset, config.data_dir, config.source_dir)
+    builder = data.open_builder(config.dataset, config.data_dir, config.source_dir, config.manual_dir)
     splits = {"train": config.train_split, "validate": config.validation_split, "test": config.test_split}
     sizes = {use: data.split_size(builder, split) for use, split in splits.items()}
     examples = data.load(builder, config.train_split)

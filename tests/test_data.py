@@ -50,6 +50,19 @@ def test_unknown_and_unprepared_data_sets(tmp_path):
         data.open_builder("cifar10", str(tmp_path))
 
 
+@pytest.mark.parametrize("dataset,words", [
+    ("imagenet2012_256", r"once: pip install -e \"\.\[tfds\]\" && tfds build imagenet2012 --file_format=array_record "
+     r"--data_dir={folder} --manual_dir=/tars && python -m alexnet_jax.prepare --dataset imagenet2012 "
+     r"--data_dir {folder} --out {folder} \(manual_dir should contain two files: ILSVRC2012_img_train.tar and"),
+    ("mine_256", r"once: python -m alexnet_jax.prepare --dataset mine --data_dir IMAGES --out {folder} \(IMAGES is"),
+    ("imagenet2012", r"once: pip install .* --manual_dir=/tars \(manual_dir should"),
+])  # fmt: skip
+def test_the_error_names_the_commands_that_prepare(dataset, words, tmp_path):
+    with pytest.raises(DataError, match=words.format(folder=tmp_path)) as error:
+        data.open_builder(dataset, str(tmp_path), manual_dir="/tars")
+    assert "\n" not in str(error.value)
+
+
 def test_cifar10_without_tensorflow():
     folder = ROOT.parent / "shared" / "data" / "tfds"
     if not folder.exists():

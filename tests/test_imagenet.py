@@ -1,0 +1,152 @@
+"""ImageNet from its two archives to the test errors: the real parts, by the commands of docs/imagenet.md."""
+
+import importlib.util
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from conftest import ROOT, saved_state
+from PIL import Image
+
+PHOTOGRAPHS = ROOT.parent / "shared" / "data" / "imagenet-samples"
+pytestmark = pytest.mark.skipif(not PHOTOGRAPHS.exists(), reason="no photographs beside this repository")
+BUILDER = ("tensorflow", "apache_beam", "mlcroissant")
+needs_builder = pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, BUILDER)), reason='TFDS\'s builder needs pip install -e ".[tfds]"'
+)
+# Two of the names that TFDS's builder repairs: a CMYK image, and a PNG that is called JPEG.
+CMYK, PNG = "n02077923_14822.JPEG", "n02105855_2933.JPEG"
+# The classes of the first three validation images.
+FIRST_LABELS = ["n01751748", "n09193705", "n02105855"]
+
+
+def add(archive, name, content):
+    entry = tarfile.TarInfo(name)
+    entry.size = len(content)
+    archive.addfile(entry, io.BytesIO(content))
+
+
+def encoded(path, mode, file_format):
+    file = io.BytesIO()
+    with Image.open(path) as image:
+        image.convert(mode).save(file, file_format)
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory):
+    """ILSVRC2012's two archives with 40 images to train, each in the archive of its class, and 10 to validate."""
+    folder = tmp_path_factory.mktemp("archives")
+    photographs = {path.name[:9]: path for path in sorted(PHOTOGRAPHS.iterdir())}
+    chosen = sorted({*list(photographs)[::5], CMYK[:9], PNG[:9]})[:40]
+    with tarfile.open(folder / "ILSVRC2012_img_train.tar", "w") as archive:
+        for synset in chosen:
+            path, inner = photographs[synset], io.BytesIO()
+            with tarfile.open(fileobj=inner, mode="w") as of_class:
+                if synset == CMYK[:9]:
+                    add(of_class, CMYK, encoded(path, "CMYK", "JPEG"))
+                elif synset == PNG[:9]:
+                    add(of_class, PNG, encoded(path, "RGB", "PNG"))
+                else:
+                    add(of_class, f"{synset}_1.JPEG", path.read_bytes())
+            add(archive, f"{synset}.tar", inner.getvalue())
+    with tarfile.open(folder / "ILSVRC2012_img_val.tar", "w") as archive:
+        for number, synset in list(enumerate(chosen[:10], 1))[::-1]:  # not in the order of their names
+            add(archive, f"ILSVRC2012_val_{number:08}.JPEG", photographs[synset].read_bytes())
+    return folder
+
+
+def documented(word, **places):
+    """The arguments of the command in docs/imagenet.md that begins with `word`, its capital letters filled in."""
+    lines = (ROOT / "docs" / "imagenet.md").read_text().replace("\\\n", "")
+    line = re.search(rf"^{word}.*$", lines, re.M).group()
+    program, *arguments = re.sub("[A-Z]{3,}", lambda m: str(places.get(m.group(), m.group())), line).split()
+    return [{"python": sys.executable}.get(program, str(Path(sys.executable).with_name(program))), *arguments]
+
+
+def run(command, **environment):
+    done = subprocess.run(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,
+        env={**os.environ, **environment},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@needs_builder
+def test_from_the_archives_to_the_test_errors(archives, tmp_path):
+    places = {"ARCHIVES": archives, "DATA": tmp_path / "data", "RUN": tmp_path / "run"}
+    run(documented("tfds build", **places))
+    built = tfds.builder("imagenet2012", data_dir=tmp_path / "data")
+    assert built.info.features["label"].num_classes == 1000
+
+    (tmp_path / "forbidden" / "tensorflow").mkdir(parents=True)
+    (tmp_path / "forbidden" / "tensorflow" / "__init__.py").write_text("raise SystemExit('imports TensorFlow')")
+    without = {"PYTHONPATH": str(tmp_path / "forbidden")}
+    output = run(documented("python -m alexnet_jax.prepare", **places), **without)
+    assert "0 files could not be decoded" in output
+    prepared = tfds.builder("imagenet2012_256", data_dir=tmp_path / "data")
+    names = prepared.info.features["label"].names
+    found = {x["file_name"].decode(): x for split in ("train", "validation") for x in prepared.as_data_source(split)}
+    assert len(found) == 50
+    for name, example in found.items():
+        if not name.startswith("ILSVRC"):
+            assert names[example["label"]] == name[:9]
+    for number, synset in enumerate(FIRST_LABELS, 1):
+        assert names[found[f"ILSVRC2012_val_{number:08}.JPEG"]["label"]] == synset
+    for name in (CMYK, PNG):
+        from alexnet_jax.prepare import to_square
+
+        original = to_square(next(PHOTOGRAPHS.glob(f"{name[:9]}*")).read_bytes())
+        assert np.abs(found[name]["image"].astype(int) - original).mean() < 6, name
+
+    train = documented("python -m alexnet_jax.main .*imagenet2012.py ", **places)
+    train += ["--config.widths=8,16,16,16,16,32,32", "--config.batch_size=8", "--config.num_train_steps=30"]
+    train += ["--config.eval_every=10", "--config.log_every=1"]
+    process = subprocess.Popen(
+        train, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **without}
+    )
+    for line in process.stdout:
+        if line.startswith("step 15/"):
+            break
+    process.kill()
+    process.wait()
+    output = run(train, **without)
+    assert "going on after step 10" in output and "1000 classes" in output
+    whole = [word.replace(str(places["RUN"]), str(tmp_path / "whole")) for word in train]
+    run(whole, **without)
+    ours, theirs = (saved_state(folder, 30) for folder in (places["RUN"], tmp_path / "whole"))
+    for path, leaf in theirs.items():
+        np.testing.assert_array_equal(ours[path], leaf, path)
+    result = json.loads((places["RUN"] / "result.json").read_text())
+    assert result["test_patches"] == 10 and 0 < result["test_top5_error"] <= result["test_top1_error"]
+
+
+def test_the_full_network_learns_photographs_by_heart(tmp_path):
+    for path in sorted(PHOTOGRAPHS.iterdir())[::25]:
+        file = tmp_path / "photographs" / "train" / path.name[:9] / path.name
+        file.parent.mkdir(parents=True)
+        file.write_bytes(path.read_bytes())
+    places = {"PHOTOGRAPHS": tmp_path / "photographs", "DATA": tmp_path / "data", "RUN": tmp_path / "run"}
+    run(documented("python -m alexnet_jax.prepare --dataset photographs", **places))
+    train = documented("python -m alexnet_jax.main .*photographs_256", **places)
+    train += ["--config.batch_size=8", "--config.num_train_steps=50", "--config.learning_rate=0.003"]
+    output = run([*train, "--config.warmup_steps=10", "--config.drop_at_epochs=45."])
+    assert re.search(r"fc6 .*37,752,832", output) and re.search("steps +50 of 8 images", output)
+    metrics = [json.loads(line) for line in (places["RUN"] / "metrics.jsonl").read_text().splitlines()]
+    losses = [m["train_loss"] for m in metrics if "train_loss" in m]
+    assert losses[0] == pytest.approx(np.log(8), rel=0.2)  # all classes alike
+    last = next(m for m in reversed(metrics) if "validation_loss" in m)
+    assert last["validation_loss"] < 0.2 and last["validation_top1_error"] == 0  # on the central patch
+    result = json.loads((places["RUN"] / "result.json").read_text())
+    assert result["test_patches"] == 10 and result["test_top1_error"] == 0
+    shutil.rmtree(places["RUN"])  # a checkpoint is half a gigabyte
