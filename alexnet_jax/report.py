@@ -256,7 +256,7 @@ def _bars(axis, probabilities: np.ndarray, names: Sequence[str], label: int | No
     """The five likeliest classes, the likeliest on top; the right one is red."""
     top = np.argsort(-probabilities)[:5]
     axis.axis("on")
-    axis.barh(range(len(top)), probabilities[top], color=["tab:red" if i == label else "tab:blue" for i in top])
+    axis.barh(range(len(top)), probabilities[top], color=["salmon" if i == label else "lightblue" for i in top])
     for place, i in enumerate(top):
         axis.text(0.02, place, names[i], va="center", fontsize=8)
     axis.set(xlim=(0, 1), ylim=(len(top) - 0.4, -0.6), xticks=[], yticks=[])
