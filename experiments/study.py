@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from scipy import stats
 
 from alexnet_jax import checkpoint, data, recipe, report, train
 from alexnet_jax.configs import cifar10
+from alexnet_jax.model import LAYERS, activations
 from alexnet_jax.run import Run, RunError, open_run
-from alexnet_jax.variants import VARIANTS
 
 NAMES = ("relu_vs_tanh", "ablations", "filters", "retrieval", "variants")
 CLASSES, CHANNELS = 10, 3  # of CIFAR-10
@@ -106,30 +107,33 @@ def spread(values: Sequence[float], digits: int = 1) -> str:
     return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}"
 
 
-def kernel_std(config: ml_collections.ConfigDict, gain: float = 2.0) -> tuple[float, ...]:
-    """√(gain / fan-in) of conv1 … fc8, made good for what normalization and dropout take from a layer's input.
+def kernel_std(config: ml_collections.ConfigDict) -> tuple[float, ...]:
+    """The kernels' initial standard deviations at which the output of every layer has a mean square of 1 on noise.
 
-    So every form of the network starts at the same scale, and none suffers from the values made for another.
+    So every form of the network starts at the same scale, and none suffers from values that were made for another. (The
+    logits have 1 too; tanh, which ends at 1, has 0.4, as of a normal distribution.)
     """
-    side = config.resize or config.image_size
-    kernel, stride, padding = config.stem
-    side = 1 + (side + 2 * padding - kernel) // stride
-    for _ in range(3):
-        side = (side - config.pool_window) // 2 + 1
-    towers, widths = config.towers, (*config.widths, CLASSES)
-    layers = zip((kernel, 5, 3, 3, 3, side, 1, 1), (1, towers, 1, towers, towers, 1, 1, 1), widths, strict=True)
-    std, channels = [], CHANNELS
-    for size, groups, width in layers:
-        std.append(math.sqrt(gain * groups / (size**2 * channels)))
-        channels = width or channels
-    k, n, alpha, beta = VARIANTS[config.variant].lrn
-    if config.lrn:  # of maps whose mean square is 1
-        taken = (k + n * (config.lrn_alpha or alpha)) ** -beta
-        std[1], std[2] = std[1] / taken, std[2] / taken
-    if not VARIANTS[config.variant].dropout_rescales:
-        kept = math.sqrt(1 - config.dropout)
-        std[6], std[7] = std[6] / kept, std[7] / kept
-    return tuple(float(f"{x:.3g}") for x in std)
+    model, side = recipe.build_model(config, CLASSES), config.resize or config.image_size
+    images = jax.random.normal(jax.random.key(0), (32, side, side, CHANNELS))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    random = np.random.default_rng(0)
+    kernels = {layer: random.standard_normal(leaves["kernel"].shape, np.float32) for layer, leaves in shapes.items()}
+    std = {layer: x.shape[-1] ** 0.5 / x.size**0.5 for layer, x in kernels.items()}
+
+    @jax.jit
+    def root_mean_squares(kernels):
+        params = {k: {"kernel": x, "bias": jnp.zeros(x.shape[-1])} for k, x in kernels.items()}
+        return {k: jnp.sqrt(jnp.mean(x**2)) for k, x in activations(model, params, images).items()}
+
+    for layer in [layer for layer in LAYERS if layer in std]:  # each stands on those before it
+        wanted = 0.4**0.5 if config.activation == "tanh" and layer != "fc8" else 1.0
+        for _ in range(5 if config.activation == "tanh" else 1):
+            found = root_mean_squares({k: std[k] * x for k, x in kernels.items()})
+            std[layer] *= wanted / float(found[layer])
+    for before, layer in (("fc6", "fc7"), ("fc7", "fc8")):
+        if before in std:  # training sees more of what is kept than testing, which this was
+            std[layer] *= math.sqrt(1 - config.dropout)
+    return tuple(float(f"{std.get(layer, 1.0):.3g}") for layer in LAYERS)
 
 
 class Study:
@@ -138,6 +142,7 @@ class Study:
     def __init__(self, workdir: Path, budget: Budget, label: str, seeds: int, data_dir: str):
         self.workdir, self.budget, self.label, self.data_dir = workdir, budget, label, data_dir
         self.seeds, self.device = range(seeds), ""
+        self._std = {}
 
     def config(self, **fields) -> ml_collections.ConfigDict:
         """The common recipe, with some fields of its own: the compact network on CIFAR-10.
@@ -158,7 +163,6 @@ class Study:
         c.lrn_alpha = 1e-4 / c.input_scale**2  # the paper's, for these pixels
         c.update(fields)
         c.widths = tuple(w // b.shrink for w in c.widths)
-        c.kernel_std = kernel_std(c, 2.0 if c.activation == "relu" else 1.0)
         return c
 
     def train(self, arm: str, config: ml_collections.ConfigDict, seed: int) -> dict[str, Any]:
@@ -168,6 +172,9 @@ class Study:
         """
         folder = self.workdir / self.label / arm / f"seed{seed}"
         config.seed = seed
+        if (folder / "config.json").exists():  # begun, maybe on another machine
+            self._std[arm] = tuple(json.loads((folder / "config.json").read_text())["kernel_std"])
+        config.kernel_std = self._std[arm] = self._std.get(arm) or kernel_std(config)
         if not (folder / "result.json").exists():
             print(f"\n{arm}, seed {seed}: {self.budget}", flush=True)
         result = train.train_and_evaluate(config, folder)

@@ -40,31 +40,29 @@ def test_a_verdict_needs_more_than_the_noise():
         study.compare([1], [1, 2])
 
 
-@pytest.mark.parametrize("form", [
-    ablations.WHOLE, "no normalization", "no dropout", "four layers", "one tower, half the kernels",
-])  # fmt: skip
-def test_every_form_starts_at_the_same_scale(form):
-    full = study.Study(Path("unused"), study.Budget(100, 1), "full", 2, "")
-    config = full.config(**ablations.FORMS[form])
+@pytest.mark.parametrize("fields", [{}, dict(lrn=False, dropout=0.0), dict(ablations.FOUR, activation="tanh")])
+def test_every_form_starts_at_the_same_scale(fields):
+    config = STUDY.config(**fields)
+    config.kernel_std = study.kernel_std(config)
     recipe.check_config(config)
     model = recipe.build_model(config, 10)
-    images = jax.random.normal(jax.random.key(0), (20, config.image_size, config.image_size, 3))
+    images = jax.random.normal(jax.random.key(1), (50, 23, 23, 3))
 
     @jax.jit
     def logits(key):
         params = model.init(key, images)["params"]
         return model.apply({"params": params}, images, train=True, rngs={"dropout": key})
 
-    found = np.std([logits(jax.random.key(seed)) for seed in range(5)])
-    assert found == pytest.approx(np.sqrt(2), rel=0.3)
+    found = np.mean([np.mean(logits(jax.random.key(seed)) ** 2) for seed in range(20)])
+    assert 0.5 < found < 2
 
 
-def test_a_form_changes_its_fields_and_the_initial_scale_alone():
+def test_a_form_changes_its_fields_alone():
     common = recipe.plain(STUDY.config())
     for form, fields in ablations.FORMS.items():
         config = recipe.plain(STUDY.config(**fields))
         differing = {k for k in common if config[k] != common[k]}
-        assert differing - {"kernel_std"} == set(fields), form
+        assert differing == set(fields), form
     for name in VARIANTS:  # each is a network for these images
         config = STUDY.config(variant=name)
         recipe.check_config(config)
