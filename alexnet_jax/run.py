@@ -83,13 +83,17 @@ def open_run(workdir: str | Path, data_dir: str = "") -> Run:
       data.DataError: the data set that it was trained on is not here.
     """
     workdir = Path(workdir)
-    config = default.get_config()
+    config = default.get_config().lock()
     try:
         config.update(json.loads((workdir / "config.json").read_text()))
     except OSError:
         raise RunError(f"--workdir={workdir} holds no run (no config.json); name the folder of a training") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{workdir / 'config.json'} is not a config of this program ({error})") from None
+        reason = " ".join(str(error).split())
+        raise RunError(f"{workdir / 'config.json'} is not a config of this program ({reason})") from None
+    steps = [int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()]
+    if not steps:
+        raise RunError(f"{workdir} holds no checkpoint yet; the first one is written after an epoch")
     builder = data.open_builder(config.dataset, data_dir or config.data_dir, config.source_dir)
     images = data.load(builder, config.train_split).images
     preprocess = fit(
@@ -98,15 +102,11 @@ def open_run(workdir: str | Path, data_dir: str = "") -> Run:
     )  # fmt: skip
     model = recipe.build_model(config, len(builder.info.features["label"].names))
     like = create_state(model, paper_sgd(), preprocess.image_shape, 0)
-    step, state = _read_newest(workdir / "checkpoints", like)
-    return Run(config, builder, step, model, state.params, preprocess)
+    params = _read((workdir / "checkpoints" / str(max(steps))).absolute(), like).params
+    return Run(config, builder, max(steps), model, params, preprocess)
 
 
-def _read_newest(folder: Path, like: Any) -> tuple[int, Any]:
-    steps = [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
-    if not steps:
-        raise RunError(f"{folder} holds no checkpoint yet; the first one is written after an epoch")
-    found = (folder / str(max(steps))).absolute()
+def _read(found: Path, like: Any) -> Any:
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
     reason = "its contents do not match their fingerprint"
     try:
@@ -117,7 +117,7 @@ def _read_newest(folder: Path, like: Any) -> tuple[int, Any]:
         whole, reason = False, " ".join(str(error).split())[:200] or type(error).__name__
     if not whole:
         raise RunError(f"checkpoint {found} is damaged ({reason}); remove it to read the one before, or train again")
-    return max(steps), state
+    return state
 
 
 def layer_summary(model: AlexNet, shape: tuple[int, int, int]) -> str:
