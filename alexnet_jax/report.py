@@ -121,7 +121,7 @@ class Metrics:
             self._events.close()
 
 
-def _tile(kernels: np.ndarray, columns: int) -> np.ndarray:
+def tile(kernels: np.ndarray, columns: int) -> np.ndarray:
     """Kernels [h, w, C, N], each scaled to [0, 1] on its own, as one picture with white lines between."""
     h, w, channels, n = kernels.shape
     low, high = kernels.min(axis=(0, 1, 2)), kernels.max(axis=(0, 1, 2))
@@ -142,12 +142,124 @@ def plot_filters(kernel: np.ndarray, path: Path, towers: int = 2) -> None:
     height = towers * (8 * -(-part // columns) / columns + 0.35)  # inches: square kernels and a title a tower
     figure, axes = plt.subplots(towers, 1, figsize=(8, height), layout="constrained", squeeze=False)
     for tower, (axis, kernels) in enumerate(zip(axes[:, 0], parts, strict=True)):
-        picture = _tile(kernels, columns)
+        picture = tile(kernels, columns)
         picture = picture if picture.shape[-1] == 3 else picture.mean(axis=-1)
         axis.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         axis.set_title(f"conv1, tower {tower}", fontsize=10)
         axis.axis("off")
     _save(figure, path)
+
+
+def plot_predictions(
+    images: np.ndarray,
+    probabilities: np.ndarray,
+    names: Sequence[str],
+    path: Path,
+    titles: Sequence[str] | None = None,
+    labels: Sequence[int] | None = None,
+    columns: int = 4,
+) -> None:
+    """Images [N, H, W, C] above bars of their five likeliest classes, as the left half of figure 4.
+
+    Args:
+      probabilities: [N, K] of the classes `names`.
+      titles: what stands above each image; None: the name of its class.
+      labels: the right classes, whose bars are red, where they are known.
+    """
+    titles = titles or [names[label] for label in labels]
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    shape = dict(figsize=(2.4 * columns, 3.6 * rows), layout="constrained", squeeze=False, height_ratios=[2, 1] * rows)
+    figure, axes = plt.subplots(2 * rows, columns, **shape)
+    for axis in axes.flat:
+        axis.axis("off")
+    for i, image in enumerate(images):
+        above, below = axes[2 * (i // columns), i % columns], axes[2 * (i // columns) + 1, i % columns]
+        _show(above, image, titles[i])
+        _bars(below, probabilities[i], names, None if labels is None else labels[i])
+    _save(figure, path)
+
+
+def plot_retrieval(
+    queries: tuple[np.ndarray, np.ndarray],
+    probabilities: np.ndarray,
+    train: tuple[np.ndarray, np.ndarray],
+    found: np.ndarray,
+    names: Sequence[str],
+    path: Path,
+) -> None:
+    """Figure 4: test images, their five likeliest classes, and training images near them; red: of another class.
+
+    Args:
+      queries, train: images [N, H, W, C] and labels [N] of each; as many queries are shown as `found` has rows.
+      probabilities: [Q, K] of the classes `names`.
+      found: places in `train` [Q, M], as `run.nearest` gives them.
+    """
+    (images, labels), (rows, count) = queries, found.shape
+    shape = dict(figsize=(1.3 * count + 3.6, 1.45 * rows), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(rows, count + 2, width_ratios=[1, 1.4] + [1] * count, **shape)
+    for row, of_row in enumerate(axes):
+        _show(of_row[0], images[row], names[labels[row]])
+        _bars(of_row[1], probabilities[row], names, labels[row])
+        for axis, place in zip(of_row[2:], found[row], strict=True):
+            image, label = train[0][place], train[1][place]
+            _show(axis, image, names[label], "black" if label == labels[row] else "tab:red")
+    _save(figure, path)
+
+
+def plot_images(images: Sequence[np.ndarray], titles: Sequence[str], path: Path, columns: int = 6) -> None:
+    """Images [H, W, C], with pixels of 0 to 255, or maps [H, W], each scaled to its own range, side by side."""
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    shape = dict(figsize=(2 * columns, 2.25 * rows), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(rows, columns, **shape)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, image, title in zip(axes.flat, images, titles, strict=False):
+        _show(axis, np.asarray(image), title)
+    _save(figure, path)
+
+
+def plot_maps(outputs: Mapping[str, Any], path: Path, count: int = 8, towers: int = 2) -> None:
+    """The first maps of every layer's output on one image, a row a layer; white lines part the towers.
+
+    Args:
+      outputs: as `alexnet_jax.activations` gives them, of one image; layers without maps are left out.
+      count: maps of each tower.
+    """
+    layers = {name: np.asarray(x[0], np.float32) for name, x in outputs.items() if x.ndim == 4}
+    figure, axes = plt.subplots(len(layers), towers, figsize=(8, 0.62 * len(layers) + 0.3), layout="constrained",
+                                squeeze=False)  # fmt: skip
+    for (name, maps), of_row in zip(layers.items(), axes, strict=True):
+        for tower, (axis, part) in enumerate(zip(of_row, np.split(maps, towers, axis=-1), strict=True)):
+            axis.imshow(tile(part[:, :, None, :count], count)[..., 0], cmap="gray", interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            if not tower:
+                label = f"{name}\n{maps.shape[0]}×{maps.shape[1]}"
+                axis.set_ylabel(label, fontsize=8, rotation=0, ha="right", va="center")
+    for tower, axis in enumerate(axes[0]):
+        axis.set_title(f"tower {tower}", fontsize=10)
+    _save(figure, path)
+
+
+def _show(axis, image: np.ndarray, title: str, color: str = "black") -> None:
+    image = np.asarray(image)
+    if image.ndim == 3 and image.dtype != np.uint8:
+        image = np.clip(image, 0, 255).astype(np.uint8)
+    limits = dict(vmin=0, vmax=255) if image.ndim == 3 else {}
+    axis.imshow(image[..., 0] if image.shape[-1] == 1 else image, cmap="gray", interpolation="nearest", **limits)
+    axis.set_title(title, fontsize=9, color=color)
+    axis.axis("off")
+
+
+def _bars(axis, probabilities: np.ndarray, names: Sequence[str], label: int | None) -> None:
+    """The five likeliest classes, the likeliest on top; the right one is red."""
+    top = np.argsort(-probabilities)[:5]
+    axis.axis("on")
+    axis.barh(range(len(top)), probabilities[top], color=["salmon" if i == label else "lightblue" for i in top])
+    for place, i in enumerate(top):
+        axis.text(0.02, place, names[i], va="center", fontsize=8)
+    axis.set(xlim=(0, 1), ylim=(len(top) - 0.4, -0.6), xticks=[], yticks=[])
 
 
 def plot_confusion(confusion: np.ndarray, names: Sequence[str], path: Path) -> None:

@@ -1,0 +1,101 @@
+"""What a trained network sees in image files: python -m alexnet_jax.predict --workdir DIR IMAGE…
+
+Any format that Pillow reads, any size, grey or in colour. A file that cannot be read is named, and the rest goes on.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+LIGHT, DARK = 170, 85  # of 255
+
+
+def read_image(path: str | Path, shape: tuple[int, int, int], invert: bool = False) -> np.ndarray:
+    """An image file as an image of the data set (section 2): shorter side to its size, antialiased, then the centre.
+
+    A camera's note on how to turn the image is followed, what is transparent becomes white, of several frames the first
+    counts.
+
+    Args:
+      shape: [H, W, C] of the data set's images; C is 1 or 3.
+      invert: whether black and white are exchanged.
+
+    Returns:
+      uint8 [H, W, C].
+
+    Raises:
+      Exception: of several types, for a file that is no image or not a whole one.
+    """
+    height, width, channels = shape
+    with Image.open(path) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):  # sixteen bits a pixel
+            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        if "A" in image.getbands() or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("L" if channels == 1 else "RGB")
+    image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+    pixels = np.asarray(image).reshape(shape)
+    return 255 - pixels if invert else pixels
+
+
+def edge(image: np.ndarray) -> float:
+    """The mean of an image's outermost pixels [H, W, C]."""
+    inside = np.zeros(image.shape[:2], bool)
+    inside[1:-1, 1:-1] = True
+    return float(image[~inside].mean())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m alexnet_jax.predict", description=__doc__.splitlines()[0])
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
+    parser.add_argument("--workdir", type=Path, required=True, help="the folder of a training")
+    parser.add_argument("--out", type=Path, help="the picture to write (default: predictions.png in the folder)")
+    parser.add_argument("--invert", action="store_true", help="exchange black and white first")
+    parser.add_argument("--data_dir", default="", help="where the data set is, if it has moved since the training")
+    flags = parser.parse_args()
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+
+    from alexnet_jax import data, report
+    from alexnet_jax.run import RunError, open_run  # after the flags: a typo is answered at once
+
+    try:
+        run = open_run(flags.workdir, flags.data_dir)
+    except (RunError, data.DataError) as error:
+        sys.exit(f"Error: {error}")
+    mean = run.preprocess.mean
+    images, names = [], []
+    for path in flags.images:
+        try:
+            images.append(read_image(path, mean.shape, flags.invert))
+            names.append(os.path.basename(path))
+        except Exception as error:  # whatever Pillow makes of it
+            reason = " ".join(str(error).split()) or type(error).__name__
+            print(f"Error: {path}: {reason}", file=sys.stderr, flush=True)
+            continue
+        if edge(mean) < DARK and edge(images[-1]) > LIGHT:
+            print(f"{path}: on a light ground; {run.config.dataset} has light things on black, so try --invert")
+    if not images:
+        sys.exit("Error: no image could be read")
+    probabilities = run.predict(np.stack(images), run.config.ten_crop)
+    for name, p in zip(names, probabilities, strict=True):
+        top = np.argsort(-p)[:5]
+        rows = [(run.names[i], f"{100 * p[i]:5.1f} %", "█" * round(30 * p[i])) for i in top]
+        print(f"\n{name}\n{report.table(rows, ('class', 'probability', ''))}")
+    out = flags.out or flags.workdir / "predictions.png"
+    try:
+        report.plot_predictions(np.stack(images), probabilities, run.names, out, names)
+    except OSError as error:
+        sys.exit(f"Error: --out={out}: {error}")
+    print(f"\nWritten to {out}")
+    sys.exit(len(images) < len(flags.images))
+
+
+if __name__ == "__main__":
+    main()

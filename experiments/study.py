@@ -1,0 +1,273 @@
+"""What the experiments share: budgets, runs that go on where they stopped, noise and verdicts, and the files.
+
+An experiment is a module with `CLAIMS`, `BUDGETS`, `run(study)`, which trains and gives records,
+`judge(records)`, which gives a `Finding` for each claim, and `plot(records, path)`. Its command is `main(module)`.
+"""
+
+import argparse
+import datetime
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from scipy import stats
+
+from alexnet_jax import checkpoint, data, recipe, report, train
+from alexnet_jax.configs import cifar10
+from alexnet_jax.model import LAYERS, activations
+from alexnet_jax.run import Run, RunError, open_run
+
+NAMES = ("relu_vs_tanh", "ablations", "filters", "retrieval", "variants")
+CLASSES, CHANNELS = 10, 3  # of CIFAR-10
+
+
+class Budget(NamedTuple):
+    """How much of CIFAR-10 a run sees."""
+
+    images: int  # to train
+    epochs: float
+    validation: int = 2000
+    test: int = 10_000
+    shrink: int = 1  # what the widths are divided by
+
+    def __str__(self) -> str:
+        smaller = f", widths ÷ {self.shrink}" if self.shrink > 1 else ""
+        return f"{self.images:,} images, {self.epochs:g} epochs{smaller}"
+
+
+QUICK = Budget(images=256, epochs=2, validation=64, test=64, shrink=4)
+
+
+class Claim(NamedTuple):
+    """What the paper says, and its figure."""
+
+    key: str
+    text: str
+    paper: str
+
+
+class Finding(NamedTuple):
+    """What was found, with its spread, and the verdict."""
+
+    ours: str
+    verdict: str
+
+
+class Comparison(NamedTuple):
+    """A difference of means, and the noise that it must exceed: half of its 95 % confidence interval."""
+
+    difference: float
+    noise: float
+
+    def verdict(self, claimed: float) -> str:
+        """Whether the difference has the sign of `claimed`, or the noise hides it."""
+        if not abs(self.difference) > self.noise:
+            return "within the noise"
+        return "holds" if self.difference * claimed > 0 else "the reverse"
+
+    def __str__(self) -> str:
+        return f"{self.difference:+.2f} ± {self.noise:.2f}".replace("-", "−")
+
+
+def compare(ours: Sequence[float], others: Sequence[float]) -> Comparison:
+    """Mean of `ours` minus mean of `others`, with Welch's interval: the runs of both are independent.
+
+    Raises:
+      ValueError: fewer than two runs of either, which have no spread.
+    """
+    if min(len(ours), len(others)) < 2:
+        raise ValueError("a spread needs at least two runs")
+    a, b = (np.var(x, ddof=1) / len(x) for x in (ours, others))
+    difference = float(np.mean(ours) - np.mean(others))
+    if not a + b:
+        return Comparison(difference, 0.0)
+    degrees = (a + b) ** 2 / (a**2 / (len(ours) - 1) + b**2 / (len(others) - 1))
+    return Comparison(difference, float(stats.t.ppf(0.975, degrees) * math.sqrt(a + b)))
+
+
+def compare_paired(ours: Sequence[float], others: Sequence[float]) -> Comparison:
+    """As `compare`, of two measurements of the same runs, whose differences alone count (Student's interval)."""
+    if len(ours) != len(others) or len(ours) < 2:
+        raise ValueError("a spread needs at least two pairs")
+    d = np.subtract(ours, others)
+    return Comparison(float(d.mean()), float(stats.t.ppf(0.975, len(d) - 1) * d.std(ddof=1) / math.sqrt(len(d))))
+
+
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    """Mean ± standard deviation."""
+    return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}"
+
+
+def kernel_std(config: ml_collections.ConfigDict) -> tuple[float, ...]:
+    """The kernels' initial standard deviations at which the output of every layer has a mean square of 1 on noise.
+
+    So every form of the network starts at the same scale, and none suffers from values that were made for another. (The
+    logits have 1 too; tanh, which ends at 1, has 0.4, as of a normal distribution.)
+    """
+    model, side = recipe.build_model(config, CLASSES), config.resize or config.image_size
+    images = jax.random.normal(jax.random.key(0), (32, side, side, CHANNELS))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    random = np.random.default_rng(0)
+    kernels = {layer: random.standard_normal(leaves["kernel"].shape, np.float32) for layer, leaves in shapes.items()}
+    std = {layer: x.shape[-1] ** 0.5 / x.size**0.5 for layer, x in kernels.items()}
+
+    @jax.jit
+    def root_mean_squares(kernels):
+        params = {k: {"kernel": x, "bias": jnp.zeros(x.shape[-1])} for k, x in kernels.items()}
+        return {k: jnp.sqrt(jnp.mean(x**2)) for k, x in activations(model, params, images).items()}
+
+    for layer in [layer for layer in LAYERS if layer in std]:  # each stands on those before it
+        wanted = 0.4**0.5 if config.activation == "tanh" and layer != "fc8" else 1.0
+        for _ in range(5 if config.activation == "tanh" else 1):
+            found = root_mean_squares({k: std[k] * x for k, x in kernels.items()})
+            std[layer] *= wanted / float(found[layer])
+    for before, layer in (("fc6", "fc7"), ("fc7", "fc8")):
+        if before in std:  # training sees more of what is kept than testing, which this was
+            std[layer] *= math.sqrt(1 - config.dropout)
+    return tuple(float(f"{std.get(layer, 1.0):.3g}") for layer in LAYERS)
+
+
+class Study:
+    """One experiment under way: its budget, its seeds, and its folder, in which every run has its own."""
+
+    def __init__(self, workdir: Path, budget: Budget, label: str, seeds: int, data_dir: str):
+        self.workdir, self.budget, self.label, self.data_dir = workdir, budget, label, data_dir
+        self.seeds, self.device = range(seeds), ""
+        self._std = {}
+
+    def config(self, **fields) -> ml_collections.ConfigDict:
+        """The common recipe, with some fields of its own: the compact network on CIFAR-10.
+
+        Maps of 23, 11 and 5 pixels are halved to the same size with z = 3 and z = 2, like the paper's of 55, 27 and 13.
+        """
+        c, b = cifar10.get_config(), self.budget
+        c.data_dir = self.data_dir
+        c.train_split = f"train[:{b.images}]"
+        c.validation_split = f"train[-{b.validation}:]"
+        c.test_split = f"test[:{b.test}]"
+        c.image_size = 23
+        c.ten_crop = False
+        c.num_epochs = float(b.epochs)
+        c.plateau_patience = 0
+        c.drop_at_epochs = (0.64 * b.epochs, 0.86 * b.epochs)
+        c.warmup_steps = 100
+        c.lrn_alpha = 1e-4 / c.input_scale**2  # the paper's, for these pixels
+        c.update(fields)
+        c.widths = tuple(w // b.shrink for w in c.widths)
+        return c
+
+    def train(self, arm: str, config: ml_collections.ConfigDict, seed: int) -> dict[str, Any]:
+        """One run, or what it left if it is finished: its result, its curve, and its folder.
+
+        Raises as `train.train_and_evaluate` does.
+        """
+        folder = self.workdir / self.label / arm / f"seed{seed}"
+        config.seed = seed
+        if (folder / "config.json").exists():  # begun, maybe on another machine
+            self._std[arm] = tuple(json.loads((folder / "config.json").read_text())["kernel_std"])
+        config.kernel_std = self._std[arm] = self._std.get(arm) or kernel_std(config)
+        if not (folder / "result.json").exists():
+            print(f"\n{arm}, seed {seed}: {self.budget}", flush=True)
+        result = train.train_and_evaluate(config, folder)
+        self.device = result["device"]
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        curve = [(x["epoch"], x["train_error"]) for x in lines if "train_error" in x]
+        validation = [x["validation_top1_error"] for x in lines if "validation_top1_error" in x]
+        return {"seed": seed, **result, "curve": curve, "validation": validation, "folder": str(folder)}
+
+    def measure(self, record: dict[str, Any], name: str, call: Callable[[Run], Any]) -> None:
+        """Adds `call(run)` to the record of a run, under a name; it is kept in the run's folder."""
+        path = Path(record["folder"]) / "measured.json"
+        measured = json.loads(path.read_text()) if path.exists() else {}
+        if name not in measured:
+            measured[name] = call(self.open(record))
+            report.write_json(path, measured)
+        record[name] = measured[name]
+
+    def open(self, record: dict[str, Any]) -> Run:
+        """The run of a record."""
+        return open_run(record["folder"], self.data_dir)
+
+
+def main(module: Any) -> None:
+    """The command of an experiment."""
+    name = module.__spec__.name.split(".")[-1]
+    doc = module.__doc__.splitlines()[0]
+    parser = argparse.ArgumentParser(prog=f"python -m experiments.{name}", description=doc)
+    parser.add_argument("--workdir", type=Path, required=True, help=f"for the runs and {name}.json, .md and .png")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each form (default: 3)")
+    budgets = {**module.BUDGETS, "quick": QUICK}
+    texts = "; ".join(f"{label}: {budget}" for label, budget in budgets.items())
+    parser.add_argument("--budget", choices=budgets, default="full", help=f"{texts} (default: full)")
+    parser.add_argument("--quick", action="store_true", help="--budget=quick: whether it works, not what is true")
+    parser.add_argument("--data_dir", default="", help="where TFDS keeps CIFAR-10 (default: ~/tensorflow_datasets)")
+    if hasattr(module, "PARTS"):
+        parser.add_argument("--only", help=f"with commas, some of {', '.join(module.PARTS)} (default: all)")
+    flags = parser.parse_args()
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what it writes
+    label = "quick" if flags.quick else flags.budget
+    try:
+        if flags.seeds < 2:
+            raise ValueError(f"--seeds={flags.seeds}: expected at least 2; one run has no spread")
+        parts = flags.only.split(",") if getattr(flags, "only", None) else getattr(module, "PARTS", ())
+        if unknown := set(parts) - set(getattr(module, "PARTS", ())):
+            raise ValueError(f"--only: unknown part {min(unknown)!r}; the known ones are {', '.join(module.PARTS)}")
+        flags.workdir.mkdir(parents=True, exist_ok=True)
+        if not jax.config.jax_compilation_cache_dir:  # one compilation serves all seeds
+            jax.config.update("jax_compilation_cache_dir", str((flags.workdir / "compiled").absolute()))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        study = Study(flags.workdir, budgets[label], label, flags.seeds, flags.data_dir)
+        start = time.monotonic()
+        records = module.run(study, parts) if parts else module.run(study)
+        write(module, name, study, records, time.monotonic() - start)
+    except (ValueError, OSError) as error:
+        sys.exit(f"Error: {error}" if str(error).startswith("--") else f"Error: --workdir={flags.workdir}: {error}")
+    except (
+        recipe.ConfigError, data.DataError, checkpoint.CheckpointError, train.DivergedError, RunError,
+    ) as error:  # fmt: skip
+        sys.exit(f"Error: {error}")
+    except train.Interrupted as stop:
+        print(stop, flush=True)
+        sys.exit(128 + stop.signal)
+
+
+def write(module: Any, name: str, study: Study, records: dict[str, Any], seconds: float) -> None:
+    """NAME.json, NAME.md and NAME.png in the study's folder; prints the table."""
+    findings = module.judge(records)
+    document = {
+        "experiment": name,
+        "budget": study.label,
+        "of_budget": str(study.budget),
+        "seeds": len(study.seeds),
+        "device": study.device,
+        "date": datetime.date.today().isoformat(),
+        "seconds": round(seconds),
+        "findings": {key: finding._asdict() for key, finding in findings.items()},
+        "records": records,
+    }
+    report.write_json(study.workdir / f"{name}.json", document)
+    rows = [(c.text, c.paper, *findings[c.key]) for c in module.CLAIMS if c.key in findings]
+    text = f"{study.label} budget: {study.budget}; {len(study.seeds)} seeds; {study.device}\n\n"
+    text += markdown(("claim", "the paper", "here", "verdict"), rows)
+    (study.workdir / f"{name}.md").write_text(text + "\n")
+    module.plot(records, study.workdir / f"{name}.png")
+    print(f"\n{text}\n\nWritten to {study.workdir}")
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
+
+
+def percent(records: Sequence[dict[str, Any]], key: str = "test_top1_error") -> list[float]:
+    """One value of every run, in per cent."""
+    return [100 * record[key] for record in records]

@@ -1,0 +1,215 @@
+"""The experiments: what they conclude from records whose answer is known, and that they run, go on and report."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT
+from scipy import stats
+
+from alexnet_jax import VARIANTS, activations, recipe
+from experiments import ablations, filters, relu_vs_tanh, retrieval, study, summary, variants
+
+CIFAR10 = ROOT.parent / "shared" / "data" / "tfds"
+STUDY = study.Study(Path("unused"), study.QUICK, "quick", 2, "")
+
+
+def test_the_noise_is_welchs_interval():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(0, 1, 5), rng.normal(1, 3, 3)
+    interval = stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
+    found = study.compare(a, b)
+    np.testing.assert_allclose([found.difference - found.noise, found.difference + found.noise], interval)
+    interval = stats.ttest_1samp(a[:3] - b, 0).confidence_interval(0.95)
+    found = study.compare_paired(a[:3], b)
+    np.testing.assert_allclose([found.difference - found.noise, found.difference + found.noise], interval)
+
+
+def test_a_verdict_needs_more_than_the_noise():
+    assert study.compare([1, 1.1, 0.9], [2, 2.1, 1.9]).verdict(claimed=-1) == "holds"
+    assert study.compare([1, 1.1, 0.9], [2, 2.1, 1.9]).verdict(claimed=+1) == "the reverse"
+    assert study.compare([1, 2, 3], [2, 3, 4]).verdict(claimed=-1) == "within the noise"
+    assert study.compare([1, 1], [1, 1]).verdict(claimed=-1) == "within the noise"
+    assert study.compare([float("nan"), 1], [1, 1]).verdict(claimed=-1) == "within the noise"
+    with pytest.raises(ValueError, match="at least two"):
+        study.compare([1], [1, 2])
+
+
+@pytest.mark.parametrize("fields", [{}, dict(lrn=False, dropout=0.0), dict(ablations.FOUR, activation="tanh")])
+def test_every_form_starts_at_the_same_scale(fields):
+    config = STUDY.config(**fields)
+    config.kernel_std = study.kernel_std(config)
+    recipe.check_config(config)
+    model = recipe.build_model(config, 10)
+    images = jax.random.normal(jax.random.key(1), (50, 23, 23, 3))
+
+    @jax.jit
+    def logits(key):
+        params = model.init(key, images)["params"]
+        return model.apply({"params": params}, images, train=True, rngs={"dropout": key})
+
+    found = np.mean([np.mean(logits(jax.random.key(seed)) ** 2) for seed in range(20)])
+    assert 0.5 < found < 2
+
+
+def test_a_form_changes_its_fields_alone():
+    common = recipe.plain(STUDY.config())
+    for form, fields in ablations.FORMS.items():
+        config = recipe.plain(STUDY.config(**fields))
+        differing = {k for k in common if config[k] != common[k]}
+        assert differing == set(fields), form
+    for name in VARIANTS:  # each is a network for these images
+        config = STUDY.config(variant=name)
+        recipe.check_config(config)
+        recipe.check_data(config, (32, 32, 3), 1000, 10)
+
+
+def test_both_pool_windows_make_the_same_maps():
+    shapes = []
+    for window in (2, 3):
+        model = recipe.build_model(STUDY.config(pool_window=window), 10)
+        image = jnp.zeros((1, 23, 23, 3))
+        params = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
+        outputs = jax.eval_shape(lambda p, x, model=model: activations(model, p, x), params, image)
+        shapes.append({name: x.shape for name, x in outputs.items()})
+    assert shapes[0] == shapes[1] and shapes[0]["pool5"][1] == 2
+
+
+def test_epochs_to_an_error():
+    curve = [(0.5, 0.9), (1.0, 0.5), (1.5, 0.3), (2.0, 0.4), (2.5, 0.1)]
+    assert relu_vs_tanh.epochs_to(0.5, curve) == pytest.approx(1.0)
+    assert relu_vs_tanh.epochs_to(0.4, curve) == pytest.approx(1.25)
+    assert relu_vs_tanh.epochs_to(0.95, curve) == 0.5 and relu_vs_tanh.epochs_to(0.05, curve) == np.inf
+
+
+def line(epochs_to_quarter, epochs=8):
+    """A curve that falls straight to 25 % error."""
+    return {"curve": [(e, max(0.0, 1 - 0.75 * e / epochs_to_quarter)) for e in np.arange(0.5, epochs + 0.1, 0.5)]}
+
+
+@pytest.mark.parametrize("relu,tanh,words,verdict", [
+    ((1.0, 1.1, 0.9), (6.0, 6.2, 5.8), ("1.00 ± 0.10", "6.00 ± 0.20", ": 6.0 times"), "holds"),
+    ((3.0, 4.0, 2.0), (3.0, 2.0, 4.0), (": 1.0 times",), "within the noise"),
+    ((1.0, 1.1, 0.9), (6.0, 20.0, 20.0), ("tanh over 8", "over 7.3 times"), "holds"),
+    ((20.0, 1.0, 1.0), (6.0, 6.0, 6.0), ("not reached in 8 epochs", "ReLU 0%"), "not decided: too few epochs"),
+])  # fmt: skip
+def test_relu_against_tanh(relu, tanh, words, verdict, tmp_path):
+    records = {"budget_epochs": 8, "rates": {"relu": 0.1, "tanh": 0.01}}
+    records |= {"relu": [line(x) for x in relu], "tanh": [line(x) for x in tanh]}
+    found = relu_vs_tanh.judge(records)["epochs"]
+    assert found.verdict == verdict and all(word in found.ours for word in words), found
+    relu_vs_tanh.plot(records, tmp_path / "plot.png")
+
+
+def test_ablations(tmp_path):
+    def runs(errors, train_errors, validation, **more):
+        pairs = zip(errors, train_errors, strict=True)
+        return [
+            dict(test_top1_error=e, train_top1_error=t, validation=validation, curve=[(1, t)], **more) for e, t in pairs
+        ]
+
+    whole = runs((0.30, 0.31, 0.29), (0.2, 0.2, 0.2), [0.6, 0.5, 0.4, 0.3], ten_crop_top1_error=0.25)
+    without = runs((0.35, 0.36, 0.34), (0.05, 0.05, 0.05), [0.5, 0.4, 0.35, 0.35])
+    records = {"parts": ["dropout", "ten_crop"], ablations.WHOLE: whole, "no dropout": without}
+    found = ablations.judge(records)
+    assert set(found) == {"dropout", "dropout_overfitting", "dropout_slower", "ten_crop"}
+    assert all(finding.verdict == "holds" for finding in found.values())
+    assert "30.0 ± 1.0 with, 35.0 ± 1.0 without (%): −5.00" in found["dropout"].ours
+    assert "10.0 ± 1.0 with, 30.0 ± 1.0 without (points)" in found["dropout_overfitting"].ours
+    assert "3.0 ± 0.0 without, 4.0 ± 0.0 with (epochs to 35.0 %)" in found["dropout_slower"].ours
+    ablations.plot(records, tmp_path / "plot.png")
+
+
+def test_colourfulness_and_specialization():
+    rng = np.random.default_rng(0)
+    grey = rng.normal(size=(5, 5, 1, 8)).repeat(3, axis=2)
+    opponent = rng.normal(size=(5, 5, 1, 8)) * np.array([1, -1, 0])[:, None]
+    np.testing.assert_allclose(filters.colourfulness(grey), 0, atol=1e-9)
+    np.testing.assert_allclose(filters.colourfulness(opponent), 1)
+    random = filters.colourfulness(rng.normal(size=(9, 9, 3, 400)))
+    assert random.mean() == pytest.approx(2 / 3, abs=0.01)
+    difference, chance = filters.specialization([0.1, 0.2, 0.15, 0.1, 0.12, 0.9, 0.8, 0.85, 0.95, 0.7])
+    assert difference == pytest.approx(0.706) and chance == pytest.approx(2 / 252, abs=0.003)  # of 10 over 5, two
+    assert filters.specialization(random[:32])[1] > 0.05
+    runs = [dict(colourfulness=[0.1, 0.9], chance=c) for c in (0.01, 0.01, 0.3)]
+    assert filters.judge({"runs": runs})["specialized"].verdict == "in some runs"
+    assert filters.judge({"runs": runs[:2]})["specialized"].verdict == "holds"
+
+
+def test_retrieval_and_variants_judge():
+    runs = [dict(precision_fc7=p, precision_pixels=0.3) for p in (0.6, 0.62, 0.58)]
+    found = retrieval.judge({"runs": runs})["retrieval"]
+    assert found.verdict == "holds" and "60.0 ± 2.0 %" in found.ours and "30.0 % by pixels" in found.ours
+    errors = {"paper": (0.3, 0.31, 0.32), "source2012": (0.3, 0.31, 0.33), "caffe": (0.5, 0.51, 0.52)}
+    found = variants.judge({name: [dict(test_top1_error=e) for e in of] for name, of in errors.items()})
+    assert found["source2012"].verdict == "within the noise" and found["caffe"].verdict == "no: worse"
+
+
+def test_the_table_comes_from_the_results(tmp_path):
+    empty = summary.table(tmp_path)
+    modules = ablations, filters, relu_vs_tanh, retrieval, variants
+    assert empty.count("not run yet") == sum(len(module.CLAIMS) for module in modules)
+    document = {"budget": "reduced", "of_budget": "5 images, 1 epochs", "seeds": 3, "device": "a CPU", "date": "today",
+                "seconds": 60, "findings": {"retrieval": {"ours": "61.7 %", "verdict": "holds"}}}  # fmt: skip
+    (tmp_path / "retrieval.json").write_text(json.dumps(document))
+    text = summary.table(tmp_path)
+    row = next(row for row in text.splitlines() if "61.7 %" in row)
+    assert "| holds |" in row and "--budget=reduced --seeds=3" in row and "(results/retrieval.png)" in row
+    assert "reduced budget (5 images, 1 epochs), 3 seeds, a CPU, 1 min, today" in text
+
+
+def test_the_readme_holds_the_table_of_the_results():
+    assert summary.table() in (ROOT / "experiments" / "README.md").read_text()
+
+
+def experiment(name, *flags):
+    command = [sys.executable, "-m", f"experiments.{name}", *map(str, flags)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+
+
+@pytest.mark.skipif(not CIFAR10.exists(), reason="no prepared CIFAR-10 beside this repository")
+def test_it_runs_goes_on_and_reports(tmp_path):
+    flags = ["filters", f"--workdir={tmp_path}", "--quick", "--seeds=2", f"--data_dir={CIFAR10}"]
+    done = experiment(*flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for word in ("seven-by-seven, seed 1", "step ", "| claim | the paper | here | verdict |", "Written to"):
+        assert word in done.stdout
+    first = json.loads((tmp_path / "filters.json").read_text())
+    assert [r["seed"] for r in first["records"]["runs"]] == [0, 1] and "CPU" in first["device"]
+    assert (tmp_path / "filters.png").read_bytes()[:4] == b"\x89PNG"
+    assert summary.collect(tmp_path, tmp_path) == []  # a quick run is no result
+    (tmp_path / "filters.json").unlink()
+    again = experiment(*flags)
+    assert again.returncode == 0 and "step " not in again.stdout
+    second = json.loads((tmp_path / "filters.json").read_text())
+    assert second["records"] == first["records"] and second["findings"] == first["findings"]
+
+
+@pytest.mark.parametrize("name,flags,words", [
+    ("retrieval", ["--seeds=1"], "--seeds=1: expected at least 2"),
+    ("ablations", ["--only=pooling,speed"], "--only: unknown part 'speed'"),
+    ("filters", ["--data_dir=/nowhere", "--quick"], "config.data_dir"),
+])  # fmt: skip
+def test_what_cannot_run_is_one_line(tmp_path, name, flags, words):
+    done = experiment(name, f"--workdir={tmp_path}", *flags)
+    assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_the_notebook_from_top_to_bottom(fashion_mnist, tmp_path, monkeypatch):
+    cells = json.loads((ROOT / "experiments" / "explore.ipynb").read_text())["cells"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("EXPLORE_STEPS", "20")
+    names = {"__name__": "__main__"}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            assert not cell["outputs"]
+            exec("".join(cell["source"]), names)
+    assert names["run"].step == 20 and names["result"]["steps"] == 20
+    influence = names["influence"]
+    assert influence["pool2"] == 0 and influence["conv3"] > 0
+    assert {p.stem for p in Path("explored").glob("*.png")} == {"lighting", "lrn", "maps", "neighbours", "predictions"}
