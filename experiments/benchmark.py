@@ -214,20 +214,20 @@ def _alternate(call: Call, peer: Peer | None, setting: Setting, batch: int, whic
     what = {"network": network(setting.model, setting.shape), "batch": batch, "dtype": dtype}
     what["train"] = which == "training"
 
-    def ask(ask, name, **what):
+    def request(ask, name, **what):
         answer = peer.ask(ask, name=name, **what) or {"error": "its process has ended"}
         if "error" in answer:
             errors[name] = answer["error"]
         return answer.get("seconds")
 
     for name, form in _forms(setting, batch).items() if peer else ():
-        if seconds := ask("open", name, **what, **form):
+        if seconds := request("open", name, **what, **form):
             counts[name], times[name] = measure.repeats(seconds), []
     for _ in range(setting.rounds):
         for name, count in counts.items():
             if name == "jax":
                 times[name].append(measure.seconds(call.run, count))
-            elif name not in errors and (seconds := ask("time", name, steps=count)):
+            elif name not in errors and (seconds := request("time", name, steps=count)):
                 times[name].append(seconds / count)
     if peer:
         peer.ask("close")
