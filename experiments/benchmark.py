@@ -213,23 +213,25 @@ def _alternate(call: Call, peer: Peer | None, setting: Setting, batch: int, whic
     counts, times, errors = {"jax": measure.repeats(measure.seconds(call.run, 1))}, {"jax": []}, {}
     what = {"network": network(setting.model, setting.shape), "batch": batch, "dtype": dtype}
     what["train"] = which == "training"
+
+    def request(ask, name, **what):
+        answer = peer.ask(ask, name=name, **what) or {"error": "its process has ended"}
+        if "error" in answer:
+            errors[name] = answer["error"]
+        return answer.get("seconds")
+
     for name, form in _forms(setting, batch).items() if peer else ():
-        answer = peer.ask("open", name=name, **what, **form)
-        if answer and "error" not in answer:
-            answer = peer.ask("time", name=name, steps=1)
-        if not answer or "error" in answer:
-            errors[name] = (answer or {}).get("error", "its process has ended")
-            continue
-        counts[name], times[name] = measure.repeats(answer["seconds"]), []
+        if seconds := request("open", name, **what, **form):
+            counts[name], times[name] = measure.repeats(seconds), []
     for _ in range(setting.rounds):
         for name, count in counts.items():
             if name == "jax":
                 times[name].append(measure.seconds(call.run, count))
-            else:
-                times[name].append(peer.ask("time", name=name, steps=count)["seconds"] / count)
+            elif name not in errors and (seconds := request("time", name, steps=count)):
+                times[name].append(seconds / count)
     if peer:
         peer.ask("close")
-    medians = {name: statistics.median(each) for name, each in times.items()}
+    medians = {name: statistics.median(each) for name, each in times.items() if name not in errors}
     return {
         "seconds": medians["jax"], "rounds_s": times["jax"], "images_per_s": batch / medians["jax"],
         "peers": [

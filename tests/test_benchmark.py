@@ -100,23 +100,21 @@ def test_the_memory_of_an_image():
 
 
 def test_the_command_and_what_it_leaves(tmp_path):
-    command = [sys.executable, "-m", "experiments.benchmark", f"--workdir={tmp_path}", "--quick", "--batches=2,4"]
-    done = subprocess.run([*command, "--parts=step,growth"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", "experiments.benchmark", f"--workdir={tmp_path}", "--quick", "--batches=2"]
+    done = subprocess.run([*command, "--parts=step"], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     records = json.loads((tmp_path / "benchmark.json").read_text())
-    assert set(records) == {"step", "growth"}
-    for part in records.values():
-        assert part["device"] and part["date"] and part["jax"] == jax.__version__ and part["quick"]
-    cases = {(c["pass"], c["batch"]): c for c in records["step"]["cases"]}
-    assert set(cases) == {(which, batch) for which in ("training", "inference") for batch in (2, 4)}
+    part = records["step"]
+    assert set(records) == {"step"} and part["device"] and part["date"] and part["jax"] == jax.__version__
+    cases = {(c["pass"], c["batch"]): c for c in part["cases"]}
+    assert set(cases) == {("training", 2), ("inference", 2)}
     for case in cases.values():
         assert case["seconds"] == pytest.approx(np.median(case["rounds_s"]))
         assert case["images_per_s"] == pytest.approx(case["batch"] / case["seconds"])
         assert case["flops"] > 0 and case["bytes"] > 0 and case["compile_s"] > 0 and case["program_bytes"] > 0
-    assert cases["training", 4]["flops"] > 2 * cases["inference", 4]["flops"]
-    assert set(records["growth"]["exponents"]) == {"image side", "batch", "width"}
+    assert cases["training", 2]["flops"] > 2 * cases["inference", 2]["flops"]
     text = (tmp_path / "benchmark.md").read_text()
-    assert "## Training and inference" in text and "## Growth" in text and "MB an image" in text
+    assert "## Training and inference" in text and f"{part['device']}, {part['date']}" in text
     assert (tmp_path / "benchmark.png").stat().st_size > 10_000
 
 
