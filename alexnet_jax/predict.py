@@ -63,8 +63,10 @@ def main() -> None:
     logging.getLogger("absl").setLevel(logging.CRITICAL)
 
     from alexnet_jax import data, report
+    from alexnet_jax.compile_cache import use_compile_cache
     from alexnet_jax.run import RunError, open_run  # after the flags: a typo is answered at once
 
+    use_compile_cache()
     try:
         run = open_run(flags.workdir, flags.data_dir)
     except (RunError, data.DataError) as error:

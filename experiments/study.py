@@ -22,6 +22,7 @@ import numpy as np
 from scipy import stats
 
 from alexnet_jax import checkpoint, data, recipe, report, train
+from alexnet_jax.compile_cache import use_compile_cache
 from alexnet_jax.configs import cifar10
 from alexnet_jax.model import LAYERS, activations
 from alexnet_jax.run import Run, RunError, open_run
@@ -222,9 +223,7 @@ def main(module: Any) -> None:
         if unknown := set(parts) - set(getattr(module, "PARTS", ())):
             raise ValueError(f"--only: unknown part {min(unknown)!r}; the known ones are {', '.join(module.PARTS)}")
         flags.workdir.mkdir(parents=True, exist_ok=True)
-        if not jax.config.jax_compilation_cache_dir:  # one compilation serves all seeds
-            jax.config.update("jax_compilation_cache_dir", str((flags.workdir / "compiled").absolute()))
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        use_compile_cache()  # one compilation serves all seeds
         study = Study(flags.workdir, budgets[label], label, flags.seeds, flags.data_dir)
         start = time.monotonic()
         records = module.run(study, parts) if parts else module.run(study)
