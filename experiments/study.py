@@ -10,7 +10,6 @@ import json
 import logging
 import math
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -142,7 +141,7 @@ class Study:
 
     def __init__(self, workdir: Path, budget: Budget, label: str, seeds: int, data_dir: str):
         self.workdir, self.budget, self.label, self.data_dir = workdir, budget, label, data_dir
-        self.seeds, self.device = range(seeds), ""
+        self.seeds, self.device, self.seconds = range(seeds), "", 0.0
         self._std = {}
 
     def config(self, **fields) -> ml_collections.ConfigDict:
@@ -180,6 +179,7 @@ class Study:
             print(f"\n{arm}, seed {seed}: {self.budget}", flush=True)
         result = train.train_and_evaluate(config, folder)
         self.device = result["device"]
+        self.seconds += result["seconds"]  # of all calls, if it was interrupted
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         curve = [(x["epoch"], x["train_error"]) for x in lines if "train_error" in x]
         validation = [x["validation_top1_error"] for x in lines if "validation_top1_error" in x]
@@ -225,9 +225,8 @@ def main(module: Any) -> None:
         flags.workdir.mkdir(parents=True, exist_ok=True)
         use_compile_cache()  # one compilation serves all seeds
         study = Study(flags.workdir, budgets[label], label, flags.seeds, flags.data_dir)
-        start = time.monotonic()
         records = module.run(study, parts) if parts else module.run(study)
-        write(module, name, study, records, time.monotonic() - start)
+        write(module, name, study, records)
     except (ValueError, OSError) as error:
         sys.exit(f"Error: {error}" if str(error).startswith("--") else f"Error: --workdir={flags.workdir}: {error}")
     except (
@@ -239,7 +238,7 @@ def main(module: Any) -> None:
         sys.exit(128 + stop.signal)
 
 
-def write(module: Any, name: str, study: Study, records: dict[str, Any], seconds: float) -> None:
+def write(module: Any, name: str, study: Study, records: dict[str, Any]) -> None:
     """NAME.json, NAME.md and NAME.png in the study's folder; prints the table."""
     findings = module.judge(records)
     document = {
@@ -249,7 +248,7 @@ def write(module: Any, name: str, study: Study, records: dict[str, Any], seconds
         "seeds": len(study.seeds),
         "device": study.device,
         "date": datetime.date.today().isoformat(),
-        "seconds": round(seconds),
+        "seconds": round(study.seconds),
         "findings": {key: finding._asdict() for key, finding in findings.items()},
         "records": records,
     }
