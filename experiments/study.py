@@ -225,6 +225,7 @@ def main(module: Any) -> None:
         flags.workdir.mkdir(parents=True, exist_ok=True)
         use_compile_cache()  # one compilation serves all seeds
         study = Study(flags.workdir, budgets[label], label, flags.seeds, flags.data_dir)
+        recipe.build_mesh(study.config())  # before anything starts the backend: a CPU is split into devices
         records = module.run(study, parts) if parts else module.run(study)
         write(module, name, study, records)
     except (ValueError, OSError) as error:
