@@ -221,7 +221,7 @@ def plot_images(images: Sequence[np.ndarray], titles: Sequence[str], path: Path,
 
 
 def plot_maps(outputs: Mapping[str, Any], path: Path, count: int = 8, towers: int = 2) -> None:
-    """The first maps of every layer's output on one image, a row a layer; white lines part the towers.
+    """The first maps of every layer's output on one image, a row a layer, the towers side by side.
 
     Args:
       outputs: as `alexnet_jax.activations` gives them, of one image; layers without maps are left out.
