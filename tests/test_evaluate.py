@@ -112,7 +112,6 @@ def test_what_cannot_be_evaluated_is_one_line(runs, tmp_path):
 
     fails(RunError, "no_such holds no run", tmp_path / "no_such")
     fails(data.DataError, "split 'exam'", runs[0], split="exam")
-    fails(data.DataError, "no prepared data set|TFDS", runs[0], data_dir=str(tmp_path))
     copy = tmp_path / "copy"
     shutil.copytree(runs[0], copy)
     damage(largest_file(copy / "checkpoints" / "6"), "truncated")
