@@ -7,9 +7,10 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tensorflow_datasets as tfds
 from jax.experimental import multihost_utils
@@ -127,6 +128,28 @@ def split_size(builder: tfds.core.DatasetBuilder, split: str) -> int:
     return size
 
 
+def image_shape(builder: tfds.core.DatasetBuilder) -> tuple[int, int, int]:
+    """[H, W, C] of every image; raises DataError where the data set does not give all images one shape."""
+    shape = builder.info.features["image"].shape
+    if None in shape:
+        raise DataError(
+            f"{builder.name}: images of several sizes; python -m alexnet_jax.prepare --dataset {builder.name} makes a "
+            "data set of one size from it"
+        )
+    return shape
+
+
+def open_source(builder: tfds.core.DatasetBuilder, split: str) -> Any:
+    """TFDS's random access to a split's examples, the images as files; raises DataError if it is not ArrayRecord."""
+    try:
+        return builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    except NotImplementedError:
+        raise DataError(
+            f"config.data_dir: {builder.data_path} is stored as {builder.info.file_format}; training reads "
+            "ArrayRecord: prepare it with file_format=array_record"
+        ) from None
+
+
 def load(builder: tfds.core.DatasetBuilder, split: str) -> Examples:
     """Reads a split, in TFDS's notation ("train[:1000]"), into memory.
 
@@ -136,13 +159,7 @@ def load(builder: tfds.core.DatasetBuilder, split: str) -> Examples:
       DataError: no such split, an empty one, a file format other than ArrayRecord, or images of several sizes.
     """
     size = split_size(builder, split)
-    try:
-        source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-    except NotImplementedError:
-        raise DataError(
-            f"config.data_dir: {builder.data_path} is stored as {builder.info.file_format}; training reads "
-            "ArrayRecord: prepare it with file_format=array_record"
-        ) from None
+    source = open_source(builder, split)
     image_feature = builder.info.features["image"]
     share = -(-size // jax.process_count())  # the last share is filled up with the last example
     places = np.minimum(jax.process_index() * share + np.arange(share), size - 1)
@@ -166,7 +183,7 @@ def load(builder: tfds.core.DatasetBuilder, split: str) -> Examples:
 
 class Batch(NamedTuple):
     images: jax.Array  # uint8 [B, H, W, C]
-    labels: jax.Array  # int32 [B]
+    labels: jax.Array  # int32 [B]; −1 for what only fills up the last batch of a set
 
 
 class DeviceData:
@@ -187,6 +204,26 @@ class DeviceData:
             self._epoch, self._order = epoch, _permutation(key, epoch, len(self.labels))
         return self._take(self.images, self.labels, self._order, place * self.batch_size, self.batch_size)
 
+    def close(self) -> None:
+        """Nothing to end, as `stream.StreamedData` has."""
+
+
+class DeviceBatches:
+    """A small set as arrays on each device, in its order: the last batch is filled up with examples of label −1."""
+
+    def __init__(self, examples: Examples, batch_size: int, mesh: Mesh | None = None):
+        mesh = mesh or sharding.one_device()
+        self.images, self.labels = sharding.place(tuple(examples), mesh)
+        self._next = jax.jit(_next, static_argnums=3, out_shardings=NamedSharding(mesh, sharding.BATCH))
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.labels) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for i in range(len(self)):
+            yield self._next(self.images, self.labels, i * self.batch_size, self.batch_size)
+
 
 @partial(jax.jit, static_argnums=2)
 def _permutation(key, epoch, size):
@@ -196,3 +233,9 @@ def _permutation(key, epoch, size):
 def _take(images, labels, order, start, size):
     chosen = jax.lax.dynamic_slice(order, (start,), (size,))
     return Batch(images[chosen], labels[chosen])
+
+
+def _next(images, labels, start, size):
+    place = start + jnp.arange(size)
+    here = jnp.minimum(place, len(labels) - 1)
+    return Batch(images[here], jnp.where(place < len(labels), labels[here], -1))

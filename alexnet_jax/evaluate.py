@@ -1,17 +1,32 @@
-"""Top-1 and top-5 error on the central patch or on the paper's ten (section 4.1)."""
+"""Top-1 and top-5 error on the central patch or on the paper's ten (section 4.1), of one network or several averaged.
 
+python -m alexnet_jax.evaluate is the command of `evaluation`.
+"""
+
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from alexnet_jax import sharding
+from alexnet_jax import data, sharding
+from alexnet_jax.data import Batch, DeviceBatches
 from alexnet_jax.preprocess import Preprocess
+from alexnet_jax.stream import StreamedBatches
+
+
+class Network(NamedTuple):
+    """A network with what it learned."""
+
+    model: nn.Module
+    params: Any
+    preprocess: Preprocess
 
 
 class Evaluation(NamedTuple):
@@ -32,23 +47,31 @@ def predict(model: nn.Module, params: Any, images: jax.Array, preprocess: Prepro
     return jax.nn.softmax(logits).reshape(*patches.shape[:2], -1).mean(axis=1)
 
 
-@partial(jax.jit, static_argnames=("model", "pad", "crop", "resize", "scale", "ten_crop", "batch_size", "mesh"))
-def _count(params, images, labels, start, mean, *, model, pad, crop, resize, scale, ten_crop, batch_size, mesh):
+@partial(jax.jit, static_argnames=("model", "pad", "crop", "resize", "scale", "ten_crop", "mesh"))
+def _predict(params, images, mean, *, model, pad, crop, resize, scale, ten_crop, mesh):
     here = model.clone(data_axis=sharding.DATA, tower_axis=sharding.TOWER)
     preprocess = Preprocess(mean, pad, crop, resize, flip=False, lighting=None, scale=scale)
-    size = batch_size // mesh.shape[sharding.DATA]
 
-    def count_part(params, images, labels, start):  # on each device, its part of the batch
-        place = start + lax.axis_index(sharding.DATA) * size + jnp.arange(size)
-        weight = (place < labels.shape[0]).astype(jnp.int32)  # the last batch is filled up with examples of weight 0
-        place = jnp.minimum(place, labels.shape[0] - 1)
-        images, labels = images[place], labels[place]
-        probabilities = lax.pmean(predict(here, params, images, preprocess, ten_crop), sharding.TOWER)  # equal on both
+    def predict_part(params, images):  # on each device, its part of the batch
+        return lax.pmean(predict(here, params, images, preprocess, ten_crop), sharding.TOWER)  # equal on both
+
+    return jax.shard_map(
+        predict_part, mesh=mesh, in_specs=(sharding.tower_specs(params), sharding.BATCH), out_specs=sharding.BATCH
+    )(params, images)
+
+
+@partial(jax.jit, static_argnames="mesh")
+def _count(predictions, labels, *, mesh):
+    def count_part(predictions, labels):
+        probabilities = sum(predictions) / len(predictions)
+        weight = (labels >= 0).astype(jnp.int32)
+        labels = jnp.maximum(labels, 0)
         true = jnp.take_along_axis(probabilities, labels[:, None], axis=1)
         # An equal probability counts against the network, and so does one that is not a number.
         rank = jnp.sum(~(probabilities < true), axis=1) - 1
         classes = probabilities.shape[1]
         counts = {
+            "examples": jnp.sum(weight),
             "loss": jnp.sum(-jnp.log(jnp.maximum(true[:, 0], 1e-30)) * weight),
             "top1": jnp.sum((rank >= 1) * weight),
             "top5": jnp.sum((rank >= 5) * weight),
@@ -58,45 +81,63 @@ def _count(params, images, labels, start, mean, *, model, pad, crop, resize, sca
         }
         return lax.psum(counts, sharding.DATA)
 
-    everywhere = sharding.REPLICATED
     return jax.shard_map(
-        count_part, mesh=mesh, in_specs=(sharding.tower_specs(params), everywhere, everywhere, everywhere),
-        out_specs=everywhere,
-    )(params, images, labels, start)  # fmt: skip
+        count_part, mesh=mesh, in_specs=(sharding.BATCH, sharding.BATCH), out_specs=sharding.REPLICATED
+    )(predictions, labels)
 
 
 def evaluate(
-    model: nn.Module,
-    params: Any,
-    images: jax.Array,
-    labels: jax.Array,
-    preprocess: Preprocess,
-    ten_crop: bool = False,
-    batch_size: int = 500,
-    mesh: Mesh | None = None,
+    networks: Sequence[Network], batches: Iterable[Batch], ten_crop: bool = False, mesh: Mesh | None = None
 ) -> Evaluation:
-    """Errors over a whole set, each example counted once.
+    """Errors over a whole set, each example counted once, of the mean of the networks' softmax (section 6).
 
     Args:
-      images: uint8 [N, H, W, C].
-      labels: int [N].
+      batches: of one size, split over the mesh, each example once; those of label −1 are not counted.
       ten_crop: whether to average the softmax over ten patches.
-      batch_size: patches through the network at a time, about.
       mesh: of `sharding.make_mesh`; None for one device.
     """
     mesh = mesh or sharding.one_device()
-    params = sharding.place(params, mesh, sharding.tower_specs(params))
-    images, labels = sharding.place((images, labels), mesh)
-    size, data_parts = len(labels), mesh.shape[sharding.DATA]
-    batch = min(max(1, batch_size // 10) if ten_crop else batch_size, size)
-    batch = -(-batch // data_parts) * data_parts
-    counts = [
-        _count(params, images, labels, start, preprocess.mean, model=model, pad=preprocess.pad, crop=preprocess.crop,
-               resize=preprocess.resize, scale=preprocess.scale, ten_crop=ten_crop, batch_size=batch, mesh=mesh)
-        for start in range(0, size, batch)
-    ]  # fmt: skip
-    total = jax.tree.map(lambda *x: np.sum([np.asarray(i, np.float64) for i in x], axis=0), *counts)
+    placed = [n._replace(params=sharding.place(n.params, mesh, sharding.tower_specs(n.params))) for n in networks]
+    total, last = None, None
+
+    def add(total, counts):
+        counts = jax.tree.map(lambda x: np.asarray(x, np.float64), counts)
+        return counts if total is None else jax.tree.map(np.add, total, counts)
+
+    for images, labels in batches:
+        predictions = [
+            _predict(params, images, p.mean, model=model, pad=p.pad, crop=p.crop, resize=p.resize, scale=p.scale,
+                     ten_crop=ten_crop, mesh=mesh) for model, params, p in placed
+        ]  # fmt: skip
+        counts = _count(predictions, labels, mesh=mesh)
+        if last is not None:  # the device has its next batch already
+            total = add(total, last)
+        last = counts
+    total = add(total, last)
+    size = total["examples"]
     return Evaluation(
         float(total["loss"] / size), float(total["top1"] / size), float(total["top5"] / size),
         total["confusion"].astype(np.int64),
     )  # fmt: skip
+
+
+def batch_size(examples: int, ten_crop: bool, mesh: Mesh, patches: int = 500) -> int:
+    """Images to a batch, so that about `patches` go through the network at a time, in equal parts over the mesh."""
+    size, parts = min(patches // 10 if ten_crop else patches, examples), mesh.shape[sharding.DATA]
+    return -(-size // parts) * parts
+
+
+def in_batches(
+    config: ml_collections.ConfigDict, builder: Any, split: str, mesh: Mesh, ten_crop: bool = False
+) -> DeviceBatches | StreamedBatches:
+    """A split for `evaluate`, in memory or streamed as the config says; raises data.DataError."""
+    size = batch_size(data.split_size(builder, split), ten_crop, mesh)
+    if config.streaming:
+        return StreamedBatches(builder, split, size, mesh, config.loader_workers)
+    return DeviceBatches(data.load(builder, split), size, mesh)
+
+
+if __name__ == "__main__":
+    from alexnet_jax import evaluation  # which imports this module
+
+    evaluation.main()

@@ -18,7 +18,6 @@ import os
 import re
 import signal
 import sys
-import threading
 import time
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,6 +33,7 @@ from PIL import Image
 
 from alexnet_jax import data, report
 from alexnet_jax.augment import principal_components
+from alexnet_jax.workers import start_worker
 
 log = logging.getLogger(__name__)
 
@@ -269,17 +269,6 @@ def make_shard(shard: Shard) -> Made:
     return made
 
 
-def _start_worker() -> None:
-    """Leaves Ctrl-C to the parent, and does not outlive it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def watch():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 def prepare(
     dataset: str,
     data_dir: str | Path,
@@ -342,7 +331,7 @@ def _make_all(shards: Sequence[Shard], workers: int, max_undecodable: int) -> li
     progress = report.Progress(len(shards), 0)
     context = multiprocessing.get_context("spawn")  # JAX has threads, which a fork would not survive
     started, images = time.monotonic(), 0
-    with ProcessPoolExecutor(workers, context, _start_worker) as pool:
+    with ProcessPoolExecutor(workers, context, start_worker) as pool:
         futures = [pool.submit(make_shard, shard) for shard in shards]
         try:
             for done, future in enumerate(as_completed(futures), 1):

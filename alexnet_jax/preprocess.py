@@ -1,5 +1,7 @@
 """From stored uint8 images to what the network sees: the mean, augmentation in training, patches in testing."""
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -81,8 +83,45 @@ class Preprocess(NamedTuple):
         return x * self.scale
 
 
+class Statistics(NamedTuple):
+    """Of a training set, in float64 and for pixels in 0 to 255."""
+
+    mean_image: np.ndarray  # [H, W, C] (section 2)
+    eigenvalues: np.ndarray | None  # [3], largest first, of the covariance of RGB (section 4.1); None: not asked for
+    eigenvectors: np.ndarray | None  # [3, 3], a column each
+
+
+def measure(images: Iterable[np.ndarray], colours: bool) -> Statistics:
+    """The statistics of images that come as arrays uint8 [some, H, W, C], read once.
+
+    Args:
+      colours: whether to compute the covariance of RGB.
+
+    Raises:
+      ValueError: `colours` of images without three channels.
+    """
+    images, count, total = iter(images), 0, 0
+
+    def summed():
+        nonlocal count, total
+        for some in images:
+            count, total = count + len(some), total + some.sum(axis=0, dtype=np.int64)
+            yield some
+
+    principal = augment.rgb_pca(summed()) if colours else (None, None)
+    for _ in summed():  # what is left
+        pass
+    return Statistics(total / count, *principal)
+
+
+def read_statistics(path: Path) -> Statistics:
+    """Those that `prepare` computed and stored; raises OSError, ValueError or KeyError if they cannot be read."""
+    with np.load(path) as found:
+        return Statistics(*(found[name] for name in Statistics._fields))
+
+
 def fit(
-    images: np.ndarray,
+    images: np.ndarray | Iterable[np.ndarray] | Statistics,
     pad: int,
     crop: int,
     resize: int,
@@ -95,20 +134,21 @@ def fit(
     """The preprocessing of a training set: its mean image and, for `lighting`, the covariance of its colours.
 
     Args:
-      images: the training set, uint8 [N, H, W, C].
+      images: the training set, uint8 [N, H, W, C], or arrays of it, read once, or its statistics.
       pad, crop, resize, flip, scale, variant, random_crop: as in `Preprocess`.
       lighting: whether to vary the colours.
 
     Raises:
       ValueError: lighting of images without three channels.
     """
-    mean = np.zeros(images.shape[1:])
-    for start in range(0, len(images), 10_000):
-        mean += images[start : start + 10_000].sum(axis=0, dtype=np.int64)
+    if isinstance(images, np.ndarray):
+        statistics = measure(np.array_split(images, -(-len(images) // 10_000)), lighting)
+    else:
+        statistics = images if isinstance(images, Statistics) else measure(images, lighting)
+    mean, eigenvalues, eigenvectors = statistics
     principal = None
     if lighting:
-        eigenvalues, eigenvectors = augment.rgb_pca(images)
         spread = 255 * (eigenvalues / 255**2) ** VARIANTS[variant].lighting_power  # λ is of pixels in 0 to 1
         principal = spread.astype(np.float32), eigenvectors.astype(np.float32)
-    mean = (mean / len(images)).astype(np.float32)
+    mean = mean.astype(np.float32)
     return Preprocess(mean, pad, crop, resize, flip, principal, scale, variant, random_crop)

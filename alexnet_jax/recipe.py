@@ -2,18 +2,25 @@
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 from jax.sharding import Mesh
 
 from alexnet_jax import distributed, report, sharding
+from alexnet_jax.data import DataError
 from alexnet_jax.model import ACTIVATIONS, AlexNet, Stem, widths_problem
+from alexnet_jax.prepare import STATISTICS
+from alexnet_jax.preprocess import Preprocess, fit, read_statistics
 from alexnet_jax.variants import VARIANTS
 
-UNRELATED_TO_RESULT = ("data_dir", "source_dir", "manual_dir", "mesh")  # may change between the starts of one run
+# May change between the starts of one run.
+UNRELATED_TO_RESULT = ("data_dir", "source_dir", "manual_dir", "loader_workers", "mesh")
 
 
 class ConfigError(Exception):
@@ -36,7 +43,8 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         raise ConfigError(str(error)) from None
     for name in ("batch_size", "image_size", "log_every"):
         require(name, config[name] >= 1, "a number of at least 1")
-    for name in ("num_train_steps", "pad", "resize", "warmup_steps", "plateau_patience", "eval_every"):
+    whole = ("loader_workers", "num_train_steps", "pad", "resize", "warmup_steps", "plateau_patience", "eval_every")
+    for name in whole:
         require(name, config[name] >= 0, "0 or more")
     require("seed", 0 <= config.seed < 2**32, "0 to 2³²−1")
     require("num_epochs", 0 < config.num_epochs < math.inf or config.num_train_steps, "a positive number")
@@ -127,6 +135,31 @@ def build_model(config: ml_collections.ConfigDict, num_classes: int) -> AlexNet:
         kernel_std=tuple(config.kernel_std) or None,
         bias=tuple(config.bias) or None,
     )
+
+
+def build_preprocess(
+    config: ml_collections.ConfigDict, builder: Any, images: np.ndarray | Iterable[np.ndarray]
+) -> Preprocess:
+    """The preprocessing that a config describes, with the statistics that `prepare` left beside the data set.
+
+    Those are of the whole split `train`, whatever part of it trains.
+
+    Args:
+      images: the training set, as `preprocess.fit` takes it, to measure where there are no such statistics.
+
+    Raises:
+      data.DataError: the statistics are there and cannot be read.
+    """
+    path = Path(builder.data_path) / STATISTICS
+    if path.exists():
+        try:
+            images = read_statistics(path)
+        except Exception as error:  # whatever the damage makes NumPy raise
+            raise DataError(f"{path} is damaged ({error}); prepare the data set again") from None
+    return fit(
+        images, config.pad, config.image_size, config.resize, config.flip, config.lighting, config.input_scale,
+        config.variant, config.random_crop,
+    )  # fmt: skip
 
 
 def check_workdir(config: ml_collections.ConfigDict, workdir: Path) -> None:

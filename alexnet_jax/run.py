@@ -1,7 +1,7 @@
 """A trained run, opened again from its folder."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,12 +12,12 @@ import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
 
-from alexnet_jax import data, evaluate, recipe, report
+from alexnet_jax import data, evaluate, recipe, report, stream
 from alexnet_jax.checkpoint import fingerprint
 from alexnet_jax.configs import default
 from alexnet_jax.model import OUTPUTS, AlexNet, activations
 from alexnet_jax.optimizer import paper_sgd
-from alexnet_jax.preprocess import Preprocess, fit
+from alexnet_jax.preprocess import Preprocess
 from alexnet_jax.train import create_state
 
 AT_A_TIME = 500  # patches through the network
@@ -95,15 +95,18 @@ def open_run(workdir: str | Path, data_dir: str = "") -> Run:
     if not steps:
         raise RunError(f"{workdir} holds no checkpoint yet; the first one is written after an epoch")
     builder = data.open_builder(config.dataset, data_dir or config.data_dir, config.source_dir)
-    images = data.load(builder, config.train_split).images
-    preprocess = fit(
-        images, config.pad, config.image_size, config.resize, config.flip, config.lighting, config.input_scale,
-        config.variant, config.random_crop,
-    )  # fmt: skip
+    preprocess = recipe.build_preprocess(config, builder, _training_images(config, builder))
     model = recipe.build_model(config, len(builder.info.features["label"].names))
     like = create_state(model, paper_sgd(), preprocess.image_shape, 0)
     params = _read((workdir / "checkpoints" / str(max(steps))).absolute(), like).params
     return Run(config, builder, max(steps), model, params, preprocess)
+
+
+def _training_images(config: ml_collections.ConfigDict, builder: Any) -> Iterator[np.ndarray]:
+    if config.streaming:
+        yield from stream.images(builder, config.train_split, config.loader_workers)
+    else:
+        yield data.load(builder, config.train_split).images
 
 
 def _read(found: Path, like: Any) -> Any:

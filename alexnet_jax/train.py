@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,10 +21,10 @@ from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
-from alexnet_jax import data, distributed, recipe, report, sharding
+from alexnet_jax import data, distributed, recipe, report, sharding, stream
 from alexnet_jax.checkpoint import Checkpoints
 from alexnet_jax.data import Batch, DeviceData
-from alexnet_jax.evaluate import evaluate
+from alexnet_jax.evaluate import Network, evaluate, in_batches
 from alexnet_jax.model import OUTPUTS, AlexNet, activations
 from alexnet_jax.optimizer import (
     Plateau,
@@ -34,7 +34,8 @@ from alexnet_jax.optimizer import (
     plateau_init,
     plateau_update,
 )
-from alexnet_jax.preprocess import Preprocess, fit
+from alexnet_jax.preprocess import Preprocess
+from alexnet_jax.stream import StreamedData
 
 log = logging.getLogger(__name__)
 
@@ -215,8 +216,8 @@ class _Task(NamedTuple):
 
     builder: Any
     sizes: dict[str, int]  # examples to train, validate, test
-    train_data: DeviceData
-    validation: data.Examples
+    train_data: DeviceData | StreamedData
+    validation: Iterable[Batch]
     preprocess: Preprocess
     model: AlexNet
     optimizer: optax.GradientTransformationExtraArgs
@@ -230,15 +231,16 @@ def _set_up(config: ml_collections.ConfigDict) -> _Task:
     builder = data.open_builder(config.dataset, config.data_dir, config.source_dir, config.manual_dir)
     splits = {"train": config.train_split, "validate": config.validation_split, "test": config.test_split}
     sizes = {use: data.split_size(builder, split) for use, split in splits.items()}
-    examples = data.load(builder, config.train_split)
-    validation = data.load(builder, config.validation_split)
     num_classes = builder.info.features["label"].num_classes
-    recipe.check_data(config, examples.images.shape[1:], len(examples.labels), num_classes)
-    train_data = DeviceData(examples, config.batch_size, mesh)
-    preprocess = fit(
-        examples.images, config.pad, config.image_size, config.resize, config.flip, config.lighting, config.input_scale,
-        config.variant, config.random_crop,
-    )  # fmt: skip
+    if config.streaming:
+        recipe.check_data(config, data.image_shape(builder), sizes["train"], num_classes)
+        train_data = StreamedData(builder, config.train_split, config.batch_size, mesh, config.loader_workers)
+        images = stream.images(builder, config.train_split, config.loader_workers)
+    else:
+        images, labels = data.load(builder, config.train_split)
+        recipe.check_data(config, images.shape[1:], len(labels), num_classes)
+        train_data = DeviceData(data.Examples(images, labels), config.batch_size, mesh)
+    preprocess = recipe.build_preprocess(config, builder, images)
     model = recipe.build_model(config, num_classes)
     optimizer = paper_sgd(config.momentum, config.weight_decay, config.variant)
     drops = tuple(round(epoch * train_data.steps_per_epoch) for epoch in config.drop_at_epochs)
@@ -248,7 +250,7 @@ def _set_up(config: ml_collections.ConfigDict) -> _Task:
         mesh,
     )  # fmt: skip
     total = config.num_train_steps or max(1, round(config.num_epochs * train_data.steps_per_epoch))
-    validation = sharding.place(validation, mesh)
+    validation = in_batches(config, builder, config.validation_split, mesh)
     return _Task(builder, sizes, train_data, validation, preprocess, model, optimizer, train_step, total, mesh)
 
 
@@ -321,7 +323,8 @@ def _train(config, task, state, checkpoints, workdir, started, received) -> tupl
             done = step + 1
             if done % eval_every == 0 or done == total:
                 shown.show(done)
-                result = evaluate(task.model, state.params, *task.validation, task.preprocess, mesh=task.mesh)
+                network = Network(task.model, state.params, task.preprocess)
+                result = evaluate([network], task.validation, mesh=task.mesh)
                 patience = config.plateau_patience or total + 1
                 state = state.replace(plateau=plateau_update(state.plateau, jnp.float32(result.top1_error), patience))
                 metrics.write(
@@ -350,6 +353,7 @@ def _train(config, task, state, checkpoints, workdir, started, received) -> tupl
         error.add(f"the checkpoint of step {kept} is kept" if kept is not None else "no checkpoint was written yet")
         raise
     finally:
+        task.train_data.close()
         progress.close()
         metrics.close()
     checkpoints.close()
@@ -358,8 +362,8 @@ def _train(config, task, state, checkpoints, workdir, started, received) -> tupl
 
 def _test(config, task, state, workdir, started, images_per_s) -> dict[str, Any]:
     """Reads the test set, this once; process 0 writes the pictures and `result.json`."""
-    examples = data.load(task.builder, config.test_split)
-    tested = evaluate(task.model, state.params, *examples, task.preprocess, config.ten_crop, mesh=task.mesh)
+    batches = in_batches(config, task.builder, config.test_split, task.mesh, config.ten_crop)
+    tested = evaluate([Network(task.model, state.params, task.preprocess)], batches, config.ten_crop, task.mesh)
     kernel = multihost_utils.process_allgather(state.params["conv1"]["kernel"], tiled=True)
     result = {
         "test_top1_error": tested.top1_error,
@@ -394,7 +398,7 @@ def _show_summary(config, task, state) -> None:
     shapes = {name: shapes[name] for name in OUTPUTS if name in shapes}  # JAX sorts the names of a dict
     layers = report.layer_table(shapes, state.params)
     sizes = ", ".join(f"{size:,} to {use}" for use, size in task.sizes.items())
-    shape = "×".join(map(str, task.train_data.images.shape[1:]))
+    shape = "×".join(map(str, task.preprocess.mean.shape))
     going_on = f"; going on after step {state.step:,}" if state.step else ""
     log.info(
         f"device     {device_name(task.mesh)}\n"

@@ -25,12 +25,12 @@ ENVIRONMENT = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
 ONE_DEVICE_EACH = ("--config.mesh.cpu_devices=1", "--config.mesh.tower=2")  # the paper's two GPUs, in two machines
 
 
-def start_processes(workdir, *flags, each=((), ()), environments=({}, {})):
+def start_processes(workdir, *flags, first=FLAGS, each=((), ()), environments=({}, {})):
     """Starts processes on a free port, with the same flags and for each some of its own."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    common = (*FLAGS, f"--coordinator_address=localhost:{port}", f"--num_processes={len(each)}", *flags)
+    common = (*first, f"--coordinator_address=localhost:{port}", f"--num_processes={len(each)}", *flags)
     return [
         start_main(workdir, *common, f"--process_id={i}", *own, env={**ENVIRONMENT, **environment})
         for i, (own, environment) in enumerate(zip(each, environments, strict=True))

@@ -1,10 +1,20 @@
+import json
+import shutil
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
+from conftest import ROOT, saved_state
+from test_checkpoint import damage, largest_file
+from test_train import tiny_config
 
-from alexnet_jax import AlexNet, Stem
-from alexnet_jax.evaluate import evaluate, predict
+from alexnet_jax import AlexNet, Stem, data, evaluation, recipe, train
+from alexnet_jax.data import DeviceBatches, Examples
+from alexnet_jax.evaluate import Network, evaluate, predict
 from alexnet_jax.preprocess import fit
+from alexnet_jax.run import RunError
 
 MODEL = AlexNet(num_classes=7, stem=Stem(5, 2, 2), widths=(4, 4, 4, 4, 4, 8, 8), kernel_std=(0.4,) * 8)
 
@@ -20,14 +30,16 @@ def problem():
 
 
 @pytest.mark.parametrize("ten_crop", [False, True])
-@pytest.mark.parametrize("batch_size", [10, 530, 1000])  # a partial last batch, all in one, more than there are
+@pytest.mark.parametrize("batch_size", [10, 53, 100])  # a partial last batch, all in one, more than there are
 def test_each_example_is_counted_once(problem, ten_crop, batch_size):
     params, images, labels, preprocess = problem
     p = np.asarray(predict(MODEL, params, images, preprocess, ten_crop), np.float64)
     order = np.argsort(-p, axis=1)
     confusion = np.zeros((7, 7), int)
     np.add.at(confusion, (labels, order[:, 0]), 1)
-    result = evaluate(MODEL, params, images, labels, preprocess, ten_crop, batch_size)
+    batches = DeviceBatches(Examples(images, labels), batch_size)
+    assert len(list(batches)) == len(batches) == -(-53 // batch_size)
+    result = evaluate([Network(MODEL, params, preprocess)], batches, ten_crop)
     assert result.top1_error == pytest.approx((order[:, 0] != labels).mean())
     assert result.top5_error == pytest.approx(1 - (order[:, :5] == labels[:, None]).any(1).mean())
     assert result.loss == pytest.approx(-np.log(p[np.arange(53), labels]).mean(), rel=1e-5)
@@ -46,7 +58,65 @@ def test_ten_crop_is_the_mean_of_the_softmax(problem):
 def test_a_network_that_says_nothing_is_wrong_every_time(problem):
     params, images, labels, preprocess = problem
     flat = jax.tree.map(np.zeros_like, params)  # every class is equally likely
-    result = evaluate(MODEL, flat, images, labels, preprocess)
+    batches = DeviceBatches(Examples(images, labels), 53)
+    result = evaluate([Network(MODEL, flat, preprocess)], batches)
     assert result.top1_error == 1 and result.top5_error == 1
     broken = jax.tree.map(lambda x: np.full_like(x, np.nan), params)
-    assert evaluate(MODEL, broken, images, labels, preprocess).top1_error == 1
+    assert evaluate([Network(MODEL, broken, preprocess)], batches).top1_error == 1
+
+
+@pytest.fixture(scope="module")
+def runs(fashion_mnist, tmp_path_factory):
+    """Two trainings that differ in their seed."""
+    folders = [tmp_path_factory.mktemp(f"seed{seed}") for seed in (0, 1)]
+    for seed, folder in enumerate(folders):
+        train.train_and_evaluate(tiny_config(seed=seed, learning_rate=0.02), folder)
+    return folders
+
+
+def test_the_command_averages_the_softmax_of_several_runs(runs, fashion_mnist):
+    command = [sys.executable, "-m", "alexnet_jax.evaluate", "--workdir", *map(str, runs), "--split=test[:151]"]
+    before = {path: path.stat().st_mtime_ns for path in runs[0].rglob("*")}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert before.items() <= {path: path.stat().st_mtime_ns for path in runs[0].rglob("*") if path != runs[0]}.items()
+    found = json.loads((runs[0] / "evaluation.json").read_text())
+    assert found["examples"] == 151 and found["split"] == "test[:151]" and found["dataset"].startswith("fashion_mnist/")
+    assert found["networks"] == [{"workdir": str(run), "step": 6} for run in runs]
+    assert "at step 6" in done.stdout and "paper" not in done.stdout
+
+    images, labels = data.load(fashion_mnist, "test[:151]")
+    training = data.load(fashion_mnist, "train[:1000]").images
+    model, preprocess = recipe.build_model(tiny_config(), 10), fit(training, 1, 28, 0, False, False, 1 / 70)
+    for patches, ten_crop in (("center", False), ("ten", True)):
+        p = []
+        for run in runs:
+            state, params = saved_state(run, 6), {}
+            for path, leaf in state.items():
+                if path.startswith("/params/"):
+                    params.setdefault(path.split("/")[2], {})[path.split("/")[3]] = leaf
+            p.append(np.asarray(predict(model, params, images, preprocess, ten_crop), np.float64))
+        mean = np.mean(p, axis=0)
+        assert (mean.argmax(1) != p[0].argmax(1)).any() and (mean.argmax(1) != p[1].argmax(1)).any()
+        assert found[patches]["top1_error"] == pytest.approx((mean.argmax(1) != labels).mean())
+        fifth = np.sort(mean, axis=1)[:, -5]
+        assert found[patches]["top5_error"] == pytest.approx((mean[np.arange(151), labels] < fifth).mean())
+        assert found[patches]["loss"] == pytest.approx(-np.log(mean[np.arange(151), labels]).mean(), rel=1e-4)
+
+
+def test_what_cannot_be_evaluated_is_one_line(runs, tmp_path):
+    def fails(error, words, *workdirs, **fields):
+        with pytest.raises(error, match=words) as raised:
+            evaluation.evaluate_workdirs(workdirs, **fields)
+        assert "\n" not in str(raised.value)
+
+    fails(RunError, "no_such holds no run", tmp_path / "no_such")
+    fails(data.DataError, "split 'exam'", runs[0], split="exam")
+    copy = tmp_path / "copy"
+    shutil.copytree(runs[0], copy)
+    damage(largest_file(copy / "checkpoints" / "6"), "truncated")
+    fails(RunError, "checkpoints/6 is damaged.*remove it", copy)
+    shutil.rmtree(copy / "checkpoints" / "6")
+    fails(RunError, "holds no checkpoint", copy)
+    (copy / "config.json").write_text("{")
+    fails(RunError, "config.json is not a config", copy)

@@ -14,7 +14,7 @@ from jax import lax
 from test_train import tiny_config
 
 from alexnet_jax import AlexNet, Stem, evaluate, preprocess, sharding, train
-from alexnet_jax.data import DeviceData, load
+from alexnet_jax.data import DeviceBatches, DeviceData, load
 from alexnet_jax.model import TowerConv, join
 from experiments import sharding as harness
 
@@ -32,7 +32,8 @@ def twenty_steps(mesh, examples):
     for i in range(20):
         state, metrics = step(state, data.batch(jax.random.key(5), i), jax.random.key(i))
         losses.append(float(metrics["loss"]))
-    tested = evaluate.evaluate(MODEL, state.params, *examples, prepare, ten_crop=False, batch_size=48, mesh=mesh)
+    network = evaluate.Network(MODEL, state.params, prepare)
+    tested = evaluate.evaluate([network], DeviceBatches(examples, 48, mesh), mesh=mesh)
     return state, losses, tested
 
 

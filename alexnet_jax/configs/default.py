@@ -16,6 +16,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.train_split = "train[:55000]"
     c.validation_split = "train[55000:]"
     c.test_split = "test"
+    c.streaming = False  # read from the disk all along, by worker processes; False: the whole set lies on each device
+    c.loader_workers = 0  # the processes that decode what is streamed; 0: one a core, 16 at most
 
     # What the network sees (section 4.1).
     c.pad = 0  # mean-coloured border, in pixels, added before cropping

@@ -14,6 +14,7 @@ def get_config(variant="paper"):
     c.train_split = "train"
     c.validation_split = "validation"
     c.test_split = "validation"
+    c.streaming = True
     c.variant = variant
     c.image_size = of.image_size
     c.lighting = of.lighting

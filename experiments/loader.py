@@ -1,0 +1,203 @@
+"""Images/s of the loader beside its decoder alone and PyTorch's DataLoader: python -m experiments.loader --workdir DIR
+
+The same 256×256 JPEGs for all, `--workers` processes each, one after the other in several rounds of one run. A
+contender that is not measured stands still, with its buffers full.
+"""
+
+import argparse
+import importlib.util
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from alexnet_jax import augment, data, prepare, report, sharding, stream
+
+DECODER, LOADER, CROPPED, TORCH = "decoder alone", "loader", "loader, crop and flip", "torch DataLoader, Pillow"
+SKIPPED = 8  # batches before each measurement, a worker: those that waited
+
+
+def make_images(folder: Path, count: int = 200) -> None:
+    """Pictures with the spectrum of photographs, where none are given."""
+    folder.mkdir(parents=True)
+    for i in range(count):
+        rng = np.random.default_rng(i)
+        sides = [2**k for k in range(1, 9)]
+        octaves = (rng.normal(0, 60 / side**0.7, (side, side, 3)) for side in sides)
+        images = [np.stack([np.asarray(Image.fromarray(o[..., c].astype(np.float32)).resize((320, 256), 3))
+                            for c in range(3)], -1) for o in octaves]  # fmt: skip
+        Image.fromarray(np.clip(128 + sum(images), 0, 255).astype(np.uint8)).save(folder / f"{i}.jpg", quality=95)
+
+
+def prepare_once(images: Path | None, workdir: Path) -> tuple[Path, list[bytes]]:
+    """The data set's folder, and its JPEGs as files."""
+    out = workdir / "loader_256" / prepare.VERSION
+    if not out.exists():
+        root = workdir / "images"
+        if images is None and not (root / "train" / "all").exists():
+            make_images(root / "train" / "all")
+        elif images is not None:
+            (root / "train" / "all").mkdir(parents=True, exist_ok=True)
+            for path in sorted(p for p in images.rglob("*") if p.is_file()):
+                (root / "train" / "all" / path.name).write_bytes(path.read_bytes())
+        prepare.prepare("loader", root, workdir, shard_size=8)  # many files, as a large set has
+    builder = tfds.builder_from_directory(out)
+    files = [example["image"] for example in data.open_source(builder, "train")]
+    (workdir / "jpegs").mkdir(exist_ok=True)
+    for i, file in enumerate(files):
+        (workdir / "jpegs" / f"{i}.jpg").write_bytes(file)
+    return out, files
+
+
+def _decode_for(seconds: float, files: list[bytes]) -> float:
+    out, count, started = np.empty((prepare.SIDE, prepare.SIDE, 3), np.uint8), 0, time.perf_counter()
+    while (spent := time.perf_counter() - started) < seconds:
+        for file in files:
+            stream.decode(file, out)
+        count += len(files)
+    return count / spent
+
+
+def decoder_alone(files: list[bytes], workers: int) -> Callable[[float], float]:
+    """The decoder on files in memory, into the same array over and over, in processes."""
+    pool = multiprocessing.get_context("spawn").Pool(workers)
+    pool.starmap(_decode_for, [(0.1, files)] * workers)
+    return lambda seconds: sum(pool.starmap(_decode_for, [(seconds, files)] * workers))
+
+
+def rate(batches: Iterator[Any], batch_size: int, workers: int, seconds: float) -> float:
+    """Images/s of an endless iterator over batches."""
+    for _ in range(SKIPPED * workers):
+        next(batches)
+    count, started = 0, time.perf_counter()
+    while (spent := time.perf_counter() - started) < seconds:
+        next(batches)
+        count += batch_size
+    return count / spent
+
+
+def loader(folder: Path, batch_size: int, workers: int) -> Iterator[data.Batch]:
+    """Batches on the device, as training gets them; what JAX does itself is waited for."""
+    builder, key, step = tfds.builder_from_directory(folder), jax.random.key(0), 0
+    streamed = stream.StreamedData(builder, "train", batch_size, sharding.one_device(), workers)
+    while True:
+        yield jax.block_until_ready(streamed.batch(key, step))
+        step += 1
+
+
+@jax.jit
+def _crop_and_flip(key: jax.Array, images: jax.Array) -> jax.Array:
+    crop_key, flip_key = jax.random.split(key)
+    return augment.random_flip(flip_key, augment.random_crop(crop_key, images, 224))
+
+
+def cropped(batches: Iterator[data.Batch]) -> Iterator[jax.Array]:
+    """What the train step does first, here without the rest of it."""
+    for i, batch in enumerate(batches):
+        yield jax.block_until_ready(_crop_and_flip(jax.random.key(i), batch.images))
+
+
+class Folder:
+    """The same JPEGs for torch: read, decoded by Pillow, cropped and mirrored at random, uint8."""
+
+    def __init__(self, folder: Path):
+        self.paths = sorted(folder.iterdir())
+
+    def __len__(self) -> int:
+        return 10_000_000
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        with Image.open(self.paths[index * 7919 % len(self.paths)]) as image:
+            pixels = np.asarray(image.convert("RGB"))
+        rng = np.random.default_rng(index)
+        top, left, flip = rng.integers(0, 33), rng.integers(0, 33), rng.integers(0, 2)
+        pixels = pixels[top : top + 224, left : left + 224]
+        return np.ascontiguousarray(pixels[:, ::-1] if flip else pixels), 0
+
+
+def torch_loader(folder: Path, batch_size: int, workers: int) -> Iterator[Any]:
+    """PyTorch's DataLoader over `Folder`."""
+    from torch.utils.data import DataLoader
+
+    return iter(DataLoader(Folder(folder), batch_size, num_workers=workers, multiprocessing_context="spawn"))
+
+
+def compare(workdir: Path, images: Path | None, workers: int, rounds: int, seconds: float) -> dict[str, Any]:
+    """Rates of all contenders in each round, their medians, and the two ratios of medians."""
+    batch_size = 128
+    folder, files = prepare_once(images, workdir)
+    batches = loader(folder, batch_size, workers)
+    contenders = {
+        DECODER: decoder_alone(files, workers),
+        LOADER: partial(rate, batches, batch_size, workers),
+        CROPPED: partial(rate, cropped(batches), batch_size, workers),
+    }
+    if importlib.util.find_spec("torch"):
+        contenders[TORCH] = partial(rate, torch_loader(workdir / "jpegs", batch_size, workers), batch_size, workers)
+    for measure in contenders.values():
+        measure(0.0)  # starts its processes
+    rates = {name: [] for name in contenders}
+    for i in range(rounds):
+        for name, measure in contenders.items():
+            rates[name].append(measure(seconds))
+            print(f"round {i + 1}/{rounds}  {name}  {rates[name][-1]:.0f} images/s", flush=True)
+    medians = {name: statistics.median(found) for name, found in rates.items()}
+    return {
+        "cores": len(os.sched_getaffinity(0)),
+        "workers": workers,
+        "batch_size": batch_size,
+        "jpeg_bytes": round(sum(map(len, files)) / len(files)),
+        "images_per_s": rates,
+        "median": medians,
+        "loader_over_decoder": medians[LOADER] / medians[DECODER],
+        "loader_over_torch": medians[CROPPED] / medians[TORCH] if TORCH in medians else None,
+    }
+
+
+def show(result: dict[str, Any]) -> str:
+    """The result as a table in Markdown."""
+    lines = ["| | images/s | range |", "| --- | --- | --- |"]
+    for name, found in result["images_per_s"].items():
+        lines.append(f"| {name} | {result['median'][name]:.0f} | {min(found):.0f} to {max(found):.0f} |")
+    over_torch = result["loader_over_torch"]
+    peer = f"with crop and flip × {over_torch:.2f} of torch's" if over_torch else "torch is not installed"
+    return "\n".join([
+        *lines, "",
+        f"Medians of {len(found)} rounds; {result['workers']} processes on {result['cores']} cores; 256×256 JPEGs of "
+        f"{result['jpeg_bytes'] / 1000:.1f} KB. The loader is at {result['loader_over_decoder']:.1%} of its decoder; "
+        f"{peer}.",
+    ])  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m experiments.loader", description=__doc__.splitlines()[0])
+    parser.add_argument("--workdir", type=Path, required=True, help="for the prepared set, loader.json and loader.md")
+    parser.add_argument("--images", type=Path, help="a folder of images; without it they are drawn")
+    parser.add_argument("--workers", type=int, default=0, help="processes; 0: one a core")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=4.0, help="of one measurement")
+    flags = parser.parse_args()
+    if flags.images and not flags.images.is_dir():
+        sys.exit(f"Error: --images={flags.images} is not a folder")
+    workers = flags.workers or len(os.sched_getaffinity(0))
+    try:
+        result = compare(flags.workdir.absolute(), flags.images, workers, flags.rounds, flags.seconds)
+        report.write_json(flags.workdir / "loader.json", result)
+        (flags.workdir / "loader.md").write_text(show(result) + "\n")
+    except (data.DataError, prepare.PrepareError, OSError) as error:
+        sys.exit(f"Error: {error}")
+    print(f"\n{show(result)}\n\nWritten to {flags.workdir}")
+
+
+if __name__ == "__main__":
+    main()
