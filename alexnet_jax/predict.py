@@ -59,6 +59,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="the picture to write (default: predictions.png in the folder)")
     parser.add_argument("--invert", action="store_true", help="exchange black and white first")
     parser.add_argument("--data_dir", default="", help="where the data set is, if it has moved since the training")
+    parser.add_argument("--compile_cache", help="where compiled programs are kept, as in alexnet_jax.main")
     flags = parser.parse_args()
     logging.getLogger("absl").setLevel(logging.CRITICAL)
 
@@ -66,7 +67,7 @@ def main() -> None:
     from alexnet_jax.compile_cache import use_compile_cache
     from alexnet_jax.run import RunError, open_run  # after the flags: a typo is answered at once
 
-    use_compile_cache()
+    use_compile_cache(flags.compile_cache)
     try:
         run = open_run(flags.workdir, flags.data_dir)
     except (RunError, data.DataError) as error:
