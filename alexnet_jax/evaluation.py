@@ -11,6 +11,7 @@ from typing import Any
 from absl import logging as absl_logging
 
 from alexnet_jax import data, report, sharding
+from alexnet_jax.compile_cache import use_compile_cache
 from alexnet_jax.data import Batch, DeviceBatches
 from alexnet_jax.evaluate import Network, evaluate, in_batches
 from alexnet_jax.run import RunError, open_run
@@ -88,7 +89,9 @@ def main() -> None:
     parser.add_argument("--workdir", required=True, nargs="+", action="extend", type=Path, help="a training's folder")
     parser.add_argument("--split", default="", help="the split to test on; by default that of the validation")
     parser.add_argument("--data_dir", default="", help="where TFDS keeps the data set, if not where it was")
+    parser.add_argument("--compile_cache", help="where compiled programs are kept, as in alexnet_jax.main")
     flags = parser.parse_args()
+    use_compile_cache(flags.compile_cache)
     absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax logs what it raises
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
