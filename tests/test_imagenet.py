@@ -130,6 +130,15 @@ def test_from_the_archives_to_the_test_errors(archives, tmp_path):
     result = json.loads((places["RUN"] / "result.json").read_text())
     assert result["test_patches"] == 10 and 0 < result["test_top5_error"] <= result["test_top1_error"]
 
+    output = run(documented("python -m alexnet_jax.evaluate", **places), **without)
+    assert re.search("ten .*40.7 %.*18.2 %", output)  # table 2
+    tested = json.loads((places["RUN"] / "evaluation.json").read_text())
+    assert tested["split"] == "validation" and tested["examples"] == 10
+    assert tested["networks"] == [{"workdir": str(places["RUN"]), "step": 30}]
+    assert [tested["ten"][k] for k in ("top1_error", "top5_error")] == [
+        result["test_top1_error"], result["test_top5_error"]
+    ]  # fmt: skip
+
 
 def test_the_full_network_learns_photographs_by_heart(tmp_path):
     for path in sorted(PHOTOGRAPHS.iterdir())[::25]:
