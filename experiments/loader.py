@@ -5,6 +5,8 @@ contender that is not measured stands still, with its buffers full.
 """
 
 import argparse
+import contextlib
+import datetime
 import importlib.util
 import multiprocessing
 import os
@@ -23,7 +25,8 @@ from PIL import Image
 
 from alexnet_jax import augment, data, prepare, report, sharding, stream
 
-DECODER, LOADER, CROPPED, TORCH = "decoder alone", "loader", "loader, crop and flip", "torch DataLoader, Pillow"
+DECODER, LOADER, PLACED = "decoder alone", "loader", "loader, onto the device"
+CROPPED, TORCH = "loader, onto the device, crop and flip", "torch DataLoader, Pillow, crop and flip"
 SKIPPED = 8  # batches before each measurement, a worker: those that waited
 
 
@@ -86,13 +89,21 @@ def rate(batches: Iterator[Any], batch_size: int, workers: int, seconds: float) 
     return count / spent
 
 
-def loader(folder: Path, batch_size: int, workers: int) -> Iterator[data.Batch]:
+def loader(folder: Path, batch_size: int, workers: int) -> Iterator[Any]:
+    """Batches in memory, as the loader hands them to the devices."""
+    builder = tfds.builder_from_directory(folder)
+    order = stream.Shuffled(data.split_size(builder, "train"), batch_size, seed=0)
+    return stream.decoded(range(sys.maxsize), order, stream.Decoder(builder, "train", slice(None)), workers)
+
+
+def placed(folder: Path, batch_size: int, workers: int) -> Iterator[data.Batch]:
     """Batches on the device, as training gets them; what JAX does itself is waited for."""
     builder, key, step = tfds.builder_from_directory(folder), jax.random.key(0), 0
     streamed = stream.StreamedData(builder, "train", batch_size, sharding.one_device(), workers)
-    while True:
-        yield jax.block_until_ready(streamed.batch(key, step))
-        step += 1
+    with contextlib.closing(streamed):
+        while True:
+            yield jax.block_until_ready(streamed.batch(key, step))
+            step += 1
 
 
 @jax.jit
@@ -136,14 +147,15 @@ def compare(workdir: Path, images: Path | None, workers: int, rounds: int, secon
     """Rates of all contenders in each round, their medians, and the two ratios of medians."""
     batch_size = 128
     folder, files = prepare_once(images, workdir)
-    batches = loader(folder, batch_size, workers)
-    contenders = {
-        DECODER: decoder_alone(files, workers),
-        LOADER: partial(rate, batches, batch_size, workers),
-        CROPPED: partial(rate, cropped(batches), batch_size, workers),
+    iterators = {
+        LOADER: loader(folder, batch_size, workers),
+        PLACED: placed(folder, batch_size, workers),
+        CROPPED: cropped(placed(folder, batch_size, workers)),
     }
     if importlib.util.find_spec("torch"):
-        contenders[TORCH] = partial(rate, torch_loader(workdir / "jpegs", batch_size, workers), batch_size, workers)
+        iterators[TORCH] = torch_loader(workdir / "jpegs", batch_size, workers)
+    contenders = {DECODER: decoder_alone(files, workers)}
+    contenders |= {name: partial(rate, batches, batch_size, workers) for name, batches in iterators.items()}
     for measure in contenders.values():
         measure(0.0)  # starts its processes
     rates = {name: [] for name in contenders}
@@ -151,8 +163,12 @@ def compare(workdir: Path, images: Path | None, workers: int, rounds: int, secon
         for name, measure in contenders.items():
             rates[name].append(measure(seconds))
             print(f"round {i + 1}/{rounds}  {name}  {rates[name][-1]:.0f} images/s", flush=True)
+    for batches in iterators.values():
+        if hasattr(batches, "close"):
+            batches.close()
     medians = {name: statistics.median(found) for name, found in rates.items()}
     return {
+        "date": f"{datetime.date.today():%-d %B %Y}",
         "cores": len(os.sched_getaffinity(0)),
         "workers": workers,
         "batch_size": batch_size,
@@ -170,12 +186,12 @@ def show(result: dict[str, Any]) -> str:
     for name, found in result["images_per_s"].items():
         lines.append(f"| {name} | {result['median'][name]:.0f} | {min(found):.0f} to {max(found):.0f} |")
     over_torch = result["loader_over_torch"]
-    peer = f"with crop and flip × {over_torch:.2f} of torch's" if over_torch else "torch is not installed"
+    peer = f"with crop and flip × {over_torch:.2f} of PyTorch's" if over_torch else "PyTorch is not installed"
     return "\n".join([
         *lines, "",
         f"Medians of {len(found)} rounds; {result['workers']} processes on {result['cores']} cores; 256×256 JPEGs of "
-        f"{result['jpeg_bytes'] / 1000:.1f} KB. The loader is at {result['loader_over_decoder']:.1%} of its decoder; "
-        f"{peer}.",
+        f"{result['jpeg_bytes'] / 1000:.1f} KB; {result['date']}. The loader is at {result['loader_over_decoder']:.1%} "
+        f"of its decoder; {peer}.",
     ])  # fmt: skip
 
 
