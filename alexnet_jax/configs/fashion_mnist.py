@@ -7,7 +7,7 @@ def get_config():
     c = default.get_config()
     c.pad = 1
     c.image_size = 28
-    c.flip = False  # shoes all look one way here: mirrored images cost 0.8 points of validation error in two epochs
+    c.flip = False  # shoes all look one way here: with mirrored images, and ten patches in testing, 8.8 % error for 8.3
     c.ten_crop = False  # half of the ten are mirrored
     c.input_scale = 1 / 70  # about one over the pixels' standard deviation
     c.stem = (3, 1, 1)
