@@ -35,8 +35,7 @@ MAX_WORKERS = 16
 class _Buffers:
     """Shared memory for a few batches of images, filled over and over.
 
-    With new memory for each batch, whose pages are zeroed and mapped on both sides, the loader gave 2,630 images/s, with
-    this 4,400 (two cores, 256×256, before the order of the data was a permutation).
+    New memory for each batch would have all of its pages zeroed and mapped, in the worker and here.
     """
 
     def __init__(self, shape: tuple[int, ...], count: int, name: str | None = None):
