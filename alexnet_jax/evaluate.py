@@ -100,7 +100,7 @@ def evaluate(
     placed = [n._replace(params=sharding.place(n.params, mesh, sharding.tower_specs(n.params))) for n in networks]
     total, last = None, None
 
-    def add(total, counts):
+    def add(counts):
         counts = jax.tree.map(lambda x: np.asarray(x, np.float64), counts)
         return counts if total is None else jax.tree.map(np.add, total, counts)
 
@@ -111,9 +111,9 @@ def evaluate(
         ]  # fmt: skip
         counts = _count(predictions, labels, mesh=mesh)
         if last is not None:  # the device has its next batch already
-            total = add(total, last)
+            total = add(last)
         last = counts
-    total = add(total, last)
+    total = add(last)
     size = total["examples"]
     return Evaluation(
         float(total["loss"] / size), float(total["top1"] / size), float(total["top5"] / size),

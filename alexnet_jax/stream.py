@@ -207,7 +207,7 @@ def decoded(
         buffers.close()
 
 
-def _on_devices(decoded: Iterator[tuple[np.ndarray, np.ndarray]], batch_size: int, mesh: Mesh) -> Iterator[Batch]:
+def _on_devices(in_memory: Iterator[tuple[np.ndarray, np.ndarray]], batch_size: int, mesh: Mesh) -> Iterator[Batch]:
     """Batches split over the mesh, from this process's rows of them; `AHEAD` of them wait on the devices."""
     there, rows = NamedSharding(mesh, sharding.BATCH), _rows(mesh, batch_size)
 
@@ -220,8 +220,8 @@ def _on_devices(decoded: Iterator[tuple[np.ndarray, np.ndarray]], batch_size: in
         return jax.make_array_from_single_device_arrays(shape, there, parts)
 
     waiting = deque()
-    with contextlib.closing(decoded):
-        for images, labels in decoded:
+    with contextlib.closing(in_memory):
+        for images, labels in in_memory:
             waiting.append(jax.block_until_ready(Batch(place(images), place(labels))))
             if len(waiting) > AHEAD:
                 yield waiting.popleft()
