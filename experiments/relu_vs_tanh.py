@@ -10,7 +10,7 @@ from typing import Any
 
 from alexnet_jax.train import DivergedError
 from experiments import study
-from experiments.study import Budget, Claim, Comparison, Finding, Study
+from experiments.study import Budget, Claim, Finding, Study
 
 CLAIMS = (Claim("epochs", "ReLU reaches 25 % training error in fewer epochs than tanh (figure 1)", "6 times sooner"),)
 BUDGETS = {"full": Budget(45_000, 40), "reduced": Budget(15_000, 10, validation=500, test=1000)}
@@ -77,11 +77,7 @@ def judge(records: dict[str, Any]) -> dict[str, Finding]:
         f"ReLU {study.spread(counted['relu'], 2)} epochs (ε = {rates['relu']:g}), tanh {tanh} (ε = {rates['tanh']:g}): "
         f"{'over ' * bool(never['tanh'])}{ratio:.1f} times"
     )
-    return {"epochs": Finding(text, _faster(counted).verdict(+1))}
-
-
-def _faster(epochs: dict[str, list[float]]) -> Comparison:
-    return study.compare(epochs["tanh"], epochs["relu"])
+    return {"epochs": Finding(text, study.compare(counted["tanh"], counted["relu"]).verdict(+1))}
 
 
 def plot(records: dict[str, Any], path: Path) -> None:
