@@ -5,7 +5,9 @@ Arrays are NHWC. Each function is pure and jittable; a gradient is written by ha
 """
 
 import functools
+import itertools
 from collections.abc import Iterator
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +16,23 @@ from jax import lax
 
 def _window_sum(x: jax.Array, window: tuple[int, ...]) -> jax.Array:
     """Sum over a window, of odd sides for the last axes of x, centred on each element and clipped at the edges."""
-    ones, zero = (1,) * x.ndim, jnp.zeros((), x.dtype)
     for axis, side in enumerate(window, x.ndim - len(window)):
         if side > 1:  # one axis after the other: 8 ms against 52 ms for 5×5 at once, normalizing 32×27×27×128
-            along = ones[:axis] + (side,) + ones[axis + 1 :]
-            x = lax.reduce_window(x, zero, lax.add, along, ones, tuple((n // 2, n // 2) for n in along))
+            reduced, shifted = (partial(form, axis=axis, side=side) for form in (_reduce_window_sum, _shifted_sum))
+            x = lax.platform_dependent(x, cpu=shifted, default=reduced)
     return x
+
+
+def _reduce_window_sum(x, axis, side):
+    of_axis = [side if a == axis else 1 for a in range(x.ndim)]
+    return lax.reduce_window(x, jnp.zeros((), x.dtype), lax.add, of_axis, (1,) * x.ndim, "SAME")
+
+
+def _shifted_sum(x, axis, side):
+    # LRN and pooling, forward and backward: 0.75 ms against 1.34 ms for reduce_window at 32×28×28×16 on one core.
+    edges = [(side // 2 * (a == axis),) * 2 + (0,) for a in range(x.ndim)]
+    padded = lax.pad(x, jnp.zeros((), x.dtype), edges)
+    return sum(lax.slice_in_dim(padded, i, i + x.shape[axis], axis=axis) for i in range(side))
 
 
 def _negative_power(scale: jax.Array, beta: float) -> jax.Array:
@@ -29,7 +42,7 @@ def _negative_power(scale: jax.Array, beta: float) -> jax.Array:
     return scale**-beta
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
 def _lrn(x, k, window, alpha, beta):
     return _lrn_forward(x, k, window, alpha, beta)[0]
 
@@ -53,7 +66,7 @@ def _lrn_backward(k, window, alpha, beta, x, g):
 _lrn.defvjp(_lrn_forward, _lrn_backward)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4), static_argnames=("k", "n", "alpha", "beta"))
+@partial(jax.jit, static_argnums=(1, 2, 3, 4), static_argnames=("k", "n", "alpha", "beta"))
 def local_response_norm(x: jax.Array, k: float = 2.0, n: int = 5, alpha: float = 1e-4, beta: float = 0.75) -> jax.Array:
     """Local response normalization (section 3.3): b_i = a_i / (k + α Σ_j a_j²)^β.
 
@@ -72,7 +85,7 @@ def local_response_norm(x: jax.Array, k: float = 2.0, n: int = 5, alpha: float =
     return _lrn(x, float(k), (n,), float(alpha), float(beta))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4), static_argnames=("size", "scale", "power", "min_div"))
+@partial(jax.jit, static_argnums=(1, 2, 3, 4), static_argnames=("size", "scale", "power", "min_div"))
 def spatial_response_norm(
     x: jax.Array, size: int = 5, scale: float = 0.001, power: float = 0.75, min_div: float = 1.0
 ) -> jax.Array:
@@ -103,7 +116,7 @@ def _taps(x: jax.Array, window: int, stride: int) -> Iterator[tuple[int, int, ja
             yield i, j, lax.slice(x, (0, i, j, 0), limits, (1, stride, stride, 1))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _max_pool(x, window, stride):
     # 1.5 ms against 7.9 ms for lax.reduce_window at 32×55×55×48.
     return functools.reduce(jnp.maximum, (tap for _, _, tap in _taps(x, window, stride)))
@@ -115,32 +128,38 @@ def _max_pool_forward(x, window, stride):
 
 
 def _max_pool_backward(window, stride, residuals, g):
-    # Each window gives its gradient to the first position that holds its maximum. An input pixel (r, c) is hit only by
-    # taps (i, j) with i ≡ r, j ≡ c modulo the stride, so the taps are summed by residue and interleaved at the end.
-    # 18 ms against 95 ms for XLA's select-and-scatter at 32×55×55×48.
+    # Each window gives its gradient to the first position that holds its maximum. Input pixel (stride · m + r) lies in
+    # the windows m − a, a = 0, 1, …, at their position r + stride · a; so dx, with an axis for each r, is a sum over
+    # the pairs of a. 12 ms against 112 ms for XLA's select-and-scatter at 64×55×55×48.
     x, y = residuals
     batch, height, width, channels = x.shape
     rows, columns = y.shape[1:3]
     extra = (window - 1) // stride
-    taken = jnp.zeros(y.shape, bool)
-    sums = [[jnp.zeros((), x.dtype)] * stride for _ in range(stride)]
-    for i, j, tap in _taps(x, window, stride):
-        hit = (tap == y) & ~taken
-        taken |= hit
-        (down, r), (right, c) = divmod(i, stride), divmod(j, stride)
-        place = ((0, 0, 0), (down, extra - down, 0), (right, extra - right, 0), (0, 0, 0))
-        zero = jnp.zeros((), x.dtype)
-        sums[r][c] += lax.pad(jnp.where(hit, g, zero), zero, place)
-    shape = (batch, rows + extra, columns + extra, channels)
-    grid = [jnp.stack([jnp.broadcast_to(s, shape) for s in row], axis=3) for row in sums]
-    dx = jnp.stack(grid, axis=2).reshape(batch, shape[1] * stride, shape[2] * stride, channels)[:, :height, :width]
+    winner = jnp.full(y.shape, window**2, jnp.int32)
+    for i, j, tap in reversed(list(_taps(x, window, stride))):
+        winner = jnp.where(tap == y, i * window + j, winner)
+    edges = ((0, 0, 0), (extra, extra, 0), (extra, extra, 0), (0, 0, 0))
+    winner, g = lax.pad(winner, window**2, edges), lax.pad(g, jnp.zeros((), g.dtype), edges)
+    shape = (batch, rows + extra, stride, columns + extra, stride, channels)
+    r, c = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (2, 4))
+
+    def windows(of, a, b):  # what window (m − a, n − b) says to each of its pixels
+        first, end = (0, extra - a, extra - b, 0), (batch, rows + 2 * extra - a, columns + 2 * extra - b, channels)
+        return lax.broadcast_in_dim(lax.slice(of, first, end), shape, (0, 1, 3, 5))
+
+    dx = jnp.zeros((), x.dtype)
+    for a, b in itertools.product(range(extra + 1), repeat=2):
+        i, j = r + stride * a, c + stride * b
+        hit = (windows(winner, a, b) == i * window + j) & (j < window)
+        dx += jnp.where(hit, windows(g, a, b), 0)
+    dx = dx.reshape(batch, shape[1] * stride, shape[3] * stride, channels)[:, :height, :width]
     return (jnp.pad(dx, ((0, 0), (0, height - dx.shape[1]), (0, width - dx.shape[2]), (0, 0))),)
 
 
 _max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2), static_argnames=("window", "stride"))
+@partial(jax.jit, static_argnums=(1, 2), static_argnames=("window", "stride"))
 def max_pool(x: jax.Array, window: int = 3, stride: int = 2) -> jax.Array:
     """Overlapping max pooling (section 3.4): z = window, s = stride.
 
@@ -163,7 +182,7 @@ def convolve(x, kernel, stride, padding):
     return lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _conv(x, kernel, stride, padding):
     return convolve(x, kernel, stride, padding)
 
