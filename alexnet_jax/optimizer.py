@@ -82,13 +82,19 @@ def plateau_update(state: Plateau, validation_error: jax.Array, patience: int, m
 
 
 def learning_rate_at(
-    step: jax.Array, plateau: Plateau, base: float, warmup_steps: int = 0, drop_at: tuple[int, ...] = ()
+    step: jax.Array,
+    plateau: Plateau,
+    base: float,
+    warmup_steps: int = 0,
+    drop_at: tuple[int, ...] = (),
+    linear_steps: int = 0,
 ) -> jax.Array:
     """ε at a step: `base`, ÷ 10 a drop of the plateau, whose n-th drop comes at the n-th of `drop_at` at the latest.
 
     The plateau alone is the paper's schedule, `drop_at` alone a fixed one. The first `warmup_steps` steps rise linearly
-    to `base`; the paper has no warm-up (0).
+    to `base`, and with `linear_steps` ε falls linearly, to zero after that many; the paper has neither (0).
     """
     drops = jnp.maximum(plateau.drops, sum((step >= at).astype(jnp.int32) for at in drop_at))
     warmup = jnp.minimum(1.0, (step + 1) / max(warmup_steps, 1))
-    return jnp.float32(base) * warmup * jnp.float32(0.1) ** drops
+    left = jnp.maximum(0.0, 1.0 - step / linear_steps) if linear_steps else 1.0
+    return jnp.float32(base) * jnp.minimum(warmup, left) * jnp.float32(0.1) ** drops

@@ -244,12 +244,12 @@ def _set_up(config: ml_collections.ConfigDict) -> _Task:
     model = recipe.build_model(config, num_classes)
     optimizer = paper_sgd(config.momentum, config.weight_decay, config.variant)
     drops = tuple(round(epoch * train_data.steps_per_epoch) for epoch in config.drop_at_epochs)
-    train_step = make_train_step(
-        model, optimizer, preprocess,
-        lambda step, plateau: learning_rate_at(step, plateau, config.learning_rate, config.warmup_steps, drops),
-        mesh,
-    )  # fmt: skip
     total = config.num_train_steps or max(1, round(config.num_epochs * train_data.steps_per_epoch))
+    schedule = partial(
+        learning_rate_at, base=config.learning_rate, warmup_steps=config.warmup_steps, drop_at=drops,
+        linear_steps=total * config.linear_decay,
+    )  # fmt: skip
+    train_step = make_train_step(model, optimizer, preprocess, schedule, mesh)
     validation = in_batches(config, builder, config.validation_split, mesh)
     return _Task(builder, sizes, train_data, validation, preprocess, model, optimizer, train_step, total, mesh)
 

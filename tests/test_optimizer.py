@@ -91,6 +91,12 @@ def test_a_fixed_drop_comes_unless_the_plateau_was_before(plateau_drops, step, e
     assert float(rate) == pytest.approx(0.1 * 0.1**expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("step,expected", [(0, 0.01), (9, 0.0955), (50, 0.075), (100, 0.005), (200, 0.0), (201, 0.0)])
+def test_linear_decay_under_a_warm_up_and_a_drop(step, expected):
+    rate = learning_rate_at(jnp.int32(step), plateau_init(), 0.1, warmup_steps=10, drop_at=(100,), linear_steps=200)
+    assert float(rate) == pytest.approx(expected, rel=1e-5)
+
+
 def test_cross_entropy_against_float64():
     rng = np.random.default_rng(0)
     logits, labels = rng.normal(size=(7, 5)) * 10, rng.integers(0, 5, 7)

@@ -52,6 +52,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.weight_decay = 5e-4
     c.warmup_steps = 0
     c.plateau_patience = 0  # ÷ 10 after this many evaluations without a better validation error, three times; 0: never
+    c.linear_decay = False  # ε falls linearly to zero at the last step; the drops, if any, come on top
     c.drop_at_epochs = ()  # ÷ 10 at these epochs, unless the plateau's drop came before
 
     # The devices (section 3.2).
