@@ -5,7 +5,6 @@ import fcntl
 import logging
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -193,6 +192,8 @@ class DeviceData:
         mesh = mesh or sharding.one_device()
         self.images, self.labels = sharding.place(tuple(examples), mesh)
         self._take = jax.jit(_take, static_argnums=4, out_shardings=NamedSharding(mesh, sharding.BATCH))
+        everywhere = NamedSharding(mesh, sharding.REPLICATED)
+        self._permutation = jax.jit(_permutation, static_argnums=2, out_shardings=everywhere)
         self.batch_size = batch_size
         self.steps_per_epoch = len(examples.labels) // batch_size  # what is left over comes up in another epoch
         self._epoch, self._order = -1, None
@@ -201,7 +202,7 @@ class DeviceData:
         """The batch of a step, split over the mesh: a function of the run's key and the step alone."""
         epoch, place = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, _permutation(key, epoch, len(self.labels))
+            self._epoch, self._order = epoch, self._permutation(key, epoch, len(self.labels))
         return self._take(self.images, self.labels, self._order, place * self.batch_size, self.batch_size)
 
     def close(self) -> None:
@@ -225,7 +226,6 @@ class DeviceBatches:
             yield self._next(self.images, self.labels, i * self.batch_size, self.batch_size)
 
 
-@partial(jax.jit, static_argnums=2)
 def _permutation(key, epoch, size):
     return jax.random.permutation(jax.random.fold_in(key, epoch), size)
 
