@@ -19,6 +19,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -29,7 +30,7 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from alexnet_jax import data, report
 from alexnet_jax.augment import principal_components
@@ -54,21 +55,38 @@ class PrepareError(Exception):
 def to_square(file: bytes) -> np.ndarray:
     """The stored form of an image file (section 2): shorter side to 256, antialiased, then the central 256×256.
 
-    The content tells the format, whatever the file's name says. Grey and CMYK become RGB; transparency is dropped, and
-    a camera's note on how to turn the image is not followed, as by ImageNet's other readers.
+    The content tells the format, whatever the file's name says. Grey and CMYK become RGB, 16 bits 8; transparency is
+    dropped, and a camera's note on how to turn the image is not followed, as by ImageNet's other readers.
 
     Returns:
       uint8 [256, 256, 3].
 
     Raises:
-      Exception: of several types, for a file that is no image or not a whole one.
+      Exception: of several types, for a file that is no image, not a whole one, one whose numbers have no known range
+        (32-bit integers and floats), or one of more pixels than Pillow takes for honest.
     """
-    with Image.open(io.BytesIO(file)) as image:
-        image = image.convert("RGB")
+    if not file:
+        raise ValueError("the file is empty")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the transparency and the camera's notes, which are dropped
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            with Image.open(io.BytesIO(file)) as image:
+                image = _eight_bits(image).convert("RGB")
+        except UnidentifiedImageError:
+            raise ValueError("not an image") from None
     width, height = (max(SIDE, round(side * SIDE / min(image.size))) for side in image.size)
     left, top = (width - SIDE) // 2, (height - SIDE) // 2
     image = image.resize((width, height), Image.Resampling.BICUBIC)  # widens its kernel to the scale: antialiased
     return np.asarray(image.crop((left, top, left + SIDE, top + SIDE)))
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of Pillow's mode {image.mode} have no known range; expected 8 or 16 bits")
+    if image.mode.startswith("I;16"):  # Pillow would cut off all above 255
+        return Image.fromarray(((np.asarray(image, np.uint32) + 128) // 257).astype(np.uint8))
+    return image
 
 
 def to_jpeg(pixels: np.ndarray) -> bytes:

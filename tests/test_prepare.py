@@ -109,6 +109,35 @@ def test_every_mode_becomes_rgb(mode, file_format):
     assert wrong < 2
 
 
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
+def test_sixteen_bits_become_eight(file_format):
+    grey = np.linspace(0, 65535, 256 * 256).astype(np.uint16).reshape(256, 256)
+    square = to_square(encoded(Image.fromarray(grey), file_format))
+    np.testing.assert_array_equal(square, np.round(grey[..., None] / 257).repeat(3, 2))
+
+
+def of_many_pixels():
+    return encoded(Image.new("1", (10_000, 9_000)), "PNG")
+
+
+@pytest.mark.parametrize("file,words", [
+    (lambda: encoded(Image.new("F", (300, 300), 0.5), "TIFF"), "mode F have no known range"),
+    (lambda: encoded(Image.new("I", (300, 300), 70_000), "TIFF"), "mode I have no known range"),
+    (of_many_pixels, "90000000 pixels"),
+    (lambda: b"", "empty"),
+    (lambda: b"text", "not an image"),
+])  # fmt: skip
+def test_what_cannot_be_decoded_is_not_guessed(file, words):
+    with pytest.raises(Exception, match=words):
+        to_square(file())
+
+
+def test_transparency_is_dropped_without_a_warning(recwarn):
+    image = Image.fromarray(photograph(1, 300, 280)).convert("P")
+    to_square(encoded(image, "PNG", transparency=bytes(range(256))))
+    assert not recwarn.list
+
+
 def test_what_is_stored(folder, prepared):
     builder = tfds.builder_from_directory(prepared)
     assert tfds.builder("small_256", data_dir=prepared.parents[1]).info.full_name == "small_256/1.0.0"
