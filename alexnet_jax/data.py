@@ -87,7 +87,7 @@ def open_builder(
     Raises:
       DataError: an unknown name, or a data set that is neither prepared nor can be prepared here.
     """
-    folder = Path(data_dir).expanduser() if data_dir else Path(tfds.core.constants.DATA_DIR).expanduser()
+    folder = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser().absolute()
     try:
         builder = tfds.builder(name, data_dir=folder)
         if not builder.info.splits and name == "fashion_mnist":

@@ -1,6 +1,7 @@
 """What a config means: checked on its own, against the data, and against the run that a folder holds already."""
 
 import json
+import logging
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,9 +16,11 @@ from jax.sharding import Mesh
 from alexnet_jax import distributed, report, sharding
 from alexnet_jax.data import DataError
 from alexnet_jax.model import ACTIVATIONS, AlexNet, Stem, widths_problem
-from alexnet_jax.prepare import STATISTICS
+from alexnet_jax.prepare import SIDE, STATISTICS
 from alexnet_jax.preprocess import Preprocess, fit, read_statistics
 from alexnet_jax.variants import VARIANTS
+
+log = logging.getLogger(__name__)
 
 # May change between the starts of one run.
 UNRELATED_TO_RESULT = ("data_dir", "source_dir", "manual_dir", "loader_workers", "mesh")
@@ -155,7 +158,9 @@ def build_preprocess(
         try:
             images = read_statistics(path)
         except Exception as error:  # whatever the damage makes NumPy raise
-            raise DataError(f"{path} is damaged ({error}); prepare the data set again") from None
+            raise DataError(f"{path} is damaged ({error}); delete {path.parent} and prepare it again") from None
+    elif builder.name.endswith(f"_{SIDE}"):
+        log.warning("%s is missing; the mean image is measured anew, of %s", path, config.train_split)
     return fit(
         images, config.pad, config.image_size, config.resize, config.flip, config.lighting, config.input_scale,
         config.variant, config.random_crop,

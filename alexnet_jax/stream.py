@@ -116,8 +116,8 @@ class Decoder:
                 except Exception as error:  # whatever the damage makes the reader or the decoder raise
                     reason = " ".join(str(error).split())[:200] or type(error).__name__
                     raise DataError(
-                        f"{self.name}: example {place} cannot be read ({reason}); restore its file, or prepare the "
-                        "data set again"
+                        f"{self.name}: example {place} cannot be read ({reason}); restore its file, or delete "
+                        "the folder and prepare the data set again"
                     ) from None
             else:
                 image[:] = 0
