@@ -15,31 +15,41 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
-import apache_beam as beam
 import tensorflow_datasets as tfds
-from apache_beam.io.filesystem import CompressionTypes
-from apache_beam.io.filesystems import FileSystems
-from apache_beam.options.pipeline_options import PipelineOptions
 
 from alexnet_jax import data
 from alexnet_jax.prepare import (
     SHARD_SIZE,
     SIDE,
+    UNDECODABLE,
     VERSION,
     PrepareError,
     Shard,
     TfdsPart,
+    check_apart,
     check_undecodable,
+    check_values,
     find_parts,
     finish,
     folder_parts,
     known,
     make_shard,
     plan,
+    write_names,
 )
+
+try:
+    import apache_beam as beam
+    from apache_beam.io.filesystem import CompressionTypes
+    from apache_beam.io.filesystems import FileSystems
+    from apache_beam.options.pipeline_options import PipelineOptions
+except ModuleNotFoundError as error:
+    if __name__ != "__main__":
+        raise
+    sys.exit(f'Error: {error}; python -m alexnet_jax.prepare_beam needs Apache Beam: pip install -e ".[beam]"')
 
 log = logging.getLogger("alexnet_jax.prepare")
 
@@ -77,7 +87,7 @@ def tasks(dataset: str, data_dir: str, shard_size: int) -> list[Task]:
     name = f"{dataset}_{SIDE}"
     metadata = [file for file in _list(data_dir, f"{dataset}/**") if ".array_record" not in file]
     if not any(file.endswith("/dataset_info.json") for file in metadata):
-        parts, label = folder_parts(_list(data_dir, "*/*/*"), Path(), shard_size)
+        parts, label = folder_parts(_list(data_dir, "**"), Path(), shard_size)
         if "train" not in parts:
             raise PrepareError(f"--data_dir={data_dir}: expected {dataset}/, a TFDS data set, or train/CLASS/IMAGE")
         shards = plan(name, parts, label, Path())
@@ -134,12 +144,19 @@ def prepare(
       PrepareError, data.DataError, OSError: as there.
       RuntimeError: Beam's own, if a worker goes on failing.
     """
+    check_values(dataset, max_undecodable)
     data_dir, out = (f if "://" in f else os.path.abspath(f) for f in (data_dir.rstrip("/"), out.rstrip("/")))
     folder = f"{out}/{dataset}_{SIDE}/{VERSION}"
+    names = f"{folder}/{UNDECODABLE}"
     if FileSystems.exists(f"{folder}/dataset_info.json"):
-        log.info("%s is prepared already", folder)
+        if FileSystems.exists(names):
+            with FileSystems.open(names, compression_type=CompressionTypes.UNCOMPRESSED) as file:
+                undecodable = file.read().decode().splitlines()
+            check_undecodable(undecodable, max_undecodable, names, f"repair or remove them, delete {folder}")
+        log.info("%s is prepared already, from what --data_dir held then; delete the folder to make it anew", folder)
         return folder
     planned = tasks(dataset, data_dir, shard_size)
+    check_apart(planned[0].shard.part, PurePath(data_dir), PurePath(folder))
     with beam.Pipeline(options=options) as pipeline:
         # The list is made again on a worker: that of ImageNet is too long to travel inside the pipeline.
         everything = pipeline | beam.Create([dataset]) | beam.FlatMap(tasks, data_dir, shard_size)
@@ -150,7 +167,11 @@ def prepare(
             shard.path.touch()  # TFDS looks for the names
             _fetch(f"{folder}/{shard.sums.name}", shard.sums)
         made = [known(shard) for shard in shards]
-        check_undecodable([name for of_shard in made for name in of_shard.undecodable], max_undecodable)
+        undecodable = sorted(name for of_shard in made for name in of_shard.undecodable)
+        if undecodable:
+            write_names(undecodable, Path(scratch, UNDECODABLE))
+            _store(Path(scratch, UNDECODABLE), names)
+        check_undecodable(undecodable, max_undecodable, names)
         finish(Path(scratch), shards, made)
         metadata = set(Path(scratch).iterdir()) - {shard.path for shard in shards}
         for path in sorted(metadata, key=lambda path: path.name == "dataset_info.json"):  # says that it is whole

@@ -32,10 +32,10 @@ def test_the_bytes_are_those_of_one_machine(prepared, by_beam):  # noqa: F811
 
 def test_from_a_tfds_data_set_whose_shards_lie_otherwise(prepared, tmp_path):  # noqa: F811
     source = str(prepared.parents[1])
-    ours = prepare_beam.prepare("small_256", source, str(tmp_path / "ours"), shard_size=20)
-    theirs = prepare.prepare("small_256", source, tmp_path / "theirs", shard_size=20)
+    ours = prepare_beam.prepare("small_256", source, str(tmp_path / "ours"), shard_size=12)
+    theirs = prepare.prepare("small_256", source, tmp_path / "theirs", shard_size=12)
     assert files_of(theirs.parents[2] / "ours" / "small_256_256" / "1.0.0") == files_of(theirs)
-    assert tfds.builder_from_directory(ours).info.splits["train"].num_shards == 3
+    assert tfds.builder_from_directory(ours).info.splits["train"].num_shards == 5
 
 
 def test_the_command_line(folder, tmp_path):  # noqa: F811
@@ -49,9 +49,21 @@ def test_the_command_line(folder, tmp_path):  # noqa: F811
 
 
 def test_too_many_files_that_cannot_be_decoded(folder, tmp_path):  # noqa: F811
-    with pytest.raises(PrepareError, match="3 files cannot be decoded, more than --max_undecodable=2: train/a/notes"):
+    with pytest.raises(PrepareError, match="3 files cannot be decoded, more than --max_undecodable=2;.*\n  train/a/n"):
         prepare_beam.prepare("small", str(folder), str(tmp_path), max_undecodable=2)
-    assert not (tmp_path / "small_256" / "1.0.0" / "dataset_info.json").exists()
+    made = tmp_path / "small_256" / "1.0.0"
+    assert not (made / "dataset_info.json").exists()
+    assert len((made / "undecodable.txt").read_text().splitlines()) == 3
+
+
+def test_already_prepared_with_more_undecodable_files_than_now_allowed(folder, by_beam):  # noqa: F811
+    with pytest.raises(PrepareError, match=f"3 files .*=2; repair or remove them, delete {by_beam},"):
+        prepare_beam.prepare("small", str(folder), str(by_beam.parents[1]), max_undecodable=2)
+
+
+def test_out_inside_a_folder_of_images(folder):  # noqa: F811
+    with pytest.raises(PrepareError, match="name an --out outside of it"):
+        prepare_beam.prepare("small", str(folder), str(folder / "out"))
 
 
 def test_nothing_to_prepare(tmp_path):
