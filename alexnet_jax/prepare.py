@@ -24,7 +24,8 @@ import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
+from pathlib import Path, PurePath
+from types import FrameType
 from typing import NamedTuple
 
 import numpy as np
@@ -40,12 +41,14 @@ log = logging.getLogger(__name__)
 
 SIDE = 256
 VERSION = "1.0.0"
-SHARD_SIZE = 1024  # images
+SHARD_SIZE = 1024  # images, at most
 # With colours at half resolution, Pillow's default. 200 photographs of ImageNet at quality 80, 90 and 95: 15, 22 and
 # 31 KB an image, 33.9, 36.3 and 38.4 dB, and 0.28, 0.36 and 0.49 ms to decode (libjpeg-turbo, one core). Full colour
 # resolution at 90: 28 KB, 38.2 dB and 0.47 ms.
 JPEG_QUALITY = 90
 STATISTICS = "statistics.npz"
+UNDECODABLE = "undecodable.txt"
+HANDFUL = 5  # names that a message holds
 
 
 class PrepareError(Exception):
@@ -96,6 +99,11 @@ def to_jpeg(pixels: np.ndarray) -> bytes:
     return file.getvalue()
 
 
+def _reason(error: Exception) -> str:
+    """One line, less an address."""
+    return re.sub(r" <.*>", "", " ".join(str(error).split()))[:200] or type(error).__name__
+
+
 class FolderPart(NamedTuple):
     """Some images of a folder class/name."""
 
@@ -103,10 +111,18 @@ class FolderPart(NamedTuple):
     paths: Sequence[str]
     classes: Sequence[str]
 
+    @property
+    def size(self) -> int:
+        return len(self.paths)
+
     def read(self) -> Iterator[tuple[str, bytes, int]]:
-        """Name, file and label of each image."""
+        """Name, file and label of each image; raises data.DataError if a file cannot be read."""
         for path in self.paths:
-            yield path, (self.folder / path).read_bytes(), self.classes.index(path.split("/")[0])
+            try:
+                file = (self.folder / path).read_bytes()
+            except OSError as error:
+                raise data.DataError(f"{self.folder / path} cannot be read ({error.strerror})") from None
+            yield path, file, self.classes.index(path.split("/")[0])
 
     def fingerprint(self) -> str:
         """Changes with what `read` gives."""
@@ -121,10 +137,20 @@ class TfdsPart(NamedTuple):
     split: str
     places: range
 
+    @property
+    def size(self) -> int:
+        return len(self.places)
+
     def read(self) -> Iterator[tuple[str, bytes, int]]:
-        """Name, file and label of each image."""
+        """Name, file and label of each image; raises data.DataError if the data set is damaged."""
         for place in self.places:
-            example = _records(self.folder, self.split)[place]
+            try:
+                example = _records(self.folder, self.split)[place]
+            except Exception as error:  # whatever the damage makes the reader raise
+                raise data.DataError(
+                    f"{self.folder}, {self.split}: example {place} cannot be read ({_reason(error)}); restore its "
+                    "file, or delete the folder and make the data set again"
+                ) from None
             yield example.get("file_name", b"%d" % place).decode(), example["image"], int(example["label"])
 
     def fingerprint(self) -> str:
@@ -140,26 +166,49 @@ def _records(folder: Path, split: str):
     return builder.as_data_source(split, decoders=dict.fromkeys(["image"], tfds.decode.SkipDecoding()))
 
 
+def _pieces(images: int, size: int) -> list[range]:
+    """Consecutive places, up to `size` of them each, and fewer where that leaves cores without work."""
+    size = min(size, max(16, -(-images // 64)))
+    return [range(i, min(i + size, images)) for i in range(0, images, size)]
+
+
+def _hidden(name: str) -> bool:
+    return any(word.startswith(".") for word in name.split("/"))
+
+
 def folder_parts(
-    names: Iterable[str], folder: Path, size: int
+    files: Iterable[str], folder: Path, size: int, others: Iterable[str] = ()
 ) -> tuple[dict[str, list[FolderPart]], tfds.features.ClassLabel | None]:
-    """The parts of each split, `size` images each, and the classes, of the files split/class/name of a folder."""
+    """The parts of each split, up to `size` images each, and the classes, of the files split/class/name of a folder.
+
+    A line says what is passed over: files that lie otherwise, and `others`. What is hidden is not looked at.
+    """
     paths: dict[str, list[str]] = {}
-    for split, path in (name.split("/", 1) for name in names):
-        if not path.split("/")[1].startswith("."):
+    passed_over = {name for name in others if not _hidden(name)}
+    for file in files:
+        if _hidden(file):
+            continue
+        if file.count("/") == 2:
+            split, path = file.split("/", 1)
             paths.setdefault(split, []).append(path)
+        else:
+            passed_over.add(file)
+    if passed_over:
+        more = f" and {len(passed_over) - HANDFUL:,} more" if len(passed_over) > HANDFUL else ""
+        some = ", ".join(sorted(passed_over)[:HANDFUL])
+        log.info("passed over, as no split/class/image: %s%s", some, more)
     classes = sorted({path.split("/")[0] for split in paths.values() for path in split})
     for split in paths.values():
         split.sort(key=lambda path: hashlib.sha256(path.encode()).digest())
     parts = {
-        split: [FolderPart(folder / split, of_split[i : i + size], classes) for i in range(0, len(of_split), size)]
+        split: [FolderPart(folder / split, [of_split[i] for i in p], classes) for p in _pieces(len(of_split), size)]
         for split, of_split in sorted(paths.items())
     }
     return parts, tfds.features.ClassLabel(names=classes) if classes else None
 
 
 def find_parts(dataset: str, data_dir: Path, size: int) -> tuple[dict[str, list[Part]], tfds.features.ClassLabel]:
-    """The parts of each split, `size` images each, and the classes: of a prepared TFDS data set or of a folder.
+    """The parts of each split, up to `size` images each, and the classes: of a prepared TFDS data set or of a folder.
 
     The images of a folder split/class/name come in an order that is fixed and has nothing to do with the classes, so
     that `train[:90%]` is a fair sample.
@@ -176,13 +225,18 @@ def find_parts(dataset: str, data_dir: Path, size: int) -> tuple[dict[str, list[
             raise PrepareError(f"{folder} is stored as {info.file_format.value}; needed: array_record")
         sizes = {split: info.splits[split].num_examples for split in sorted(info.splits)}
         parts = {
-            split: [TfdsPart(folder, split, range(i, min(i + size, count))) for i in range(0, count, size)]
+            split: [TfdsPart(folder, split, piece) for piece in _pieces(count, size)]
             for split, count in sizes.items()
         }
         label = info.features["label"]
     else:
-        paths = (path for path in data_dir.glob("*/*/*") if path.is_file())
-        parts, label = folder_parts((path.relative_to(data_dir).as_posix() for path in paths), data_dir, size)
+        found = (path for pattern in ("*", "*/*", "*/*/*") for path in data_dir.glob(pattern))
+        files, others = [], set()
+        for path in found:
+            (files.append if path.is_file() else others.add)(path.relative_to(data_dir).as_posix())
+        for split, folder, *image in (file.split("/") for file in files if "/" in file):  # ways to an image
+            others -= {split, f"{split}/{folder}"} if image else set()
+        parts, label = folder_parts(files, data_dir, size, others)
     if "train" not in parts:
         raise PrepareError(
             f"--data_dir={data_dir}: expected {dataset}/, a prepared TFDS data set, or train/CLASS/IMAGE, and other "
@@ -217,11 +271,11 @@ def plan(name: str, parts: dict[str, list[Part]], label: tfds.features.ClassLabe
     """The shards of the data set `name` in a folder: what there is to do.
 
     Raises:
-      PrepareError: a name that TFDS does not take.
+      PrepareError: a split's name that TFDS does not take.
     """
-    for word in (name, *parts):
-        if not re.fullmatch(r"\w+", word):
-            raise PrepareError(f"{word!r}: the names of data sets and splits are letters, digits and _ in TFDS")
+    for split in parts:
+        if not re.fullmatch(r"\w+", split):
+            raise PrepareError(f"split {split!r}: expected a name of letters, digits and _, as TFDS has them")
     features = tfds.features.FeaturesDict({
         "image": tfds.features.Image(shape=(SIDE, SIDE, 3), encoding_format="jpeg"),
         "label": tfds.features.ClassLabel(names=label.names),
@@ -257,18 +311,34 @@ def make_shard(shard: Shard) -> Made:
         if made.fingerprint == fingerprint and made.file_bytes == shard.path.stat().st_size:
             return made
 
+    temporary = shard.path.with_name(f"{shard.path.name}.writing")
+    try:
+        return _write_shard(shard, fingerprint, temporary)
+    except (OSError, RuntimeError) as error:  # the latter is ArrayRecord's
+        temporary.unlink(missing_ok=True)
+        raise not_written(shard.path, error) from None
+
+
+def not_written(path: Path, error: OSError | RuntimeError) -> PrepareError:
+    """What to raise where --out does not take what is written."""
+    reason = getattr(error, "strerror", None) or _reason(error).split(";")[0]
+    return PrepareError(
+        f"--out: {path} cannot be written ({reason}); make room, or name a folder that can be written; what is "
+        "finished stays, and the same command goes on"
+    )
+
+
+def _write_shard(shard: Shard, fingerprint: str, temporary: Path) -> Made:
     examples, undecodable = 0, []
     # Integers are exact in any order: 1,024 images in the first, and all of ImageNet in the second.
     pixel_sum, products = np.zeros((SIDE, SIDE, 3), np.uint32), np.zeros((3, 3), np.int64)
     serializer = tfds.core.example_serializer.ExampleSerializer(shard.features.get_serialized_info())
-    temporary = shard.path.with_name(f"{shard.path.name}.writing")
     writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")  # each image alone; JPEG is compressed
     for name, file, label in shard.part.read():
         try:
             pixels = to_square(file)
         except Exception as error:  # whatever damage makes Pillow raise
-            reason = re.sub(r" <.*>", "", " ".join(str(error).split())) or type(error).__name__  # less an address
-            undecodable.append(f"{shard.split}/{name}: {reason}")
+            undecodable.append(f"{shard.split}/{name}: {_reason(error)}")
             continue
         example = {"image": io.BytesIO(to_jpeg(pixels)), "label": label, "file_name": name}
         example = serializer.get_tf_example(shard.features.encode_example(example))
@@ -310,25 +380,72 @@ def prepare(
       [3], largest first, and `eigenvectors` [3, 3], a column each; and `undecodable.txt`, if there is such a file.
 
     Raises:
-      PrepareError: nothing to prepare, or too many files that cannot be decoded.
-      data.DataError, OSError.
+      PrepareError: nothing to prepare, a value or an `out` that does not do, or too many files that cannot be decoded.
+      data.DataError: a source that is damaged.
+      OSError: a source that cannot be read.
     """
+    check_values(dataset, max_undecodable, workers)
     name, workers = f"{dataset}_{SIDE}", workers or len(os.sched_getaffinity(0))
     folder = Path(out).absolute() / name / VERSION
     if (folder / "dataset_info.json").exists():
-        log.info("%s is prepared already", folder)
+        _check_prepared(folder, max_undecodable)
         return folder
     if folder.exists():
         raise PrepareError(f"{folder} is not whole, and not this command's; remove it")
     parts, label = find_parts(dataset, Path(data_dir).absolute(), shard_size)
+    check_apart(parts["train"][0], Path(data_dir).resolve(), folder.parent.resolve())
     work = folder.with_name(f"incomplete.{VERSION}")
     shards = plan(name, parts, label, work)
-    work.mkdir(parents=True, exist_ok=True)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise not_written(work, error) from None
     with _only_writer(work):
         made = _make_all(shards, workers, max_undecodable)
-        finish(work, shards, made)
-        work.rename(folder)
+        try:
+            finish(work, shards, made)
+            work.rename(folder)
+        except (OSError, RuntimeError) as error:
+            raise not_written(folder, error) from None
     return folder
+
+
+def check_values(dataset: str, max_undecodable: int, workers: int = 0) -> None:
+    """Raises PrepareError for values that no data set could make right."""
+    if not re.fullmatch(r"\w+", dataset):
+        raise PrepareError(f"--dataset={dataset!r}: expected a name of letters, digits and _, as TFDS has them")
+    for flag, value in (("max_undecodable", max_undecodable), ("workers", workers)):
+        if value < 0:
+            raise PrepareError(f"--{flag}={value}: expected 0 or more")
+
+
+def check_apart(part: Part, data_dir: PurePath, made: PurePath) -> None:
+    """Raises PrepareError if what is made lies in the folder of images that it is made of, and would be one of them."""
+    if isinstance(part, FolderPart) and made.is_relative_to(data_dir):
+        raise PrepareError(
+            f"--out: {made} lies in the folder of images --data_dir={data_dir}, where the next start would take it "
+            "for images; name an --out outside of it"
+        )
+
+
+def _check_prepared(folder: Path, max_undecodable: int) -> None:
+    """Says what is there; raises PrepareError if files are not whole, or too many images were left out."""
+    splits = tfds.builder_from_directory(folder).info.splits
+    for split in splits.values():
+        try:
+            there = sum((folder / name).stat().st_size for name in split.filenames)
+        except OSError as error:
+            raise PrepareError(f"{error.filename} is missing; delete {folder}, and prepare it again") from None
+        if there != split.num_bytes:
+            raise PrepareError(f"{folder}, {split.name}: files are not whole; delete the folder, and prepare it again")
+    names = folder / UNDECODABLE
+    undecodable = names.read_text().splitlines() if names.exists() else []
+    check_undecodable(undecodable, max_undecodable, names, f"repair or remove them, delete {folder}")
+    images = ", ".join(f"{split.num_examples:,} {split.name}" for split in splits.values())
+    log.info(
+        "%s is prepared already, from what --data_dir held then: %s, %d files undecodable; delete the folder to make "
+        "it anew", folder, images, len(undecodable),
+    )  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -346,7 +463,8 @@ def _only_writer(work: Path) -> Iterator[None]:
 def _make_all(shards: Sequence[Shard], workers: int, max_undecodable: int) -> list[Made]:
     """All shards, in processes; raises PrepareError as soon as too many files could not be decoded."""
     undecodable: list[str] = []
-    progress = report.Progress(len(shards), 0)
+    names = shards[0].path.with_name(UNDECODABLE)
+    progress, everything = report.Progress(len(shards), 0), sum(shard.part.size for shard in shards)
     context = multiprocessing.get_context("spawn")  # JAX has threads, which a fork would not survive
     started, images = time.monotonic(), 0
     with ProcessPoolExecutor(workers, context, start_worker) as pool:
@@ -354,14 +472,17 @@ def _make_all(shards: Sequence[Shard], workers: int, max_undecodable: int) -> li
         try:
             for done, future in enumerate(as_completed(futures), 1):
                 images += future.result().examples
-                undecodable += future.result().undecodable
-                check_undecodable(undecodable, max_undecodable)
+                if future.result().undecodable:
+                    undecodable = sorted(undecodable + future.result().undecodable)
+                    write_names(undecodable, names)
+                    check_undecodable(undecodable, max_undecodable, names)
                 progress.advance()
                 if done * 100 // len(shards) > (done - 1) * 100 // len(shards):
                     seconds = time.monotonic() - started
                     progress.show(
-                        done, seconds * (len(shards) / done - 1), images=f"{images:,}",
-                        images_per_s=f"{images / seconds:.0f}", undecodable=str(len(undecodable)),
+                        done, seconds * (everything / (images + len(undecodable)) - 1),
+                        images=f"{images:,} of {everything:,}", images_per_s=f"{images / seconds:.0f}",
+                        undecodable=str(len(undecodable)),
                     )  # fmt: skip
         except BrokenProcessPool:
             raise PrepareError("a worker was killed (out of memory?); run the same command again, it goes on") from None
@@ -371,13 +492,28 @@ def _make_all(shards: Sequence[Shard], workers: int, max_undecodable: int) -> li
     return [future.result() for future in futures]
 
 
-def check_undecodable(undecodable: Sequence[str], limit: int) -> None:
-    """Raises PrepareError, with the names, if there are more than `limit`."""
+def write_names(undecodable: Sequence[str], file: Path) -> None:
+    """One a line; raises PrepareError if the file cannot be written."""
+    try:
+        file.write_text("".join(f"{name}\n" for name in undecodable))
+    except OSError as error:
+        raise not_written(file, error) from None
+
+
+def check_undecodable(
+    undecodable: Sequence[str], limit: int, file: Path | str, remedy: str = "repair or remove them"
+) -> None:
+    """Raises PrepareError if there are more than `limit`, with some of them and the file that names all."""
     if len(undecodable) > limit:
         raise PrepareError(
-            f"{len(undecodable)} files cannot be decoded, more than --max_undecodable={limit}: "
-            f"{'; '.join(sorted(undecodable))}. Repair or remove them, and run the same command again"
+            f"{len(undecodable)} files cannot be decoded, more than --max_undecodable={limit}; {remedy}, and run the "
+            f"same command again:{_some(undecodable, file)}"
         )
+
+
+def _some(undecodable: Sequence[str], file: Path | str) -> str:
+    rest = [f"and {len(undecodable) - HANDFUL:,} more in {file}"] if len(undecodable) > HANDFUL else []
+    return "".join(f"\n  {line}" for line in [*undecodable[:HANDFUL], *rest])
 
 
 def finish(work: Path, shards: Sequence[Shard], made: Sequence[Made]) -> None:
@@ -394,12 +530,12 @@ def finish(work: Path, shards: Sequence[Shard], made: Sequence[Made]) -> None:
         data_dir=work, features=shards[0].features, split_infos=splits, version=VERSION, check_data=False,
         description=f"Shorter side to {SIDE}, central {SIDE}×{SIDE}, JPEG of quality {JPEG_QUALITY}.",
     )  # fmt: skip
-    undecodable = [name for m in made for name in m.undecodable]
+    undecodable = sorted(name for m in made for name in m.undecodable)
     if undecodable:
-        (work / "undecodable.txt").write_text("\n".join(undecodable) + "\n")
+        write_names(undecodable, work / UNDECODABLE)
     rows = [(split.name, split.num_examples, f"{split.num_bytes / 1e6:.1f}") for split in splits]
     log.info("%s", report.table(rows, ("split", "images", "MB")))
-    log.info("%d files could not be decoded%s", len(undecodable), "".join(f"\n  {x}" for x in undecodable))
+    log.info("%d files could not be decoded%s", len(undecodable), _some(undecodable, UNDECODABLE))
 
 
 def statistics(files: Iterable[Path]) -> dict[str, np.ndarray]:
@@ -417,6 +553,10 @@ def statistics(files: Iterable[Path]) -> dict[str, np.ndarray]:
     return dict(zip(names, (pixel_sum / images, *colours), strict=True))
 
 
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt(number)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m alexnet_jax.prepare", description="Section 2 of the paper, once.")
     parser.add_argument("--dataset", required=True, help="a TFDS data set in --data_dir, or a name for a folder")
@@ -427,14 +567,15 @@ def main() -> None:
     flags = parser.parse_args()
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     log.setLevel(logging.INFO)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     try:
         folder = prepare(**vars(flags))
     except (PrepareError, data.DataError, OSError) as error:
         sys.exit(f"Error: {error}")
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("stopped; the same command goes on")
-        sys.exit(128 + signal.SIGINT)
+        sys.exit(128 + stop.args[0])
     print(f"{folder}: train with --config.dataset={folder.parent.name} --config.data_dir={folder.parent.parent}")
 
 

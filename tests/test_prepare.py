@@ -1,5 +1,8 @@
 import io
 import os
+import resource
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -11,7 +14,8 @@ import tensorflow_datasets as tfds
 from conftest import ROOT
 from PIL import Image
 
-from alexnet_jax import data, prepare
+from alexnet_jax import data, prepare, recipe
+from alexnet_jax.configs import imagenet2012
 from alexnet_jax.prepare import PrepareError, to_jpeg, to_square
 
 SHARD = 8
@@ -193,15 +197,158 @@ def test_a_killed_preparation_goes_on_to_the_same_bytes_with_other_workers(folde
 
 def test_files_that_cannot_be_decoded_are_named_and_their_number_is_limited(folder, prepared, tmp_path):
     lines = (prepared / "undecodable.txt").read_text().splitlines()
-    assert sorted(line.split(":")[0] for line in lines) == [
+    assert [line.split(":")[0] for line in lines] == [
         "train/a/notes.JPEG", "train/b/half.JPEG", "validation/c/empty.JPEG"
     ]  # fmt: skip
     assert "truncated" in next(line for line in lines if "half" in line)
-    with pytest.raises(
-        PrepareError, match="3 files cannot be decoded, more than --max_undecodable=2.*empty.JPEG"
-    ) as error:
-        prepare.prepare("small", folder, tmp_path, workers=1, max_undecodable=2, shard_size=SHARD)
-    assert "\n" not in str(error.value) and not (tmp_path / "small_256" / "1.0.0").exists()
+    for i in range(5):
+        (tmp_path / "images" / "train" / "a").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "images" / "train" / "a" / f"{i}.png").write_text("not an image")
+    (tmp_path / "images" / "train" / "b").symlink_to(folder / "train" / "a")
+    with pytest.raises(PrepareError, match="6 files cannot be decoded, more than --max_undecodable=5; repair") as error:
+        prepare.prepare("small", tmp_path / "images", tmp_path, workers=1, max_undecodable=5)
+    names = tmp_path / "small_256" / "incomplete.1.0.0" / "undecodable.txt"
+    first, *named, rest = str(error.value).splitlines()
+    assert named[0] == "  train/a/0.png: not an image" and len(named) == 5 and rest == f"  and 1 more in {names}"
+    assert len(names.read_text().splitlines()) == 6 and not (tmp_path / "small_256" / "1.0.0").exists()
+
+
+def run_prepare(*flags, **popen):
+    command = [sys.executable, "-m", "alexnet_jax.prepare", *map(str, flags)]
+    done = subprocess.run(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120, **popen
+    )
+    assert "Traceback" not in done.stdout
+    return done.returncode, done.stdout
+
+
+def test_already_prepared(folder, prepared, tmp_path, caplog):
+    caplog.set_level("INFO")
+    copy = tmp_path / "small_256" / "1.0.0"
+    shutil.copytree(prepared, copy)
+    assert prepare.prepare("small", folder, tmp_path) == copy
+    assert "60 train, 10 validation, 3 files undecodable; delete the folder to make it anew" in caplog.text
+    with pytest.raises(PrepareError, match=f"3 files .*=2; repair or remove them, delete {copy}, and run"):
+        prepare.prepare("small", folder, tmp_path, max_undecodable=2)
+    shard = copy / "small_256-train.array_record-00002-of-00008"
+    os.truncate(shard, 1000)
+    with pytest.raises(PrepareError, match="1.0.0, train: files are not whole; delete the folder"):
+        prepare.prepare("small", folder, tmp_path)
+    shard.unlink()
+    with pytest.raises(PrepareError, match=f"{shard} is missing; delete {copy}"):
+        prepare.prepare("small", folder, tmp_path)
+
+
+def test_a_prepared_set_without_its_statistics_is_measured_and_said(prepared, tmp_path, caplog):
+    copy = tmp_path / "small_256" / "1.0.0"
+    shutil.copytree(prepared, copy)
+    (copy / "statistics.npz").unlink()
+    config = imagenet2012.get_config()
+    images = np.zeros((2, 256, 256, 3), np.uint8)
+    recipe.build_preprocess(config, tfds.builder_from_directory(copy), images)
+    assert f"{copy}/statistics.npz is missing" in caplog.text and len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("values,words", [
+    ({"workers": -3}, "--workers=-3: expected 0 or more"),
+    ({"max_undecodable": -1}, "--max_undecodable=-1: expected 0 or more"),
+    ({"dataset": ""}, "--dataset='': expected a name"),
+    ({"dataset": "a/b"}, "--dataset='a/b': expected a name"),
+])  # fmt: skip
+def test_values_that_cannot_work(folder, tmp_path, values, words):
+    with pytest.raises(PrepareError, match=words):
+        prepare.prepare(**{"dataset": "small", "data_dir": folder, "out": tmp_path / "out"} | values)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("out", [".", "out", "train"])
+def test_out_inside_a_folder_of_images(folder, out):
+    with pytest.raises(PrepareError, match="name an --out outside of it"):
+        prepare.prepare("small", folder, folder / out)
+    assert not list(folder.rglob("*256*"))
+
+
+@pytest.mark.parametrize("out", ["/proc/x", "/dev/null"])
+def test_out_that_cannot_be_written(folder, out):
+    with pytest.raises(PrepareError, match=f"--out: {out}/small_256/.* cannot be written .*name a folder") as error:
+        prepare.prepare("small", folder, out)
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_passed_over_is_named(folder, tmp_path, caplog):
+    caplog.set_level("INFO")
+    class_folder = tmp_path / "train" / "a"
+    (class_folder / "deeper").mkdir(parents=True)
+    (class_folder / "deeper" / "1.png").write_bytes(b"")
+    (class_folder / "2.png").write_bytes(b"")
+    (class_folder / "gone.png").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "train" / "b").symlink_to(folder / "train" / "b")  # a class
+    (tmp_path / "train" / "empty").mkdir()
+    (tmp_path / "train" / "loose.png").write_bytes(b"")
+    (tmp_path / "notes.txt").write_bytes(b"")
+    (tmp_path / "val").mkdir()
+    (tmp_path / ".hidden" / "a").mkdir(parents=True)
+    (tmp_path / ".hidden" / "a" / "3.png").write_bytes(b"")
+    parts, label = prepare.find_parts("small", tmp_path, SHARD)
+    assert label.names == ["a", "b"] and sum(part.size for part in parts["train"]) == 22
+    assert caplog.messages == [
+        "passed over, as no split/class/image: notes.txt, train/a/deeper, train/a/gone.png, train/empty, "
+        "train/loose.png and 1 more"
+    ]
+
+
+@pytest.mark.parametrize("size", [20_000, 700_000])  # too little for a shard; for the sums beside it
+def test_a_full_disk_is_one_line(folder, tmp_path, size):
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))  # noqa: E731
+    flags = ("--dataset=small", f"--data_dir={folder}", f"--out={tmp_path}", "--workers=1")
+    code, output = run_prepare(*flags, preexec_fn=limit)
+    assert code == 1 and output.count("\n") == 1, output
+    assert "cannot be written (" in output and "File too large" in output and "the same command goes on" in output
+    assert not list((tmp_path / "small_256" / "incomplete.1.0.0").glob("*.writing"))
+
+
+def test_a_damaged_source_is_one_line(prepared, tmp_path):
+    copy = tmp_path / "small_256" / "1.0.0"
+    shutil.copytree(prepared, copy)
+    shard = copy / "small_256-train.array_record-00002-of-00008"
+    content = bytearray(shard.read_bytes())
+    content[1000:-100] = bytes(len(content) - 1100)
+    shard.write_bytes(content)
+    with pytest.raises(data.DataError, match=f"{copy}, train: example 1. cannot be read .*restore its file") as error:
+        prepare.prepare("small_256", tmp_path, tmp_path, workers=1)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_one_line(folder, tmp_path, number):
+    command = [sys.executable, "-m", "alexnet_jax.prepare", "--dataset=small", f"--data_dir={folder}"]
+    process = subprocess.Popen(
+        [*command, f"--out={tmp_path}", "--workers=1"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "small_256").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(number)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + number and output.splitlines()[-1] == "stopped; the same command goes on", output
+    assert "Traceback" not in output
+
+
+def test_a_small_set_has_work_for_all_cores(folder):
+    parts, _ = prepare.find_parts("small", folder, prepare.SHARD_SIZE)
+    assert [part.size for part in parts["train"]] == [16, 16, 16, 14]
+
+
+def test_beam_that_is_not_installed_is_one_line(tmp_path):
+    (tmp_path / "apache_beam.py").write_text("raise ModuleNotFoundError(\"No module named 'apache_beam'\")")
+    done = subprocess.run(
+        [sys.executable, "-m", "alexnet_jax.prepare_beam", "--help"], cwd=ROOT, capture_output=True, text=True,
+        timeout=60, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("Error: ") and 'pip install -e ".[beam]"' in done.stderr
 
 
 def test_a_prepared_tfds_data_set_as_the_source_and_the_command_line(prepared, tmp_path):
