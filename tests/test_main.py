@@ -116,6 +116,7 @@ def test_a_workdir_that_cannot_be_written(fashion_mnist, tmp_path):
     (["--config.batch_size=many"], "batch_size"),
     (["--config.batch_size=1.5"], "batch_size"),
     (["--config=no_such.py"], "no_such.py"),
+    (["--config=alexnet_jax/configs/imagenet2012.py:nope"], "py:nope: expected one of paper, source2012, caffe"),
     (["--colour=1"], "colour"),
     (["8"], "unexpected argument '8'"),
 ])  # fmt: skip

@@ -8,6 +8,9 @@ from alexnet_jax.variants import VARIANTS
 
 
 def get_config(variant="paper"):
+    """Raises ValueError for a form that is none of `VARIANTS`."""
+    if variant not in VARIANTS:
+        raise ValueError(f"imagenet2012.py:{variant}: expected one of {', '.join(VARIANTS)}")
     c = default.get_config()
     of = VARIANTS[variant]
     c.dataset = "imagenet2012_256"
