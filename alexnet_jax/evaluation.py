@@ -42,12 +42,16 @@ def evaluate_workdirs(workdirs: Sequence[Path], split: str = "", data_dir: str =
       data_dir: where the data set is, if not where it was.
 
     Returns:
-      What is written to `evaluation.json` in the first folder.
+      What is written in the first folder: to `evaluation.json`, or of several networks to `evaluation_averaged.json`.
 
     Raises:
-      run.RunError: a folder without a run or with a damaged one, or runs of different data sets.
+      run.RunError: a folder without a run, with a damaged one, or given twice, or runs of different data sets.
       data.DataError.
     """
+    folders = [Path(workdir).resolve() for workdir in workdirs]
+    for i, workdir in enumerate(workdirs):
+        if folders[i] in folders[:i]:
+            raise RunError(f"--workdir={workdir} is given twice; networks that are averaged count once each")
     runs, mesh = [open_run(workdir, data_dir) for workdir in workdirs], sharding.make_mesh()
     config, builder, split = runs[0].config, runs[0].builder, split or runs[0].config.validation_split
     for workdir, run in zip(workdirs, runs, strict=True):
@@ -78,9 +82,11 @@ def evaluate_workdirs(workdirs: Sequence[Path], split: str = "", data_dir: str =
             result[patches] |= dict(zip(("paper_top1_error", "paper_top5_error"), paper, strict=False))
         rows.append(row)
     header = ("patches", "top-1 error", "top-5 error", "paper, top-1", "paper, top-5")[: len(rows[0])]
-    report.write_json(workdirs[0] / "evaluation.json", result)
+    file = workdirs[0] / ("evaluation.json" if len(workdirs) == 1 else "evaluation_averaged.json")
+    report.write_json(file, result)
     of = ", ".join(f"{w} at step {run.step:,}" for w, run in zip(workdirs, runs, strict=True))
     print(f"\n{result['dataset']}, {split}, {result['examples']:,} images; {of}\n\n{report.table(rows, header)}")
+    print(f"\nWritten to {file}")
     return result
 
 
@@ -100,7 +106,6 @@ def main() -> None:
         sys.exit(f"Error: {error}")
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
-    print(f"\nWritten to {flags.workdir[0] / 'evaluation.json'}")
 
 
 if __name__ == "__main__":

@@ -80,7 +80,9 @@ def test_the_command_averages_the_softmax_of_several_runs(runs, fashion_mnist):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert before.items() <= {path: path.stat().st_mtime_ns for path in runs[0].rglob("*") if path != runs[0]}.items()
-    found = json.loads((runs[0] / "evaluation.json").read_text())
+    found = json.loads((runs[0] / "evaluation_averaged.json").read_text())
+    assert f"Written to {runs[0] / 'evaluation_averaged.json'}" in done.stdout
+    assert not (runs[0] / "evaluation.json").exists()  # of one network alone
     assert found["examples"] == 151 and found["split"] == "test[:151]" and found["dataset"].startswith("fashion_mnist/")
     assert found["networks"] == [{"workdir": str(run), "step": 6} for run in runs]
     assert "at step 6" in done.stdout and "paper" not in done.stdout
@@ -112,6 +114,8 @@ def test_what_cannot_be_evaluated_is_one_line(runs, tmp_path):
 
     fails(RunError, "no_such holds no run", tmp_path / "no_such")
     fails(data.DataError, "split 'exam'", runs[0], split="exam")
+    (tmp_path / "link").symlink_to(runs[0])
+    fails(RunError, "link is given twice", runs[0], runs[1], tmp_path / "link")
     copy = tmp_path / "copy"
     shutil.copytree(runs[0], copy)
     damage(largest_file(copy / "checkpoints" / "6"), "truncated")
@@ -120,3 +124,12 @@ def test_what_cannot_be_evaluated_is_one_line(runs, tmp_path):
     fails(RunError, "holds no checkpoint", copy)
     (copy / "config.json").write_text("{")
     fails(RunError, "config.json is not a config", copy)
+
+
+def test_a_relative_data_dir_is_named_in_full(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run" / "checkpoints" / "6").mkdir(parents=True)
+    config = tiny_config(dataset="mine_256", data_dir="sets")
+    (tmp_path / "run" / "config.json").write_text(config.to_json_best_effort())
+    with pytest.raises(data.DataError, match=f"config.data_dir='{tmp_path}/sets': no prepared data set"):
+        evaluation.evaluate_workdirs([tmp_path / "run"])
