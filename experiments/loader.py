@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from multiprocessing.pool import Pool
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from alexnet_jax import augment, data, prepare, report, sharding, stream
 
 DECODER, LOADER, PLACED = "decoder alone", "loader", "loader, onto the device"
 CROPPED, TORCH = "loader, onto the device, crop and flip", "torch DataLoader, Pillow, crop and flip"
+BATCH_SIZE = 128
 SKIPPED = 8  # batches before each measurement, a worker: those that waited
 
 
@@ -52,10 +54,12 @@ def prepare_once(images: Path | None, workdir: Path) -> tuple[Path, list[bytes]]
         elif images is not None:
             (root / "train" / "all").mkdir(parents=True, exist_ok=True)
             for path in sorted(p for p in images.rglob("*") if p.is_file()):
-                (root / "train" / "all" / path.name).write_bytes(path.read_bytes())
+                (root / "train" / "all" / "_".join(path.relative_to(images).parts)).write_bytes(path.read_bytes())
         prepare.prepare("loader", root, workdir, shard_size=8)  # many files, as a large set has
     builder = tfds.builder_from_directory(out)
     files = [example["image"] for example in data.open_source(builder, "train")]
+    if len(files) < BATCH_SIZE:
+        raise data.DataError(f"{len(files)} images; expected {BATCH_SIZE} or more, and with them a new --workdir")
     (workdir / "jpegs").mkdir(exist_ok=True)
     for i, file in enumerate(files):
         (workdir / "jpegs" / f"{i}.jpg").write_bytes(file)
@@ -71,9 +75,8 @@ def _decode_for(seconds: float, files: list[bytes]) -> float:
     return count / spent
 
 
-def decoder_alone(files: list[bytes], workers: int) -> Callable[[float], float]:
-    """The decoder on files in memory, into the same array over and over, in processes."""
-    pool = multiprocessing.get_context("spawn").Pool(workers)
+def decoder_alone(files: list[bytes], pool: Pool, workers: int) -> Callable[[float], float]:
+    """The decoder on files in memory, into the same array over and over, in the processes of a pool."""
     pool.starmap(_decode_for, [(0.1, files)] * workers)
     return lambda seconds: sum(pool.starmap(_decode_for, [(seconds, files)] * workers))
 
@@ -114,8 +117,9 @@ def _crop_and_flip(key: jax.Array, images: jax.Array) -> jax.Array:
 
 def cropped(batches: Iterator[data.Batch]) -> Iterator[jax.Array]:
     """What the train step does first, here without the rest of it."""
-    for i, batch in enumerate(batches):
-        yield jax.block_until_ready(_crop_and_flip(jax.random.key(i), batch.images))
+    with contextlib.closing(batches):
+        for i, batch in enumerate(batches):
+            yield jax.block_until_ready(_crop_and_flip(jax.random.key(i), batch.images))
 
 
 class Folder:
@@ -145,33 +149,33 @@ def torch_loader(folder: Path, batch_size: int, workers: int) -> Iterator[Any]:
 
 def compare(workdir: Path, images: Path | None, workers: int, rounds: int, seconds: float) -> dict[str, Any]:
     """Rates of all contenders in each round, their medians, and the two ratios of medians."""
-    batch_size = 128
     folder, files = prepare_once(images, workdir)
-    iterators = {
-        LOADER: loader(folder, batch_size, workers),
-        PLACED: placed(folder, batch_size, workers),
-        CROPPED: cropped(placed(folder, batch_size, workers)),
-    }
-    if importlib.util.find_spec("torch"):
-        iterators[TORCH] = torch_loader(workdir / "jpegs", batch_size, workers)
-    contenders = {DECODER: decoder_alone(files, workers)}
-    contenders |= {name: partial(rate, batches, batch_size, workers) for name, batches in iterators.items()}
-    for measure in contenders.values():
-        measure(0.0)  # starts its processes
-    rates = {name: [] for name in contenders}
-    for i in range(rounds):
-        for name, measure in contenders.items():
-            rates[name].append(measure(seconds))
-            print(f"round {i + 1}/{rounds}  {name}  {rates[name][-1]:.0f} images/s", flush=True)
-    for batches in iterators.values():
-        if hasattr(batches, "close"):
-            batches.close()
+    with contextlib.ExitStack() as opened:
+        pool = opened.enter_context(multiprocessing.get_context("spawn").Pool(workers))
+        iterators = {
+            LOADER: loader(folder, BATCH_SIZE, workers),
+            PLACED: placed(folder, BATCH_SIZE, workers),
+            CROPPED: cropped(placed(folder, BATCH_SIZE, workers)),
+        }
+        for batches in iterators.values():
+            opened.enter_context(contextlib.closing(batches))
+        if importlib.util.find_spec("torch"):
+            iterators[TORCH] = torch_loader(workdir / "jpegs", BATCH_SIZE, workers)
+        contenders = {DECODER: decoder_alone(files, pool, workers)}
+        contenders |= {name: partial(rate, batches, BATCH_SIZE, workers) for name, batches in iterators.items()}
+        for measure in contenders.values():
+            measure(0.0)  # starts its processes
+        rates = {name: [] for name in contenders}
+        for i in range(rounds):
+            for name, measure in contenders.items():
+                rates[name].append(measure(seconds))
+                print(f"round {i + 1}/{rounds}  {name}  {rates[name][-1]:.0f} images/s", flush=True)
     medians = {name: statistics.median(found) for name, found in rates.items()}
     return {
         "date": f"{datetime.date.today():%-d %B %Y}",
         "cores": len(os.sched_getaffinity(0)),
         "workers": workers,
-        "batch_size": batch_size,
+        "batch_size": BATCH_SIZE,
         "jpeg_bytes": round(sum(map(len, files)) / len(files)),
         "images_per_s": rates,
         "median": medians,
@@ -203,8 +207,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=4.0, help="of one measurement")
     flags = parser.parse_args()
-    if flags.images and not flags.images.is_dir():
-        sys.exit(f"Error: --images={flags.images} is not a folder")
+    if flags.images and not any(path.is_file() for path in flags.images.rglob("*")):
+        sys.exit(f"Error: --images={flags.images}: expected a folder with images")
+    if flags.rounds < 1 or flags.seconds <= 0 or flags.workers < 0:
+        sys.exit("Error: expected --rounds of at least 1, --seconds above 0 and --workers of 0 or more")
     workers = flags.workers or len(os.sched_getaffinity(0))
     try:
         result = compare(flags.workdir.absolute(), flags.images, workers, flags.rounds, flags.seconds)
