@@ -194,7 +194,9 @@ def section(part: str, record: Record) -> str:
     """A part that was measured, in Markdown, with its device and date."""
     title, text = SECTIONS[part]
     quick = "; a small network, --quick" if record["quick"] else ""
-    return f"## {title}\n\n{record['device']}, {record['date']}, JAX {record['jax']}{quick}\n\n{text(record)}"
+    malloc = f", {record['malloc']}" if record.get("malloc") else ""
+    about = f"{record['device']}, {record['date']}, JAX {record['jax']}{malloc}{quick}"
+    return f"## {title}\n\n{about}\n\n{text(record)}"
 
 
 def markdown(records: Record) -> str:

@@ -70,8 +70,8 @@ class Peak:
 
 
 def repeats(first: float) -> int:
-    """How many calls to measure together, when one takes `first` seconds: a quarter of a second of them."""
-    return int(min(1000, max(1, 0.25 // max(first, 1e-9))))
+    """How many calls to measure together, when one takes `first` seconds: a quarter of a second of them, but two."""
+    return int(min(1000, max(2, 0.25 // max(first, 1e-9))))
 
 
 def seconds(call: Callable[[], Any], count: int) -> float:

@@ -129,10 +129,10 @@ class Timed:
             return F.softmax(self.net(self.images), dim=1)
 
     def seconds(self, steps: int) -> float:
-        """Of so many steps, one after the other, the device waited for at the end."""
+        """Of so many steps after one that is not counted, the device waited for at the end."""
         cuda = self.device == "cuda"
-        if cuda:  # a GPU's memory is given back below, so that all forms and JAX find room on it
-            self.step()
+        self.step()  # takes the memory again that the others had meanwhile
+        if cuda:
             torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(steps):
@@ -140,7 +140,7 @@ class Timed:
         if cuda:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
-        if cuda:
+        if cuda:  # so that all forms and JAX find room on it
             torch.cuda.empty_cache()
         return seconds
 
