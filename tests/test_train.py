@@ -17,6 +17,7 @@ def tiny_config(**fields):
     config.kernel_std = (0.28, 0.1, 0.12, 0.12, 0.12, 0.3, 0.25, 0.05)
     config.train_split, config.validation_split, config.test_split = "train[:1000]", "train[1000:1200]", "test[:200]"
     config.num_train_steps, config.batch_size, config.warmup_steps = 6, 50, 0
+    config.linear_decay = False
     config.mesh.data = 1
     config.update(fields)
     return config
