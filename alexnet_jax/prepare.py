@@ -35,7 +35,7 @@ from PIL import Image, UnidentifiedImageError
 
 from alexnet_jax import data, report
 from alexnet_jax.augment import principal_components
-from alexnet_jax.workers import start_worker
+from alexnet_jax.workers import signals_held, start_worker
 
 log = logging.getLogger(__name__)
 
@@ -468,8 +468,9 @@ def _make_all(shards: Sequence[Shard], workers: int, max_undecodable: int) -> li
     context = multiprocessing.get_context("spawn")  # JAX has threads, which a fork would not survive
     started, images = time.monotonic(), 0
     with ProcessPoolExecutor(workers, context, start_worker) as pool:
-        futures = [pool.submit(make_shard, shard) for shard in shards]
         try:
+            with signals_held():  # as it starts the workers
+                futures = [pool.submit(make_shard, shard) for shard in shards]
             for done, future in enumerate(as_completed(futures), 1):
                 images += future.result().examples
                 if future.result().undecodable:
