@@ -66,16 +66,16 @@ def judge(records: dict[str, Any]) -> dict[str, Finding]:
     epochs = {a: [epochs_to(TARGET, r["curve"]) for r in records[a]] for a in ("relu", "tanh")}
     never = {a: sum(map(math.isinf, e)) for a, e in epochs.items()}
     counted = {a: [min(x, had) for x in e] for a, e in epochs.items()}
-    if never["relu"]:
+    if all(never.values()):
         lowest = {a: min(error for r in records[a] for _, error in r["curve"]) for a in epochs}
         text = f"not reached in {had:g} epochs; lowest: ReLU {lowest['relu']:.0%}, tanh {lowest['tanh']:.0%}"
         return {"epochs": Finding(text, "not decided: too few epochs")}
-    ratio = sum(counted["tanh"]) / sum(counted["relu"])
-    rates = records["rates"]
-    tanh = f"over {had:g}" if never["tanh"] else study.spread(counted["tanh"], 2)
+    needed = {a: f"over {had:g}" if never[a] else study.spread(counted[a], 2) for a in epochs}
+    bound = "over " if never["tanh"] else "under " if never["relu"] else ""
+    ratio, rates = sum(counted["tanh"]) / sum(counted["relu"]), records["rates"]
     text = (
-        f"ReLU {study.spread(counted['relu'], 2)} epochs (ε = {rates['relu']:g}), tanh {tanh} (ε = {rates['tanh']:g}): "
-        f"{'over ' * bool(never['tanh'])}{ratio:.1f} times"
+        f"ReLU {needed['relu']} epochs (ε = {rates['relu']:g}), tanh {needed['tanh']} (ε = {rates['tanh']:g}): "
+        f"{bound}{ratio:.1f} times"
     )
     return {"epochs": Finding(text, study.compare(counted["tanh"], counted["relu"]).verdict(+1))}
 
