@@ -97,6 +97,7 @@ def line(epochs_to_quarter, epochs=8):
     ((3.0, 4.0, 2.0), (3.0, 2.0, 4.0), (": 1.0 times",), "within the noise"),
     ((1.0, 1.1, 0.9), (6.0, 20.0, 20.0), ("tanh over 8", "over 7.3 times"), "holds"),
     ((20.0, 1.0, 1.0), (6.0, 6.0, 6.0), ("not reached in 8 epochs", "ReLU 0%"), "not decided: too few epochs"),
+    ((20.0, 20.0, 20.0), (4.0, 4.2, 3.8), ("ReLU over 8 epochs", "under 0.5 times"), "the reverse"),
 ])  # fmt: skip
 def test_relu_against_tanh(relu, tanh, words, verdict, tmp_path):
     records = {"budget_epochs": 8, "rates": {"relu": 0.1, "tanh": 0.01}}
