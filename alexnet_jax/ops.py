@@ -135,11 +135,11 @@ def _max_pool_backward(window, stride, residuals, g):
     batch, height, width, channels = x.shape
     rows, columns = y.shape[1:3]
     extra = (window - 1) // stride
-    winner = jnp.full(y.shape, window**2, jnp.int32)
+    winner = jnp.full(y.shape, -1, jnp.int32)
     for i, j, tap in reversed(list(_taps(x, window, stride))):
         winner = jnp.where(tap == y, i * window + j, winner)
     edges = ((0, 0, 0), (extra, extra, 0), (extra, extra, 0), (0, 0, 0))
-    winner, g = lax.pad(winner, window**2, edges), lax.pad(g, jnp.zeros((), g.dtype), edges)
+    winner, g = lax.pad(winner, -1, edges), lax.pad(g, jnp.zeros((), g.dtype), edges)
     shape = (batch, rows + extra, stride, columns + extra, stride, channels)
     r, c = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (2, 4))
 

@@ -158,10 +158,10 @@ class Study:
         c.ten_crop = False
         c.num_epochs = float(b.epochs)
         c.dropout = 0.3
-        c.plateau_patience, c.linear_decay = 0, False
+        c.linear_decay = False
+        c.plateau_patience = 0
         c.drop_at_epochs = (0.64 * b.epochs, 0.86 * b.epochs)
         c.warmup_steps = 100
-        c.lrn_alpha = 1e-4 / c.input_scale**2  # the paper's, for these pixels
         c.update(fields)
         c.widths = tuple(w // b.shrink for w in c.widths)
         return c

@@ -7,14 +7,14 @@ def get_config():
     c = default.get_config()
     c.pad = 1
     c.image_size = 28
-    c.flip = False  # shoes all look one way here: with mirrored images, and ten patches in testing, 8.8 % error for 8.3
+    c.flip = False  # shoes all look one way here: with mirrored images 8.3 % test error for 7.7 (dropout 0.3)
     c.ten_crop = False  # half of the ten are mirrored
     c.input_scale = 1 / 70  # about one over the pixels' standard deviation
     c.stem = (3, 1, 1)
     c.widths = (32, 64, 96, 96, 96, 1024, 1024)
-    c.lrn_alpha = 1e-4 * 70**2  # the paper's for these pixels: 7.5 % validation error after six epochs, 8.1 with 1e-4
+    c.lrn_alpha = 1e-4 / c.input_scale**2  # the paper's: 7.5 % validation error after six epochs, 8.1 with 1e-4
     c.dropout = 0.2
-    # sqrt(2 / fan-in), made good for what normalization (a factor of 0.59) and dropout take away
+    # sqrt(2 / fan-in), made good for what normalization (a factor of at most 0.59) and dropout take away
     c.kernel_std = (0.47, 0.12, 0.1, 0.068, 0.068, 0.072, 0.053, 0.053)
     c.bias = (0.0,) * 8
     c.batch_size = 64
