@@ -10,39 +10,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+
+from alexnet_jax.images import read_image
 
 LIGHT, DARK = 170, 85  # of 255
-
-
-def read_image(path: str | Path, shape: tuple[int, int, int], invert: bool = False) -> np.ndarray:
-    """An image file as an image of the data set (section 2): shorter side to its size, antialiased, then the centre.
-
-    A camera's note on how to turn the image is followed, what is transparent becomes white, of several frames the first
-    counts.
-
-    Args:
-      shape: [H, W, C] of the data set's images; C is 1 or 3.
-      invert: whether black and white are exchanged.
-
-    Returns:
-      uint8 [H, W, C].
-
-    Raises:
-      Exception: of several types, for a file that is no image or not a whole one.
-    """
-    height, width, channels = shape
-    with Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):  # sixteen bits a pixel
-            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-        if "A" in image.getbands() or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("L" if channels == 1 else "RGB")
-    image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
-    pixels = np.asarray(image).reshape(shape)
-    return 255 - pixels if invert else pixels
 
 
 def edge(image: np.ndarray) -> float:

@@ -19,7 +19,6 @@ import re
 import signal
 import sys
 import time
-import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -31,21 +30,16 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
-from PIL import Image, UnidentifiedImageError
 
 from alexnet_jax import data, report
 from alexnet_jax.augment import principal_components
+from alexnet_jax.images import JPEG_QUALITY, SIDE, to_jpeg, to_square
 from alexnet_jax.workers import signals_held, start_worker
 
 log = logging.getLogger(__name__)
 
-SIDE = 256
 VERSION = "1.0.0"
 SHARD_SIZE = 1024  # images, at most
-# With colours at half resolution, Pillow's default. 200 photographs of ImageNet at quality 80, 90 and 95: 15, 22 and
-# 31 KB an image, 33.9, 36.3 and 38.4 dB, and 0.28, 0.36 and 0.49 ms to decode (libjpeg-turbo, one core). Full colour
-# resolution at 90: 28 KB, 38.2 dB and 0.47 ms.
-JPEG_QUALITY = 90
 STATISTICS = "statistics.npz"
 UNDECODABLE = "undecodable.txt"
 HANDFUL = 5  # names that a message holds
@@ -53,50 +47,6 @@ HANDFUL = 5  # names that a message holds
 
 class PrepareError(Exception):
     """A data set that cannot be prepared; one line that says what to do."""
-
-
-def to_square(file: bytes) -> np.ndarray:
-    """The stored form of an image file (section 2): shorter side to 256, antialiased, then the central 256×256.
-
-    The content tells the format, whatever the file's name says. Grey and CMYK become RGB, 16 bits 8; transparency is
-    dropped, and a camera's note on how to turn the image is not followed, as by ImageNet's other readers.
-
-    Returns:
-      uint8 [256, 256, 3].
-
-    Raises:
-      Exception: of several types, for a file that is no image, not a whole one, one whose numbers have no known range
-        (32-bit integers and floats), or one of more pixels than Pillow takes for honest.
-    """
-    if not file:
-        raise ValueError("the file is empty")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the transparency and the camera's notes, which are dropped
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            with Image.open(io.BytesIO(file)) as image:
-                image = _eight_bits(image).convert("RGB")
-        except UnidentifiedImageError:
-            raise ValueError("not an image") from None
-    width, height = (max(SIDE, round(side * SIDE / min(image.size))) for side in image.size)
-    left, top = (width - SIDE) // 2, (height - SIDE) // 2
-    image = image.resize((width, height), Image.Resampling.BICUBIC)  # widens its kernel to the scale: antialiased
-    return np.asarray(image.crop((left, top, left + SIDE, top + SIDE)))
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    if image.mode in ("I", "F"):
-        raise ValueError(f"pixels of Pillow's mode {image.mode} have no known range; expected 8 or 16 bits")
-    if image.mode.startswith("I;16"):  # Pillow would cut off all above 255
-        return Image.fromarray(((np.asarray(image, np.uint32) + 128) // 257).astype(np.uint8))
-    return image
-
-
-def to_jpeg(pixels: np.ndarray) -> bytes:
-    """uint8 [H, W, 3] as a JPEG file."""
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "JPEG", quality=JPEG_QUALITY)
-    return file.getvalue()
 
 
 def _reason(error: Exception) -> str:

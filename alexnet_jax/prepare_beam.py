@@ -21,9 +21,9 @@ from typing import NamedTuple
 import tensorflow_datasets as tfds
 
 from alexnet_jax import data
+from alexnet_jax.images import SIDE
 from alexnet_jax.prepare import (
     SHARD_SIZE,
-    SIDE,
     UNDECODABLE,
     VERSION,
     PrepareError,

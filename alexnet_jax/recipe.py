@@ -15,8 +15,9 @@ from jax.sharding import Mesh
 
 from alexnet_jax import distributed, report, sharding
 from alexnet_jax.data import DataError
+from alexnet_jax.images import SIDE
 from alexnet_jax.model import ACTIVATIONS, AlexNet, Stem, widths_problem
-from alexnet_jax.prepare import SIDE, STATISTICS
+from alexnet_jax.prepare import STATISTICS
 from alexnet_jax.preprocess import Preprocess, fit, read_statistics
 from alexnet_jax.variants import VARIANTS
 

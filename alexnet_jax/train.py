@@ -371,7 +371,7 @@ def _test(config, task, state, workdir, started, images_per_s) -> dict[str, Any]
         "test_top1_error": tested.top1_error,
         "test_top5_error": tested.top5_error,
         "test_patches": 10 if config.ten_crop else 1,
-        "validation_top1_error": float(state.plateau.best_error),
+        "lowest_validation_top1_error": float(state.plateau.best_error),
         "steps": task.total_steps,
         "seconds": round(time.monotonic() - started, 1),
         "images_per_s": images_per_s and round(images_per_s, 1),

@@ -25,6 +25,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from alexnet_jax import augment, data, prepare, report, sharding, stream
+from alexnet_jax.images import SIDE
 
 DECODER, LOADER, PLACED = "decoder alone", "loader", "loader, onto the device"
 CROPPED, TORCH = "loader, onto the device, crop and flip", "torch DataLoader, Pillow, crop and flip"
@@ -67,7 +68,7 @@ def prepare_once(images: Path | None, workdir: Path) -> tuple[Path, list[bytes]]
 
 
 def _decode_for(seconds: float, files: list[bytes]) -> float:
-    out, count, started = np.empty((prepare.SIDE, prepare.SIDE, 3), np.uint8), 0, time.perf_counter()
+    out, count, started = np.empty((SIDE, SIDE, 3), np.uint8), 0, time.perf_counter()
     while (spent := time.perf_counter() - started) < seconds:
         for file in files:
             stream.decode(file, out)

@@ -104,7 +104,7 @@ def test_from_the_archives_to_the_test_errors(archives, tmp_path):
     for number, synset in enumerate(FIRST_LABELS, 1):
         assert names[found[f"ILSVRC2012_val_{number:08}.JPEG"]["label"]] == synset
     for name in (CMYK, PNG):
-        from alexnet_jax.prepare import to_square
+        from alexnet_jax.images import to_square
 
         original = to_square(next(PHOTOGRAPHS.glob(f"{name[:9]}*")).read_bytes())
         assert np.abs(found[name]["image"].astype(int) - original).mean() < 6, name

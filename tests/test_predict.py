@@ -13,7 +13,7 @@ from test_checkpoint import damage, largest_file
 from test_train import tiny_config
 
 from alexnet_jax import AlexNet, activations, run, train
-from alexnet_jax.predict import read_image
+from alexnet_jax.images import read_image
 
 GREY, COLOUR = (28, 28, 1), (32, 32, 3)
 

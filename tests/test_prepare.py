@@ -3,6 +3,7 @@ import os
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -16,7 +17,8 @@ from PIL import Image
 
 from alexnet_jax import data, prepare, recipe
 from alexnet_jax.configs import imagenet2012
-from alexnet_jax.prepare import PrepareError, to_jpeg, to_square
+from alexnet_jax.images import to_jpeg, to_square
+from alexnet_jax.prepare import PrepareError
 
 SHARD = 8
 
@@ -118,6 +120,17 @@ def test_sixteen_bits_become_eight(file_format):
     grey = np.linspace(0, 65535, 256 * 256).astype(np.uint16).reshape(256, 256)
     square = to_square(encoded(Image.fromarray(grey), file_format))
     np.testing.assert_array_equal(square, np.round(grey[..., None] / 257).repeat(3, 2))
+
+
+def test_twelve_bits_become_eight():
+    grey = np.linspace(0, 4095, 256 * 256).astype(np.int64)
+    pairs = (grey[::2] << 12) | grey[1::2]  # three bytes, the higher first
+    pixels = np.stack([pairs >> 16, pairs >> 8, pairs], axis=1).astype(np.uint8).tobytes()
+    fields = {256: 256, 257: 256, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 256, 279: len(pixels)}
+    directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in fields.items())
+    file = struct.pack("<2sHI", b"II", 42, 8 + len(pixels)) + pixels + struct.pack("<H", len(fields)) + directory
+    square = to_square(file + bytes(4))
+    np.testing.assert_array_equal(square[..., 0].ravel(), np.round(grey * 255 / 4095))
 
 
 def of_many_pixels():
