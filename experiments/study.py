@@ -162,6 +162,7 @@ class Study:
         c.plateau_patience = 0
         c.drop_at_epochs = (0.64 * b.epochs, 0.86 * b.epochs)
         c.warmup_steps = 100
+        c.kernel_std = ()  # which `train` fills in
         c.update(fields)
         c.widths = tuple(w // b.shrink for w in c.widths)
         return c
@@ -169,13 +170,15 @@ class Study:
     def train(self, arm: str, config: ml_collections.ConfigDict, seed: int) -> dict[str, Any]:
         """One run, or what it left if it is finished: its result, its curve, and its folder.
 
+        It starts from the config's `kernel_std`, or from that of the function `kernel_std`.
+
         Raises as `train.train_and_evaluate` does.
         """
         folder = self.workdir / self.label / arm / f"seed{seed}"
         config.seed = seed
         if (folder / "config.json").exists():  # begun, maybe on another machine
             self._std[arm] = tuple(json.loads((folder / "config.json").read_text())["kernel_std"])
-        config.kernel_std = self._std[arm] = self._std.get(arm) or kernel_std(config)
+        config.kernel_std = self._std[arm] = self._std.get(arm) or config.kernel_std or kernel_std(config)
         if not (folder / "result.json").exists():
             print(f"\n{arm}, seed {seed}: {self.budget}", flush=True)
         result = train.train_and_evaluate(config, folder)

@@ -100,9 +100,9 @@ def line(epochs_to_quarter, epochs=8):
     ((20.0, 20.0, 20.0), (4.0, 4.2, 3.8), ("ReLU over 8 epochs", "under 0.5 times"), "the reverse"),
 ])  # fmt: skip
 def test_relu_against_tanh(relu, tanh, words, verdict, tmp_path):
-    records = {"budget_epochs": 8, "rates": {"relu": 0.1, "tanh": 0.01}}
-    records |= {"relu": [line(x) for x in relu], "tanh": [line(x) for x in tanh]}
-    found = relu_vs_tanh.judge(records)["epochs"]
+    start = {"rates": {"relu": 0.1, "tanh": 0.01}, "relu": [line(x) for x in relu], "tanh": [line(x) for x in tanh]}
+    records = {"budget_epochs": 8, "paper": start, "unit": start}
+    found = relu_vs_tanh.judge(records)["paper"]
     assert found.verdict == verdict and all(word in found.ours for word in words), found
     relu_vs_tanh.plot(records, tmp_path / "plot.png")
 
