@@ -51,6 +51,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int = 3):
         self.folder = Path(folder).absolute()
+        self._writing = 0  # the step of the last save
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         try:
             self._manager = ocp.CheckpointManager(self.folder, options=options)
@@ -65,16 +66,18 @@ class Checkpoints:
         """
         if step == self._manager.latest_step():
             return
+        self.wait()
+        self._writing = step
         tree = jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
         extra = {**extra, "fingerprint": int(fingerprint(tree))}
         args = ocp.args.Composite(state=ocp.args.StandardSave(tree), extra=ocp.args.JsonSave(extra))
-        self._guard(lambda: self._manager.save(step, args=args, force=True), f"step {step}")
+        self._guard(lambda: self._manager.save(step, args=args, force=True))
 
     def wait(self) -> None:
         """Returns when the last save is on the disk; raises as `save` does."""
-        self._guard(self._manager.wait_until_finished, "the last step")
+        self._guard(self._manager.wait_until_finished)
 
-    def _guard(self, call, what: str) -> None:
+    def _guard(self, call) -> None:
         try:
             call()
             self._manager.check_for_errors()
@@ -85,8 +88,8 @@ class Checkpoints:
             kept = "there is no earlier checkpoint" if good is None else f"the last good checkpoint is step {good}"
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(
-                f"the checkpoint of {what} could not be written to {self.folder}: {reason}; {kept}. Free some space or "
-                "make the folder writable, then run the same command again"
+                f"the checkpoint of step {self._writing} could not be written to {self.folder}: {reason}; {kept}. Free "
+                "some space or make the folder writable, then run the same command again"
             ) from None
 
     def newest(self) -> int | None:
@@ -122,7 +125,7 @@ class Checkpoints:
                 self._move_aside(step, reason or "another process cannot read its part")
             distributed.highest(0)
             self._manager.reload()
-        if damaged:
+        if damaged or any(self.folder.glob("*.damaged*")):
             raise CheckpointError(f"every checkpoint in {self.folder} is damaged; remove the folder to start again")
         return None
 

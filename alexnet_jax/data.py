@@ -101,8 +101,11 @@ def open_builder(
             return builder
     except tfds.core.registered.DatasetNotFoundError:
         pass
-    except OSError as error:
+    except fashion_mnist.NoSourceError as error:
         raise DataError(f"config.dataset={name!r}: {error}") from None
+    except (OSError, RuntimeError) as error:  # ArrayRecord's, of a full disk
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(f"config.data_dir={str(folder)!r} cannot be read or written: {reason}") from None
     if commands := _how_to_prepare(name, folder, manual_dir):
         raise DataError(
             f"config.data_dir={str(folder)!r}: no prepared data set {name!r} there; name the folder that has it, or "

@@ -32,6 +32,10 @@ MIRROR = "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master
 DOWNLOAD_TIMEOUT_S = 20
 
 
+class NoSourceError(Exception):
+    """Nobody has the data set; one line that lists who was asked, and what to do."""
+
+
 def _checked(name: str, content: bytes) -> bytes:
     if content[:2] == b"\x1f\x8b":
         try:
@@ -89,7 +93,7 @@ def find_files(source_dir: str = "") -> dict[str, bytes]:
       source_dir: a folder of the user's with the four files, gzipped or not; "" for none.
 
     Raises:
-      FileNotFoundError: no source had them; the message lists what was tried.
+      NoSourceError: no source had them; the message lists what was tried.
     """
     official = tfds.builder_cls("fashion_mnist").URL
     sources: list[tuple[str, Callable[[], dict[str, bytes]]]] = [
@@ -110,7 +114,7 @@ def find_files(source_dir: str = "") -> dict[str, bytes]:
         else:
             log.info("Fashion-MNIST from %s", name)
             return files
-    raise FileNotFoundError(
+    raise NoSourceError(
         "Fashion-MNIST was not found. Tried: " + "; ".join(tried) + ". Put the four IDX files (gzipped or not) into a "
         "folder and name it: --config.source_dir=FOLDER"
     )
@@ -122,7 +126,8 @@ def prepare(data_dir: str | None, source_dir: str = "") -> None:
     TFDS writes into a folder `incomplete.…` and renames it at the end.
 
     Raises:
-      FileNotFoundError: no source has the files.
+      NoSourceError: no source has the files.
+      OSError, RuntimeError: the folder cannot be written.
     """
     files = find_files(source_dir)
     official = tfds.builder_cls("fashion_mnist")

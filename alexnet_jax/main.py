@@ -4,10 +4,12 @@ One process, or several: found by JAX on a cluster, or given by --coordinator_ad
 """
 
 import difflib
+import functools
 import inspect
 import logging
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from ml_collections import config_flags
 from alexnet_jax.configs import default
 
 _CONFIGS = Path(__file__).parent / "configs"
+_TYPES = {int: "a whole number", float: "a number", bool: "True or False", str: "text", tuple: "values with commas"}
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -47,12 +50,25 @@ def _parse(argv: list[str]) -> list[str]:
         meant = f" Did you mean config.{near[0]}?" if near else ""
         sys.exit(f"Error: config.{name}: no such field.{meant} The fields are {', '.join(known)}")
     except (flags.Error, TypeError, ValueError, OSError, SyntaxError) as error:
-        message = " ".join(str(error).split())
-        recipes = ", ".join(sorted(p.stem for p in _CONFIGS.glob("*.py") if p.stem not in ("__init__", "default")))
-        sys.exit(f"Error: {message} (the recipes in {_CONFIGS} are {recipes})")
+        sys.exit(f"Error: {_in_our_words(' '.join(str(error).split()))}")
     if len(rest) > 1:
         sys.exit(f"Error: unexpected argument {rest[1]!r}; flags begin with --, as in --config.batch_size=64")
     return rest
+
+
+def _in_our_words(message: str) -> str:
+    """What absl and ml_collections say of a flag, with what it takes."""
+    if message.startswith("flag --workdir=None"):
+        return "--workdir is missing: the run's folder, as in --workdir runs/"
+    if found := re.match(r"flag --config\.([\w.]+)=(.*?): ", message):
+        name, given = found.groups()
+        value = functools.reduce(getattr, name.split("."), default.get_config())
+        return f"config.{name}={given!r}: expected {_TYPES[type(value)]}"
+    if message.startswith(("flag --config=", "Configuration is not available")):
+        reason = re.split(r"Error: |path\]: ", message)[-1]  # the last line of a traceback
+        recipes = ", ".join(sorted(p.stem for p in _CONFIGS.glob("*.py") if p.stem not in ("__init__", "default")))
+        return f"--config: {reason} (the recipes in {_CONFIGS} are {recipes})"
+    return message
 
 
 def _unraisable(unraisable) -> None:
@@ -94,6 +110,7 @@ def main(argv: list[str]) -> None:
         print(f"Error: {error}", file=sys.stderr, flush=True)
         distributed.leave(1)
     except train.Interrupted as stop:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is leaving
         if distributed.process_id() == 0:
             print(stop, flush=True)
         sys.exit(128 + stop.signal)
@@ -110,4 +127,8 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse)
+    try:
+        app.run(main, flags_parser=_parse)
+    except KeyboardInterrupt:  # before the training, or the second one; what is on the disk is whole
+        print("Interrupted", file=sys.stderr, flush=True)
+        os._exit(128 + signal.SIGINT)

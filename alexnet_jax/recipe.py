@@ -1,9 +1,11 @@
 """What a config means: checked on its own, against the data, and against the run that a folder holds already."""
 
+import contextlib
+import fcntl
 import json
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from alexnet_jax.variants import VARIANTS
 log = logging.getLogger(__name__)
 
 # May change between the starts of one run.
-UNRELATED_TO_RESULT = ("data_dir", "source_dir", "manual_dir", "loader_workers", "mesh")
+UNRELATED_TO_RESULT = ("data_dir", "source_dir", "manual_dir", "loader_workers", "log_every", "mesh")
 
 
 class ConfigError(Exception):
@@ -176,7 +178,9 @@ def check_workdir(config: ml_collections.ConfigDict, workdir: Path) -> None:
     try:
         found = json.loads(path.read_text())
     except ValueError:
-        raise ConfigError(f"{path} is not JSON; restore it, or train into another --workdir") from None
+        found = None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} is damaged; restore it, or train into another --workdir")
     wanted = plain(config)
     related = [{k: v for k, v in values.items() if k not in UNRELATED_TO_RESULT} for values in (found, wanted)]
     if differing := distributed.differences(*related, words=("there", "now")):
@@ -186,26 +190,35 @@ def check_workdir(config: ml_collections.ConfigDict, workdir: Path) -> None:
         )
 
 
-def claim_workdir(config: ml_collections.ConfigDict, workdir: Path) -> None:
-    """Process 0 creates the folder and its `config.json`, unless they are there; all look whether they see them.
+@contextlib.contextmanager
+def claimed_workdir(config: ml_collections.ConfigDict, workdir: Path) -> Iterator[None]:
+    """The folder with its `config.json`, made by process 0 and held by it against other runs for as long as the block.
 
     Raises:
-      ConfigError: it cannot be written, or some process sees another folder there.
+      ConfigError: it cannot be written, at first or later; another run holds it; or some process sees another folder.
     """
-    if jax.process_index() == 0:
+    with contextlib.ExitStack() as stack:
         try:
-            workdir.mkdir(parents=True, exist_ok=True)
-            if not (workdir / "config.json").exists():
+            if jax.process_index() == 0:
+                workdir.mkdir(parents=True, exist_ok=True)
+                lock = stack.enter_context(open(workdir / ".lock", "w"))
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise ConfigError(f"--workdir={workdir}: another process trains there; wait, or stop it") from None
                 report.write_json(workdir / "config.json", plain(config))
+            distributed.highest(0)
+            if blind := distributed.highest(0 if (workdir / "config.json").exists() else jax.process_index()):
+                raise ConfigError(
+                    f"--workdir={workdir}: process {blind} does not see what process 0 writes there; name a folder "
+                    "that all machines share"
+                )
+            yield
         except OSError as error:
-            raise ConfigError(f"--workdir={workdir} cannot be written: {error}") from None
-    distributed.highest(0)
-    blind = distributed.highest(0 if (workdir / "config.json").exists() else jax.process_index())
-    if blind:
-        raise ConfigError(
-            f"--workdir={workdir}: process {blind} does not see what process 0 writes there; name a folder that all "
-            "machines share"
-        )
+            raise ConfigError(
+                f"--workdir={workdir} cannot be written: {error}; free some space or make it writable, then run the "
+                "same command again"
+            ) from None
 
 
 def plain(config: ml_collections.ConfigDict) -> dict:

@@ -1,8 +1,10 @@
 """What a run shows and leaves behind: tables, the progress bar, metrics and pictures."""
 
+import contextlib
 import json
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,18 +50,22 @@ class Progress:
         self._silent = jax.process_index() > 0
         self._terminal = sys.stdout.isatty() and not self._silent
         self._total = total
-        self._bar = tqdm(total=total, initial=start, unit="step", file=sys.stdout, disable=not self._terminal)
+        self._bar = tqdm(
+            total=total, initial=start, file=sys.stdout, disable=not self._terminal, dynamic_ncols=True,
+            bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}",
+        )  # fmt: skip
 
     def advance(self) -> None:
         self._bar.update()
 
     def show(self, step: int, seconds_left: float, **values: str) -> None:
         """Shows values of the last steps, as text."""
+        text = "  ".join(f"{k.replace('_', ' ')} {v}" for k, v in values.items())
+        left = tqdm.format_interval(seconds_left)
         if self._terminal:
-            self._bar.set_postfix(values, refresh=False)
+            self._bar.set_postfix_str(f"{text}  {left} left", refresh=False)
         elif not self._silent:
-            text = "  ".join(f"{k.replace('_', ' ')} {v}" for k, v in values.items())
-            print(f"step {step}/{self._total}  {text}  time left {tqdm.format_interval(seconds_left)}", flush=True)
+            print(f"step {step}/{self._total}  {text}  time left {left}", flush=True)
 
     def say(self, text: str) -> None:
         """A line above the bar."""
@@ -91,7 +97,9 @@ class Metrics:
         self._first = jax.process_index() == 0
         if not self._first:
             return
-        from tensorboardX import SummaryWriter  # a second to import
+        from tensorboardX.event_file_writer import EventsWriter  # a second to import
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.summary import scalar
 
         self.path = workdir / "metrics.jsonl"
         kept = []
@@ -106,19 +114,28 @@ class Metrics:
         temporary.write_text("".join(kept))
         temporary.replace(self.path)
         self._file = open(self.path, "a", buffering=1)  # noqa: SIM115  (open for as long as the run)
-        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1 if step else None)
+        (workdir / "tensorboard").mkdir(exist_ok=True)
+        # Without the thread of tensorboardX's SummaryWriter, in which a full disk ends no run.
+        self._events = EventsWriter(str(workdir / "tensorboard" / "events"))
+        self._event, self._scalar = Event, scalar
+        if step:  # TensorBoard drops what the file before holds from here on
+            self._events.write_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, step: int, **values: float) -> None:
+        """Raises OSError if the disk is full."""
         if not self._first:
             return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+            event = self._event(step=step, wall_time=time.time(), summary=self._scalar(name, value))
+            self._events.write_event(event)
+        self._events.flush()
 
     def close(self) -> None:
         if self._first:
-            self._file.close()
-            self._events.close()
+            for file in (self._file, self._events):
+                with contextlib.suppress(OSError):  # which `write` has raised
+                    file.close()
 
 
 def tile(kernels: np.ndarray, columns: int) -> np.ndarray:

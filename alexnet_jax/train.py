@@ -44,7 +44,7 @@ class DivergedError(Exception):
     """The loss or the parameters are no longer finite."""
 
     def __init__(self, what: str, step: int, learning_rate: float):
-        super().__init__(f"{what} not finite at step {step}, with learning rate {learning_rate:.3g}")
+        super().__init__(f"{what} at step {step}, with learning rate {learning_rate:.3g}")
 
     def add(self, kept: str) -> None:
         """Appends what was kept, and what to do."""
@@ -156,6 +156,8 @@ def _signals() -> Iterator[list[int]]:
     def handle(number, frame):
         received.append(number)
         signal.signal(number, before[number])
+        name = signal.Signals(number).name
+        os.write(2, f"\n{name}: saves after this step and stops; once more stops at once\n".encode())
 
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -195,20 +197,26 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path) -
     shared = f"--workdir={workdir} must be a folder that all machines share"
     distributed.require_same("what it finds", {"a finished run": finished}, shared)
     if finished:
-        result = json.loads((workdir / "result.json").read_text())
+        try:
+            result = json.loads((workdir / "result.json").read_text())
+        except ValueError:
+            raise recipe.ConfigError(f"{workdir / 'result.json'} is not JSON; delete it to test once more") from None
         log.info("%s is finished; its result:\n\n%s", workdir, show_result(result))
         return result
     with _signals() as received:
         task = _set_up(config)
-        recipe.claim_workdir(config, workdir)
-        checkpoints = Checkpoints(workdir / "checkpoints")
-        state = create_state(task.model, task.optimizer, task.preprocess.image_shape, config.seed, task.mesh)
-        if found := checkpoints.restore(state):
-            _, state, extra = found
-            started -= extra["seconds"]
-        _show_summary(config, task, state)
-        state, images_per_s = _train(config, task, state, checkpoints, workdir, started, received)
-        return _test(config, task, state, workdir, started, images_per_s)
+        with recipe.claimed_workdir(config, workdir):
+            checkpoints = Checkpoints(workdir / "checkpoints")
+            state = create_state(task.model, task.optimizer, task.preprocess.image_shape, config.seed, task.mesh)
+            images_per_s = None
+            if found := checkpoints.restore(state):
+                _, state, extra = found
+                started, images_per_s = started - extra["seconds"], extra["images_per_s"]
+            _show_summary(config, task, state)
+            if state.step < task.total_steps:
+                state, images_per_s = _train(config, task, state, checkpoints, workdir, started, received)
+            checkpoints.close()
+            return _test(config, task, state, workdir, started, images_per_s)
 
 
 class _Task(NamedTuple):
@@ -229,8 +237,12 @@ class _Task(NamedTuple):
 def _set_up(config: ml_collections.ConfigDict) -> _Task:
     mesh = recipe.build_mesh(config)
     builder = data.open_builder(config.dataset, config.data_dir, config.source_dir, config.manual_dir)
-    splits = {"train": config.train_split, "validate": config.validation_split, "test": config.test_split}
-    sizes = {use: data.split_size(builder, split) for use, split in splits.items()}
+    sizes = {}
+    for use, field in {"train": "train_split", "validate": "validation_split", "test": "test_split"}.items():
+        try:
+            sizes[use] = data.split_size(builder, config[field])
+        except data.DataError as error:
+            raise data.DataError(f"config.{field}: {error}") from None
     num_classes = builder.info.features["label"].num_classes
     if config.streaming:
         recipe.check_data(config, data.image_shape(builder), sizes["train"], num_classes)
@@ -299,7 +311,7 @@ def _finite(params) -> jax.Array:
     return jnp.all(jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(params)]))
 
 
-def _train(config, task, state, checkpoints, workdir, started, received) -> tuple[TrainState, float | None]:
+def _train(config, task, state, checkpoints, workdir, started, received) -> tuple[TrainState, float]:
     """The loop, from the state's step to the end: the last state, and images/s."""
     first, total = int(state.step), task.total_steps
     order_key, step_key = jax.random.split(jax.random.wrap_key_data(state.key))
@@ -310,15 +322,20 @@ def _train(config, task, state, checkpoints, workdir, started, received) -> tupl
     key_of = jax.jit(jax.random.fold_in, out_shardings=NamedSharding(task.mesh, sharding.REPLICATED))
     clock = time.monotonic()
 
+    def images_per_s(step):
+        return (step - first) * config.batch_size / (time.monotonic() - clock)
+
     def save(step):
         if not _finite(state.params):
-            raise DivergedError("the parameters are", step, float(values["learning_rate"]))
-        checkpoints.save(step, state, {"seconds": time.monotonic() - started})
+            raise DivergedError("the parameters are not finite", step, float(values["learning_rate"]))
+        checkpoints.save(step, state, {"seconds": time.monotonic() - started, "images_per_s": images_per_s(step)})
 
     try:
         for step in range(first, total):
             batch = task.train_data.batch(order_key, step)
             state, values = task.train_step(state, batch, key_of(step_key, step))
+            if step == first:  # and compiled, which is not to go into the images/s
+                shown.restart_clock()
             if step % config.log_every == 0:  # this step is queued already: the device does not wait for the reader
                 shown.show(step)
             shown.add(values)
@@ -358,8 +375,7 @@ def _train(config, task, state, checkpoints, workdir, started, received) -> tupl
         task.train_data.close()
         progress.close()
         metrics.close()
-    checkpoints.close()
-    return state, (total - first) * config.batch_size / (time.monotonic() - clock) if total > first else None
+    return state, images_per_s(total)
 
 
 def _test(config, task, state, workdir, started, images_per_s) -> dict[str, Any]:
@@ -374,7 +390,7 @@ def _test(config, task, state, workdir, started, images_per_s) -> dict[str, Any]
         "lowest_validation_top1_error": float(state.plateau.best_error),
         "steps": task.total_steps,
         "seconds": round(time.monotonic() - started, 1),
-        "images_per_s": images_per_s and round(images_per_s, 1),
+        "images_per_s": round(images_per_s, 1),
         "device": device_name(task.mesh),
     }
     if jax.process_index() == 0:

@@ -66,8 +66,9 @@ def test_all_damaged_is_an_error_and_nothing_is_lost(tmp_path):
     fill(tmp_path / "c", [1, 2])
     for step in (1, 2):
         damage(largest_file(tmp_path / "c" / str(step)), "truncated")
-    with pytest.raises(CheckpointError, match="every checkpoint"):
-        Checkpoints(tmp_path / "c").restore(TREE)
+    for _ in range(2):  # the second time there are only those that were moved aside
+        with pytest.raises(CheckpointError, match="every checkpoint"):
+            Checkpoints(tmp_path / "c").restore(TREE)
     assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["1.damaged", "2.damaged"]
 
 

@@ -87,6 +87,26 @@ def test_another_config_is_refused_and_a_finished_run_reports(uninterrupted):
     assert code == 0 and "is finished" in output and "test top1 error" in output
 
 
+def test_a_second_ctrl_c_stops_at_once_and_another_run_is_kept_out(uninterrupted, tmp_path):
+    process = start_main(tmp_path, *TINY)
+    follow(process, "step 5/")
+    process.send_signal(signal.SIGSTOP)
+    code, output = run_main(tmp_path, *TINY)
+    assert code == 1 and output == f"Error: --workdir={tmp_path}: another process trains there; wait, or stop it\n"
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGCONT)
+    follow(process, "SIGINT: saves after this step")
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 130 and "Traceback" not in output
+
+
+def test_a_damaged_result_is_named(uninterrupted, tmp_path):
+    (tmp_path / "result.json").write_text("{")
+    code, output = run_main(tmp_path, *TINY)
+    assert code == 1 and output == f"Error: {tmp_path}/result.json is not JSON; delete it to test once more\n"
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the size of a file as Linux does")
 def test_a_full_disk_keeps_the_last_good_checkpoint(uninterrupted, tmp_path):
     process = start_main(tmp_path, *TINY)
@@ -113,14 +133,16 @@ def test_a_workdir_that_cannot_be_written(fashion_mnist, tmp_path):
 @pytest.mark.parametrize("flags,words", [
     (["--config.num_train_step=5"], "config.num_train_step: no such field. Did you mean config.num_train_steps?"),
     (["--config.mesh.towers=2"], "config.mesh.towers: no such field. Did you mean config.mesh.tower?"),
-    (["--config.batch_size=many"], "batch_size"),
-    (["--config.batch_size=1.5"], "batch_size"),
-    (["--config=no_such.py"], "no_such.py"),
+    (["--config.batch_size=many"], "config.batch_size='many': expected a whole number"),
+    (["--config.batch_size=1.5"], "config.batch_size='1.5': expected a whole number"),
+    (["--config.lrn=maybe"], "config.lrn='maybe': expected True or False"),
+    (["--config.test_split=dev"], "config.test_split: split 'dev' of fashion_mnist: it has train (60,000)"),
+    (["--config=no_such.py"], "--config: no_such.py [Errno 2] No such file"),
     (["--config=alexnet_jax/configs/imagenet2012.py:nope"], "py:nope: expected one of paper, source2012, caffe"),
     (["--colour=1"], "colour"),
     (["8"], "unexpected argument '8'"),
 ])  # fmt: skip
-def test_a_wrong_command_line_is_one_line(tmp_path, flags, words):
+def test_a_wrong_command_line_is_one_line(fashion_mnist, tmp_path, flags, words):
     code, output = run_main(tmp_path / "run", *flags)
     assert code == 1 and words in output and output.count("\n") == 1, output
     assert not (tmp_path / "run").exists()

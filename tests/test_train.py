@@ -1,12 +1,14 @@
 import json
 import logging
+import resource
 
 import jax
 import numpy as np
 import pytest
 from conftest import ROOT, saved_state
+from tensorboardX.proto.event_pb2 import Event
 
-from alexnet_jax import data, preprocess, recipe, train
+from alexnet_jax import data, preprocess, recipe, report, train
 from alexnet_jax.configs import cifar10, fashion_mnist_224
 from alexnet_jax.configs import fashion_mnist as fashion_mnist_config
 
@@ -42,6 +44,15 @@ def test_it_learns_fashion_mnist(learned):
     assert result["steps"] == 600
 
 
+def read_events(path):
+    """TFRecords: the length, its checksum, the event, its checksum."""
+    content, place = path.read_bytes(), 0
+    while place < len(content):
+        size = int.from_bytes(content[place : place + 8], "little")
+        yield Event.FromString(content[place + 12 : place + 12 + size])
+        place += 12 + size + 4
+
+
 def test_what_a_run_leaves(learned):
     folder, result = learned
     assert json.loads((folder / "result.json").read_text()) == result
@@ -52,7 +63,10 @@ def test_what_a_run_leaves(learned):
     rates = [x["learning_rate"] for x in lines if "learning_rate" in x]
     assert max(rates) == pytest.approx(0.05) and rates[-1] == pytest.approx(0.005)
     assert sum("validation_top1_error" in x for x in lines) == 4  # 156 steps an epoch
-    assert list((folder / "tensorboard").glob("events.out.tfevents.*"))
+    events = [event for file in (folder / "tensorboard").glob("events.out.tfevents.*") for event in read_events(file)]
+    shown = {(e.step, v.tag): v.simple_value for e in events for v in e.summary.value}
+    written = {(x["step"], k): v for x in lines for k, v in x.items() if k != "step"}
+    assert shown == pytest.approx(written, rel=1e-6)  # a float32
     for name in ("filters.png", "confusion.png", "curves.png"):
         assert (folder / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert sorted(int(p.name) for p in (folder / "checkpoints").iterdir()) == [312, 468, 600]
@@ -147,6 +161,18 @@ def test_a_loss_that_is_not_finite_stops_the_run(fashion_mnist, tmp_path):
     with pytest.raises(train.DivergedError, match=r"step \d+, with learning rate 1e\+06"):
         train.train_and_evaluate(tiny_config(learning_rate=1e6, num_train_steps=30), tmp_path)
     assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
+
+
+def test_a_full_disk_is_said_by_the_write_and_not_by_the_close(tmp_path):
+    metrics, limits = report.Metrics(tmp_path, 0), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            for step in range(100):
+                metrics.write(step, loss=0.5)
+        metrics.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_full_size_recipe_runs(fashion_mnist, tmp_path):
