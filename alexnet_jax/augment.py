@@ -1,7 +1,8 @@
 """Data augmentation (section 4.1) and the test patches: pure, jittable functions of (key, images).
 
 Images are [B, H, W, C]. Every random choice is drawn once per image. The key is one for the batch, from which each
-image takes its own by its place, or one for each image [B], as `example_keys` gives them.
+image takes its own by its place, or one for each image [B], as `example_keys` gives them; of `jax.random.key` or
+`PRNGKey`, whose draws are the same.
 """
 
 from collections.abc import Iterable
@@ -23,12 +24,20 @@ def example_keys(key: jax.Array, count: int, first: jax.Array | int = 0, chunk: 
 
 
 def _each(key: jax.Array, images: jax.Array) -> jax.Array:
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):  # of `jax.random.PRNGKey`
+        key = jax.random.wrap_key_data(key)
     return key if key.ndim else example_keys(key, images.shape[0])
 
 
+def _check_images(name: str, images: jax.Array) -> None:
+    if images.ndim != 4:
+        raise ValueError(f"{name}: images of shape {images.shape}: expected [B, H, W, C]")
+
+
 def _check_size(name: str, images: jax.Array, size: int) -> None:
-    if images.ndim != 4 or not 0 < size <= min(images.shape[1:3]):
-        raise ValueError(f"{name}: size={size} from shape {images.shape}: expected [B, H, W, C] and 1 ≤ size ≤ H, W")
+    _check_images(name, images)
+    if not 0 < size <= min(images.shape[1:3]):
+        raise ValueError(f"{name}: size={size} from images of shape {images.shape}: expected 1 ≤ size ≤ H, W")
 
 
 def random_crop(key: jax.Array, images: jax.Array, size: int, last_place: bool = True) -> jax.Array:
@@ -39,7 +48,7 @@ def random_crop(key: jax.Array, images: jax.Array, size: int, last_place: bool =
         the paper counts 32².
 
     Raises:
-      ValueError: size does not fit into the images.
+      ValueError: images that are not 4-D, or that size does not fit into.
     """
     _check_size("random_crop", images, size)
     limits = jnp.maximum(jnp.array(images.shape[1:3]) - size + last_place, 1)
@@ -52,7 +61,12 @@ def random_crop(key: jax.Array, images: jax.Array, size: int, last_place: bool =
 
 
 def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
-    """Each image mirrored left to right with probability one half (section 4.1)."""
+    """Each image mirrored left to right with probability one half (section 4.1), in the images' shape and dtype.
+
+    Raises:
+      ValueError: images that are not 4-D.
+    """
+    _check_images("random_flip", images)
     flip = jax.vmap(jax.random.bernoulli)(_each(key, images))
     return jnp.where(flip[:, None, None, None], images[:, :, ::-1], images)
 
@@ -69,8 +83,12 @@ def pca_lighting(
         in [0, 1]. For images in 0 to 255 with λ computed from such images, pass λ / 255.
 
     Raises:
-      ValueError: images without three channels; a grey image has no colour to vary.
+      ValueError: images that are not 4-D, that are integers, whose shift would be cut off, or without three channels;
+        a grey image has no colour to vary.
     """
+    _check_images("pca_lighting", images)
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(f"pca_lighting: images of {images.dtype}: expected floats; integers would cut the shift off")
     if images.shape[-1] != 3:
         raise ValueError(f"pca_lighting: {images.shape[-1]} channel(s): expected 3; grey images have no colour to vary")
     alpha = stddev * jax.vmap(lambda k: jax.random.normal(k, (3,)))(_each(key, images))
@@ -85,7 +103,7 @@ def ten_crop(images: jax.Array, size: int) -> jax.Array:
       [B, 10, size, size, C].
 
     Raises:
-      ValueError: size does not fit into the images.
+      ValueError: images that are not 4-D, or that size does not fit into.
     """
     _check_size("ten_crop", images, size)
     bottom, right = images.shape[1] - size, images.shape[2] - size
@@ -95,7 +113,11 @@ def ten_crop(images: jax.Array, size: int) -> jax.Array:
 
 
 def center_crop(images: jax.Array, size: int) -> jax.Array:
-    """The central size×size patch: [B, size, size, C]."""
+    """The central size×size patch, in section 4.1 the fifth of the ten: [B, size, size, C].
+
+    Raises:
+      ValueError: images that are not 4-D, or that size does not fit into.
+    """
     _check_size("center_crop", images, size)
     top, left = (images.shape[1] - size) // 2, (images.shape[2] - size) // 2
     return images[:, top : top + size, left : left + size]

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from alexnet_jax.ops import conv, dropout, local_response_norm, max_pool, spatial_response_norm
-from alexnet_jax.variants import VARIANTS, Variant
+from alexnet_jax.variants import Variant, variant_named
 
 ACTIVATIONS = {"relu": nn.relu, "tanh": jnp.tanh}
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
@@ -228,8 +228,7 @@ class AlexNet(nn.Module):
         return x.astype(jnp.float32)
 
     def _check(self, images: jax.Array) -> Variant:
-        if self.variant not in VARIANTS:
-            raise ValueError(f"variant={self.variant!r}: unknown; the known variants are {', '.join(VARIANTS)}")
+        variant = variant_named(self.variant)
         if self.towers not in (1, 2):
             raise ValueError(f"towers={self.towers}: expected 1 or 2")
         if problem := widths_problem(self.widths, self.towers):
@@ -243,23 +242,26 @@ class AlexNet(nn.Module):
         for name, values in (("kernel_std", self.kernel_std), ("bias", self.bias)):
             if values and len(values) != len(LAYERS):
                 raise ValueError(f"{name}={values}: expected eight numbers, conv1 to fc8")
-        if VARIANTS[self.variant].lrn_sees_both_towers and _parts(self.tower_axis) > 1:
+        if variant.lrn_sees_both_towers and _parts(self.tower_axis) > 1:
             raise ValueError(f"variant={self.variant!r}: its normalization sees both towers; keep them on one device")
         if images.ndim != 4:
             raise ValueError(f"images of shape {images.shape}: expected [B, H, W, C]")
         kernel, stride, padding = self.stem
+        if kernel < 1 or stride < 1 or padding < 0:
+            raise ValueError(f"stem={tuple(self.stem)}: expected kernel ≥ 1, stride ≥ 1 and padding ≥ 0")
         z = self.pool_window
+        if z < 1:
+            raise ValueError(f"pool_window={z}: expected at least 1")
         size = min(images.shape[1:3])
-        rounds_up = VARIANTS[self.variant].rounds_up
-        maps = 1 + (size + 2 * padding - kernel + (stride - 1) * rounds_up) // stride
+        maps = 1 + (size + 2 * padding - kernel + (stride - 1) * variant.rounds_up) // stride
         for _ in range(3):
             maps = (maps - z) // 2 + 1
         if maps < 1:
             raise ValueError(
                 f"images of {images.shape[1]}×{images.shape[2]}: too small for a {kernel}×{kernel} stem of stride "
-                f"{stride} and three {z}×{z} poolings of stride 2; use larger images or a smaller stem"
+                f"{stride} and three poolings of pool_window={z}, stride 2; use larger images, a smaller stem or window"
             )
-        return VARIANTS[self.variant]
+        return variant
 
 
 def activations(model: AlexNet, params: Any, images: jax.Array) -> dict[str, jax.Array]:

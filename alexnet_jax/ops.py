@@ -14,6 +14,11 @@ import jax.numpy as jnp
 from jax import lax
 
 
+def _check_float(name: str, x: jax.Array) -> None:
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"{name}: {x.dtype}: expected floats; the result has the dtype of x, and integers cut it off")
+
+
 def _window_sum(x: jax.Array, window: tuple[int, ...]) -> jax.Array:
     """Sum over a window, of odd sides for the last axes of x, centred on each element and clipped at the edges."""
     for axis, side in enumerate(window, x.ndim - len(window)):
@@ -70,16 +75,19 @@ _lrn.defvjp(_lrn_forward, _lrn_backward)
 def local_response_norm(x: jax.Array, k: float = 2.0, n: int = 5, alpha: float = 1e-4, beta: float = 0.75) -> jax.Array:
     """Local response normalization (section 3.3): b_i = a_i / (k + α Σ_j a_j²)^β.
 
+    The gradient is a `jax.custom_vjp`, so there is reverse mode only: `jax.jvp` raises TypeError.
+
     Args:
-      x: activations [..., C]. The sum runs over the n channels centred on each one, clipped at both ends of the axis.
+      x: float activations [..., C]. The sum runs over the n channels centred on each one, clipped at the axis' ends.
       k, n, alpha, beta: the paper's constants. Unlike some frameworks, α is not divided by n.
 
     Returns:
       The normalized activations, in the shape and dtype of x; computed in float32 at least.
 
     Raises:
-      ValueError: n is not a positive odd number.
+      ValueError: x is not of floats, or n is not a positive odd number.
     """
+    _check_float("local_response_norm", x)
     if n < 1 or n % 2 == 0:
         raise ValueError(f"local_response_norm: n={n}: the window is centred, so n must be a positive odd number")
     return _lrn(x, float(k), (n,), float(alpha), float(beta))
@@ -91,17 +99,19 @@ def spatial_response_norm(
 ) -> jax.Array:
     """The original code's `rnorm`: b = a / (minDiv + scale / size² · Σ a²)^power, each map on its own.
 
-    Its layer in the configuration is called contrast normalization, but no mean is subtracted.
+    Its layer in the configuration is called contrast normalization, but no mean is subtracted. The gradient is, as in
+    `local_response_norm`, of reverse mode only.
 
     Args:
-      x: activations [B, H, W, C]. The sum runs over size×size pixels centred on each one, clipped at the edges.
+      x: float activations [B, H, W, C]. The sum runs over size×size pixels centred on each one, clipped at the edges.
 
     Returns:
       The normalized activations, in the shape and dtype of x; computed in float32 at least.
 
     Raises:
-      ValueError: size is not a positive odd number.
+      ValueError: x is not of floats, or size is not a positive odd number.
     """
+    _check_float("spatial_response_norm", x)
     if size < 1 or size % 2 == 0:
         raise ValueError(f"spatial_response_norm: size={size}: the window is centred; expected a positive odd number")
     return _lrn(x, float(min_div), (size, size, 1), float(scale) / size**2, float(power))
@@ -163,6 +173,8 @@ _max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 def max_pool(x: jax.Array, window: int = 3, stride: int = 2) -> jax.Array:
     """Overlapping max pooling (section 3.4): z = window, s = stride.
 
+    The gradient is, as in `local_response_norm`, of reverse mode only.
+
     Args:
       x: activations [B, H, W, C].
 
@@ -170,8 +182,10 @@ def max_pool(x: jax.Array, window: int = 3, stride: int = 2) -> jax.Array:
       [B, (H − window) // stride + 1, (W − window) // stride + 1, C].
 
     Raises:
-      ValueError: x is not 4-D, or smaller than one window.
+      ValueError: window or stride is not positive, or x is not 4-D, or smaller than one window.
     """
+    if window < 1 or stride < 1:
+        raise ValueError(f"max_pool: window={window}, stride={stride}: expected both to be at least 1")
     if x.ndim != 4 or min(x.shape[1:3]) < window:
         raise ValueError(f"max_pool: shape {x.shape}: expected [B, H, W, C] with H and W at least {window}")
     return _max_pool(x, window, stride)
@@ -275,8 +289,19 @@ def dropout(
     Args:
       key: one key a layer and step.
       x: activations [B, N] of `towers` towers; N divisible by `towers`.
+      rate: from 0 to 1.
       first_example, first_tower: the place of x[0] in the whole batch, and its first tower's number.
+
+    Returns:
+      [B, N], in the dtype of x.
+
+    Raises:
+      ValueError: a rate outside 0 to 1, or an x that is not 2-D or whose units do not divide among the towers.
     """
+    if not isinstance(rate, jax.core.Tracer) and not 0 <= rate <= 1:
+        raise ValueError(f"dropout: rate={rate}: expected a probability, from 0 to 1")
+    if x.ndim != 2 or towers < 1 or x.shape[1] % towers:
+        raise ValueError(f"dropout: shape {x.shape}: expected [B, N] with N divisible by towers={towers}")
     batch, units = x.shape
 
     def mask(example, tower):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from alexnet_jax.variants import VARIANTS
+from alexnet_jax.variants import variant_named
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -27,8 +27,11 @@ def paper_sgd(
 
     Args:
       variant: a name in `VARIANTS`, which may give the leaves called `bias` an ε and a weight decay of their own.
+
+    Raises:
+      ValueError: an unknown variant; from `update`, a call without the parameters.
     """
-    of = VARIANTS[variant]
+    of = variant_named(variant)
     # `optax.sgd(momentum)` after `add_decayed_weights` accumulates ∂L/∂w + 0.0005 w and multiplies the sum by ε at the
     # end: when ε drops tenfold, the whole velocity drops with it. Here ε is inside v, and old steps keep their size.
 
@@ -61,6 +64,7 @@ class Plateau(NamedTuple):
 
 
 def plateau_init() -> Plateau:
+    """The start of section 5's schedule: no error known yet, and no drop made."""
     return Plateau(jnp.float32(jnp.inf), jnp.int32(0), jnp.int32(0))
 
 
@@ -82,19 +86,20 @@ def plateau_update(state: Plateau, validation_error: jax.Array, patience: int, m
 
 
 def learning_rate_at(
-    step: jax.Array,
+    step: jax.Array | int,
     plateau: Plateau,
     base: float,
     warmup_steps: int = 0,
     drop_at: tuple[int, ...] = (),
     linear_steps: int = 0,
 ) -> jax.Array:
-    """ε at a step: `base`, ÷ 10 a drop of the plateau, whose n-th drop comes at the n-th of `drop_at` at the latest.
+    """ε at a step (section 5), a float32 scalar: `base`, ÷ 10 a drop of the plateau.
 
-    The plateau alone is the paper's schedule, `drop_at` alone a fixed one. The first `warmup_steps` steps rise linearly
-    to `base`, and with `linear_steps` ε falls linearly, to zero after that many; the paper has neither (0).
+    Its n-th drop comes at the n-th of the steps `drop_at` at the latest. The plateau alone is the paper's schedule,
+    `drop_at` alone a fixed one. The first `warmup_steps` steps rise linearly to `base`, and with `linear_steps` ε falls
+    linearly, to zero after that many; the paper has neither (0).
     """
-    drops = jnp.maximum(plateau.drops, sum((step >= at).astype(jnp.int32) for at in drop_at))
+    drops = jnp.maximum(plateau.drops, sum(jnp.int32(step >= at) for at in drop_at))
     warmup = jnp.minimum(1.0, (step + 1) / max(warmup_steps, 1))
     left = jnp.maximum(0.0, 1.0 - step / linear_steps) if linear_steps else 1.0
     return jnp.float32(base) * jnp.minimum(warmup, left) * jnp.float32(0.1) ** drops

@@ -152,7 +152,7 @@ def tile(kernels: np.ndarray, columns: int) -> np.ndarray:
 
 
 def plot_filters(kernel: np.ndarray, path: Path, towers: int = 2) -> None:
-    """The first-layer kernels [h, w, C, N], tower 0 above tower 1, as in figure 3."""
+    """The first-layer kernels [h, w, C, N], tower 0 above tower 1, as in figure 3, on a blue ground."""
     parts = np.split(np.asarray(kernel), towers, axis=-1)
     part = parts[0].shape[-1]
     columns = min(part, 16)
@@ -160,8 +160,9 @@ def plot_filters(kernel: np.ndarray, path: Path, towers: int = 2) -> None:
     figure, axes = plt.subplots(towers, 1, figsize=(8, height), layout="constrained", squeeze=False)
     for tower, (axis, kernels) in enumerate(zip(axes[:, 0], parts, strict=True)):
         picture = tile(kernels, columns)
-        picture = picture if picture.shape[-1] == 3 else picture.mean(axis=-1)
-        axis.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        picture = picture if picture.shape[-1] == 3 else picture.mean(axis=-1, keepdims=True)
+        ground = tile(np.zeros_like(kernels[:, :, :1]), columns)  # 1 where no kernel is; white may be a kernel's
+        axis.imshow(np.where(ground, (0.2, 0.4, 0.8), picture), interpolation="nearest")
         axis.set_title(f"conv1, tower {tower}", fontsize=10)
         axis.axis("off")
     _save(figure, path)
@@ -311,9 +312,10 @@ def plot_curves(metrics: Path, path: Path) -> None:
             if points:
                 steps, values = np.array(points).T
                 values = values * 100 if "error" in name else values
-                marker = "o" if name.startswith("validation") else ""
+                marker = "o" if name.startswith("validation") or len(points) <= 10 else ""
                 axis.plot(steps, values, label=name.split("_")[0], marker=marker, markersize=3)
         axis.set(xlabel="step", title=title)
+        axis.locator_params(axis="x", nbins=5, integer=True)
         axis.grid(alpha=0.3)
     axes[0].legend()
     axes[1].legend()

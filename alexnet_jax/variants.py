@@ -66,3 +66,10 @@ VARIANTS = {
         ten_crop=False,
     ),
 }
+
+
+def variant_named(name: str) -> Variant:
+    """The entry of `VARIANTS`; ValueError for a name that is not there."""
+    if name not in VARIANTS:
+        raise ValueError(f"variant={name!r}: unknown; the known variants are {', '.join(VARIANTS)}")
+    return VARIANTS[name]

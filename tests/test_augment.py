@@ -3,8 +3,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl.testing import parameterized
 
 from alexnet_jax import center_crop, pca_lighting, random_crop, random_flip, rgb_pca, ten_crop
+from alexnet_jax.augment import example_keys
 
 
 def coordinates(batch, height, width):
@@ -48,6 +50,26 @@ def test_random_flip_mirrors_half_of_the_images(channels):
     assert abs(mirrored.mean() - 0.5) < 0.03  # 3.8 standard deviations
 
 
+@pytest.mark.parametrize("function", [
+    lambda key, x: random_crop(key, x, 4), random_flip, lambda key, x: pca_lighting(key, x, np.ones(3), np.eye(3)),
+])  # fmt: skip
+def test_a_key_of_either_kind_draws_the_same(function):
+    images = np.random.default_rng(0).random((6, 5, 5, 3)).astype(np.float32)
+    expected = function(jax.random.key(3), images)
+    np.testing.assert_array_equal(function(jax.random.PRNGKey(3), images), expected)
+    np.testing.assert_array_equal(function(example_keys(jax.random.PRNGKey(3), 6), images), expected)
+
+
+@pytest.mark.parametrize("function", [
+    lambda x: random_crop(jax.random.key(0), x, 2), lambda x: random_flip(jax.random.key(0), x),
+    lambda x: pca_lighting(jax.random.key(0), x, np.ones(3), np.eye(3)), lambda x: center_crop(x, 2),
+    lambda x: ten_crop(x, 2),
+])  # fmt: skip
+def test_one_image_alone_is_refused(function):
+    with pytest.raises(ValueError, match=r"shape \(4, 4, 3\): expected \[B, H, W, C\]"):
+        function(jnp.ones((4, 4, 3)))
+
+
 class LightingTest(chex.TestCase):
     @chex.variants(with_jit=True, without_jit=True)
     def test_covariance_of_the_shift_is_the_formula(self):
@@ -65,9 +87,10 @@ class LightingTest(chex.TestCase):
         correlation = np.corrcoef(shift.T) - np.eye(3)
         assert np.abs(correlation).max() < 0.03
 
-    def test_grey_images_are_refused(self):
-        with pytest.raises(ValueError, match="three|3"):
-            pca_lighting(jax.random.key(0), jnp.ones((1, 4, 4, 1)), np.ones(3), np.eye(3))
+    @parameterized.parameters(((1, 4, 4, 1), "float32", "three|3"), ((1, 4, 4, 3), "uint8", "uint8: expected floats"))
+    def test_grey_and_integer_images_are_refused(self, shape, dtype, words):
+        with pytest.raises(ValueError, match=words):
+            pca_lighting(jax.random.key(0), jnp.ones(shape, dtype), np.ones(3), np.eye(3))
 
 
 @pytest.mark.parametrize("channels", [1, 3])

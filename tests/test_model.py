@@ -262,6 +262,9 @@ def test_compact_network_takes_small_images(size):
 @pytest.mark.parametrize("model,size,words", [
     (AlexNet(variant="alexnet2"), 224, "known variants are paper"),
     (AlexNet(), 60, "too small"),
+    (AlexNet(pool_window=9), 28, "too small.*pool_window=9"),
+    (AlexNet(pool_window=0), 224, "pool_window=0"),
+    (AlexNet(stem=(3, 0, 1)), 224, r"stem=\(3, 0, 1\)"),
     (AlexNet(widths=(95, 256, 384, 384, 256, 4096, 4096)), 224, "even"),
     (AlexNet(kernel_std=(0.1,)), 224, "eight"),
     (AlexNet(towers=4), 224, "towers=4: expected 1 or 2"),

@@ -94,6 +94,13 @@ class SpatialResponseNormTest(chex.TestCase):
             ops.spatial_response_norm(jnp.ones((1, 8, 8, 1)), size=4)
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "int32", "bool"])
+@pytest.mark.parametrize("norm", [ops.local_response_norm, ops.spatial_response_norm])
+def test_normalization_refuses_integers(norm, dtype):
+    with pytest.raises(ValueError, match=f"{norm.__name__}: {dtype}: expected floats"):
+        norm(jnp.ones((1, 6, 6, 8), dtype))
+
+
 def numpy_max_pool(x, window, stride):
     height, width = ((s - window) // stride + 1 for s in x.shape[1:3])
     y = np.empty((x.shape[0], height, width, x.shape[3]), x.dtype)
@@ -119,9 +126,10 @@ class MaxPoolTest(chex.TestCase):
         expected = jax.vjp(lambda x: xla_max_pool(x, window, stride), x)[1](g)[0]
         chex.assert_trees_all_close(vjp(g)[0], expected, atol=1e-5)
 
-    def test_too_small(self):
-        with pytest.raises(ValueError, match="at least 3"):
-            ops.max_pool(jnp.ones((1, 2, 5, 1)))
+    @parameterized.parameters((3, 2, "at least 3"), (0, 2, "window=0, stride=2"), (2, 0, "window=2, stride=0"))
+    def test_what_has_no_windows_is_refused(self, window, stride, words):
+        with pytest.raises(ValueError, match=words):
+            ops.max_pool(jnp.ones((1, 2, 5, 1)), window, stride)
 
 
 @pytest.mark.parametrize("channels,size,kernel,stride,padding", [
@@ -198,3 +206,16 @@ class DropoutTest(chex.TestCase):
         np.testing.assert_array_equal(many[:3], few)
         assert (many[0] != many[1]).any() and (many[:, :32] != many[:, 32:]).any()
         assert (many != ops.dropout(jax.random.key(4), ones(8))).any()
+        np.testing.assert_array_equal(many, ops.dropout(jax.random.PRNGKey(3), ones(8)))
+
+    @parameterized.parameters(
+        ((4, 8), 2.0, 2, "rate=2.0"), ((4, 8), -0.1, 2, "rate=-0.1"), ((4, 9), 0.5, 2, r"\(4, 9\).*towers=2"),
+        ((4, 8), 0.5, 0, "towers=0"), ((8,), 0.5, 2, r"\[B, N\]"),
+    )  # fmt: skip
+    def test_what_it_cannot_drop_is_refused(self, shape, rate, towers, words):
+        with pytest.raises(ValueError, match=words):
+            ops.dropout(jax.random.key(0), jnp.ones(shape), rate, towers)
+
+    def test_the_rate_may_be_traced(self):
+        y = jax.jit(ops.dropout)(jax.random.key(0), jnp.ones((4, 8)), 0.3)
+        np.testing.assert_array_equal(y, ops.dropout(jax.random.key(0), jnp.ones((4, 8)), 0.3))

@@ -57,6 +57,11 @@ def test_weight_decay_needs_the_parameters():
         paper_sgd().update(gradients[0], paper_sgd().init(params), learning_rate=0.1)
 
 
+def test_an_unknown_variant_is_refused():
+    with pytest.raises(ValueError, match="variant='nope'.*paper, source2012, caffe"):
+        paper_sgd(variant="nope")
+
+
 class PlateauTest(chex.TestCase):
     @chex.variants(with_jit=True, without_jit=True)
     def test_drops_three_times_after_patience(self):
@@ -80,8 +85,9 @@ class PlateauTest(chex.TestCase):
     "step,expected", [(0, 0.01), (4, 0.05), (9, 0.1), (10, 0.1), (99, 0.1), (100, 0.01), (200, 1e-3)]
 )
 def test_warm_up_and_fixed_drops(step, expected):
-    rate = learning_rate_at(jnp.int32(step), plateau_init(), 0.1, warmup_steps=10, drop_at=(100, 200))
-    assert float(rate) == pytest.approx(expected, rel=1e-5)
+    for number in (step, jnp.int32(step)):
+        rate = learning_rate_at(number, plateau_init(), 0.1, warmup_steps=10, drop_at=(100, 200))
+        assert float(rate) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("plateau_drops,step,expected", [(0, 99, 0), (0, 100, 1), (1, 99, 1), (1, 100, 1), (1, 200, 2)])
