@@ -48,12 +48,16 @@ class Run(NamedTuple):
 
     def predict(self, images: np.ndarray, ten_crop: bool = False) -> np.ndarray:
         """Class probabilities [N, K] of uint8 images [N, H, W, C], as the data set has them."""
-        predict = jax.jit(lambda params, x: evaluate.predict(self.model, params, x, self.preprocess, ten_crop))
+        predict = evaluate.jit_forward(
+            lambda params, x: evaluate.predict(self.model, params, x, self.preprocess, ten_crop)
+        )
         return _in_batches(partial(predict, self.params), images, AT_A_TIME // 10 if ten_crop else AT_A_TIME)
 
     def activations(self, images: np.ndarray, layer: str = "fc7") -> np.ndarray:
         """One layer's output [N, …] on the central patches of uint8 images [N, H, W, C]."""
-        layer_of = jax.jit(lambda params, x: activations(self.model, params, self.preprocess.center(x))[layer])
+        layer_of = evaluate.jit_forward(
+            lambda params, x: activations(self.model, params, self.preprocess.center(x))[layer]
+        )
         return _in_batches(partial(layer_of, self.params), images, AT_A_TIME)
 
     def error(self, examples: data.Examples, ten_crop: bool = False) -> float:

@@ -30,7 +30,7 @@ from ml_collections import config_flags
 from alexnet_jax import AlexNet, paper_sgd, sharding
 from alexnet_jax.compile_cache import use_compile_cache
 from alexnet_jax.data import DataError
-from alexnet_jax.evaluate import predict
+from alexnet_jax.evaluate import jit_forward, predict
 from alexnet_jax.recipe import ConfigError
 from alexnet_jax.report import write_json
 from alexnet_jax.train import create_state, device_name, make_train_step
@@ -97,7 +97,7 @@ def inference(model: AlexNet, batch: int, shape: tuple[int, int, int]) -> Call:
     """Class probabilities of one random batch of images [H, W, C], the central patch alone."""
     data, preprocess = measure.random_batch(shape, batch, model.num_classes)
     params = create_state(model, paper_sgd(), shape, 0).params
-    function = jax.jit(lambda params, images: predict(model, params, images, preprocess, ten_crop=False))
+    function = jit_forward(lambda params, images: predict(model, params, images, preprocess, ten_crop=False))
     compiled, cost = _compile(function.trace(params, data.images))
     return Call(partial(compiled, params, data.images), cost)
 
@@ -311,7 +311,7 @@ def loop(setting: Setting) -> dict[str, Any]:
     """
     from alexnet_jax import train
 
-    window, rounds = (10, 1) if setting.quick else (50, 3)
+    window, rounds = (10, 1) if setting.quick else (50, 6)
     config = _config(setting.config, LOOP_DATA)
     config.num_train_steps, config.log_every = (5 if setting.quick else 6) * window, window
     bare, looped = [], []
