@@ -10,9 +10,6 @@ from jax.sharding import PartitionSpec as P
 from alexnet_jax import sharding
 from alexnet_jax.checkpoint import CheckpointError, Checkpoints, fingerprint
 
-# Orbax lets go of the other reads when one has failed, and Python reports each when it is collected.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
 TREE = {"step": jnp.int32(7), "params": {"kernel": jnp.arange(30_000, dtype=jnp.float32).reshape(100, 300) * 0.1}}
 
 
