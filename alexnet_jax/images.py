@@ -66,10 +66,10 @@ def read_image(path: str | Path, shape: tuple[int, int, int], invert: bool = Fal
 
     Raises:
       Exception: of several types, for a file that is no image, not a whole one, or one whose numbers have no known
-        range (32-bit integers and floats).
+        range (32-bit integers and floats), or of more than 178 million pixels.
     """
     height, width, channels = shape
-    with Image.open(path) as image:
+    with warnings.catch_warnings(action="ignore"), Image.open(path) as image:  # of many pixels, of odd metadata
         ImageOps.exif_transpose(image, in_place=True)
         image = _eight_bits(image)
         if "A" in image.getbands() or "transparency" in image.info:

@@ -14,6 +14,7 @@ import numpy as np
 from alexnet_jax.images import read_image
 
 LIGHT, DARK = 170, 85  # of 255
+SHOWN = 40  # images in the picture, which takes half a minute for 300
 
 
 def edge(image: np.ndarray) -> float:
@@ -34,6 +35,10 @@ def main() -> None:
     flags = parser.parse_args()
     logging.getLogger("absl").setLevel(logging.CRITICAL)
 
+    out = flags.out or flags.workdir / "predictions.png"
+    if out.suffix != ".png" or not out.parent.is_dir() or out.is_dir():
+        sys.exit(f"Error: --out={out}: expected a file .png in a folder that is there")
+
     from alexnet_jax import data, report
     from alexnet_jax.compile_cache import use_compile_cache
     from alexnet_jax.run import RunError, open_run  # after the flags: a typo is answered at once
@@ -44,7 +49,7 @@ def main() -> None:
     except (RunError, data.DataError) as error:
         sys.exit(f"Error: {error}")
     mean = run.preprocess.mean
-    images, names = [], []
+    images, names, light = [], [], []
     for path in flags.images:
         try:
             images.append(read_image(path, mean.shape, flags.invert))
@@ -54,7 +59,10 @@ def main() -> None:
             print(f"Error: {path}: {reason}", file=sys.stderr, flush=True)
             continue
         if edge(mean) < DARK and edge(images[-1]) > LIGHT:
-            print(f"{path}: on a light ground; {run.config.dataset} has light things on black, so try --invert")
+            light.append(path)
+    if light:
+        more = f" and {len(light) - 1} more" if light[1:] else ""
+        print(f"{light[0]}{more}: on a light ground; {run.config.dataset} has light things on black, so try --invert")
     if not images:
         sys.exit("Error: no image could be read")
     probabilities = run.predict(np.stack(images), run.config.ten_crop)
@@ -62,12 +70,11 @@ def main() -> None:
         top = np.argsort(-p)[:5]
         rows = [(run.names[i], f"{100 * p[i]:5.1f} %", "█" * round(30 * p[i])) for i in top]
         print(f"\n{name}\n{report.table(rows, ('class', 'probability', ''))}")
-    out = flags.out or flags.workdir / "predictions.png"
     try:
-        report.plot_predictions(np.stack(images), probabilities, run.names, out, names)
+        report.plot_predictions(np.stack(images[:SHOWN]), probabilities[:SHOWN], run.names, out, names[:SHOWN])
     except OSError as error:
         sys.exit(f"Error: --out={out}: {error}")
-    print(f"\nWritten to {out}")
+    print(f"\nWritten to {out}" + f" (the first {SHOWN})" * (len(images) > SHOWN))
     sys.exit(len(images) < len(flags.images))
 
 

@@ -138,13 +138,18 @@ class Metrics:
                     file.close()
 
 
-def tile(kernels: np.ndarray, columns: int) -> np.ndarray:
-    """Kernels [h, w, C, N], each scaled to [0, 1] on its own, as one picture with white lines between."""
+def tile(kernels: np.ndarray, columns: int, limits: tuple[float, float] | None = None) -> np.ndarray:
+    """Kernels or maps [h, w, C, N] as one RGB picture in 0 to 1, on a blue ground; C is 3, or their mean is grey.
+
+    Args:
+      limits: what black and white stand for; None: the least and the largest value of each one.
+    """
     h, w, channels, n = kernels.shape
-    low, high = kernels.min(axis=(0, 1, 2)), kernels.max(axis=(0, 1, 2))
-    kernels = (kernels - low) / np.maximum(high - low, 1e-12)
+    low, high = limits or (kernels.min(axis=(0, 1, 2)), kernels.max(axis=(0, 1, 2)))
+    kernels = np.clip((kernels - low) / np.maximum(high - low, 1e-12), 0, 1)
+    kernels = kernels if channels == 3 else kernels.mean(axis=2, keepdims=True)
     rows = -(-n // columns)
-    picture = np.ones((rows * (h + 1) + 1, columns * (w + 1) + 1, channels))
+    picture = np.full((rows * (h + 1) + 1, columns * (w + 1) + 1, 3), (0.2, 0.4, 0.8))
     for i in range(n):
         top, left = (i // columns) * (h + 1) + 1, (i % columns) * (w + 1) + 1
         picture[top : top + h, left : left + w] = kernels[..., i]
@@ -159,10 +164,7 @@ def plot_filters(kernel: np.ndarray, path: Path, towers: int = 2) -> None:
     height = towers * (8 * -(-part // columns) / columns + 0.35)  # inches: square kernels and a title a tower
     figure, axes = plt.subplots(towers, 1, figsize=(8, height), layout="constrained", squeeze=False)
     for tower, (axis, kernels) in enumerate(zip(axes[:, 0], parts, strict=True)):
-        picture = tile(kernels, columns)
-        picture = picture if picture.shape[-1] == 3 else picture.mean(axis=-1, keepdims=True)
-        ground = tile(np.zeros_like(kernels[:, :, :1]), columns)  # 1 where no kernel is; white may be a kernel's
-        axis.imshow(np.where(ground, (0.2, 0.4, 0.8), picture), interpolation="nearest")
+        axis.imshow(tile(kernels, columns), interpolation="nearest")
         axis.set_title(f"conv1, tower {tower}", fontsize=10)
         axis.axis("off")
     _save(figure, path)
@@ -238,19 +240,26 @@ def plot_images(images: Sequence[np.ndarray], titles: Sequence[str], path: Path,
     _save(figure, path)
 
 
-def plot_maps(outputs: Mapping[str, Any], path: Path, count: int = 8, towers: int = 2) -> None:
+def plot_maps(
+    outputs: Mapping[str, Any],
+    path: Path,
+    count: int = 8,
+    towers: int = 2,
+    limits: tuple[float, float] | None = None,
+) -> None:
     """The first maps of every layer's output on one image, a row a layer, the towers side by side.
 
     Args:
       outputs: as `alexnet_jax.activations` gives them, of one image; layers without maps are left out.
       count: maps of each tower.
+      limits: what black and white stand for in all maps; None: the least and the largest value of each one.
     """
     layers = {name: np.asarray(x[0], np.float32) for name, x in outputs.items() if x.ndim == 4}
     figure, axes = plt.subplots(len(layers), towers, figsize=(8, 0.62 * len(layers) + 0.3), layout="constrained",
                                 squeeze=False)  # fmt: skip
     for (name, maps), of_row in zip(layers.items(), axes, strict=True):
         for tower, (axis, part) in enumerate(zip(of_row, np.split(maps, towers, axis=-1), strict=True)):
-            axis.imshow(tile(part[:, :, None, :count], count)[..., 0], cmap="gray", interpolation="nearest")
+            axis.imshow(tile(part[:, :, None, :count], count, limits), interpolation="nearest")
             axis.set(xticks=[], yticks=[])
             if not tower:
                 label = f"{name}\n{maps.shape[0]}×{maps.shape[1]}"
@@ -266,7 +275,8 @@ def _show(axis, image: np.ndarray, title: str, color: str = "black") -> None:
         image = np.clip(image, 0, 255).astype(np.uint8)
     limits = dict(vmin=0, vmax=255) if image.ndim == 3 else {}
     axis.imshow(image[..., 0] if image.shape[-1] == 1 else image, cmap="gray", interpolation="nearest", **limits)
-    axis.set_title(title, fontsize=9, color=color)
+    short = title if len(title) <= 24 else f"{title[:10]}…{title[-13:]}"
+    axis.set_title(short, fontsize=9, color=color, parse_math=False)
     axis.axis("off")
 
 
@@ -276,7 +286,7 @@ def _bars(axis, probabilities: np.ndarray, names: Sequence[str], label: int | No
     axis.axis("on")
     axis.barh(range(len(top)), probabilities[top], color=["salmon" if i == label else "lightblue" for i in top])
     for place, i in enumerate(top):
-        axis.text(0.02, place, names[i], va="center", fontsize=8)
+        axis.text(0.02, place, names[i], va="center", fontsize=8, parse_math=False)
     axis.set(xlim=(0, 1), ylim=(len(top) - 0.4, -0.6), xticks=[], yticks=[])
 
 

@@ -88,7 +88,7 @@ def run(of: Study, parts: Sequence[str] = PARTS) -> dict[str, Any]:
             arm = form.replace(" = ", "=").replace(",", "").replace(" ", "-")
             record = of.train(arm, of.config(**FORMS[form]), seed)
             of.measure(record, "train_top1_error", _on_training_images)
-            if form == WHOLE:
+            if "ten_crop" in parts and form != "no augmentation":
                 of.measure(record, "ten_crop_top1_error", _on_ten_patches)
             records[form].append(record)
     return records
@@ -117,9 +117,10 @@ def judge(records: dict[str, Any]) -> dict[str, Finding]:
             epochs = ([1.0 + next(i for i, e in enumerate(r["validation"]) if e <= level) for r in f] for f in both)
             findings[SLOWER.key] = _difference(*epochs, f"epochs to {100 * level:.1f} %", "without")
     if "ten_crop" in records["parts"]:
-        ten, one = study.percent(records[WHOLE], "ten_crop_top1_error"), study.percent(records[WHOLE])
+        runs = [r for form in FORMS for r in records.get(form, ()) if "ten_crop_top1_error" in r]
+        ten, one = study.percent(runs, "ten_crop_top1_error"), study.percent(runs)
         paired = study.compare_paired(ten, one)
-        text = f"{study.spread(one)} → {study.spread(ten)} %: {paired}, of the same networks"
+        text = f"{study.spread(one)} → {study.spread(ten)} %: {paired}, of the same {len(runs)} networks of all forms"
         findings[TEN_CROP.key] = Finding(text, paired.verdict(-1))
     return findings
 
@@ -135,13 +136,21 @@ def _gap(record: dict[str, Any]) -> float:
     return 100 * (record["test_top1_error"] - record["train_top1_error"])
 
 
+CURVES = ((WHOLE, "no dropout"), ("crops and flips", "no augmentation"))
+
+
 def plot(records: dict[str, Any], path: Path) -> None:
-    """The test error of every form, a dot a seed; and for dropout the curves of training and validation error."""
+    """The test error of every form, a dot a seed; and for dropout and augmentation, with and without, the curves.
+
+    The error in training is of the network with its dropout on what augmentation made; the dots at the end are of the
+    same images without either, so that what lies between them and the validation error is overfitting.
+    """
     from matplotlib.figure import Figure
 
     forms = [form for form in FORMS if form in records]
-    figure = Figure(figsize=(11, 0.4 * len(forms) + 1.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    pairs = [pair for pair in CURVES if set(pair) <= set(forms)]
+    figure = Figure(figsize=(5.5 + 4.5 * len(pairs), max(4.0, 0.4 * len(forms))), layout="constrained")
+    left, *right = figure.subplots(1, 1 + len(pairs), squeeze=False)[0]
     for place, form in enumerate(forms):
         errors = study.percent(records[form])
         left.plot(errors, [place] * len(errors), "o", color="tab:blue", alpha=0.6)
@@ -149,16 +158,18 @@ def plot(records: dict[str, Any], path: Path) -> None:
     left.set_yticks(range(len(forms)), forms)
     left.set(ylim=(len(forms) - 0.5, -0.5), xlabel="test error (%), central patch")
     left.grid(axis="x", alpha=0.3)
-    for form, color in ((WHOLE, "tab:blue"), ("no dropout", "tab:orange"), ("no augmentation", "tab:green")):
-        for i, record in enumerate(records.get(form, [])):
-            epochs, errors = zip(*record["curve"], strict=True)
-            right.plot(epochs, [100 * e for e in errors], "--", color=color, linewidth=0.8)
-            epochs = range(1, len(record["validation"]) + 1)
-            right.plot(epochs, [100 * e for e in record["validation"]], color=color, linewidth=1.2,
-                       label=None if i else form)  # fmt: skip
-    right.set(xlabel="epochs", ylabel="error (%)", title="validation; dashed: in training")
-    right.legend(frameon=False)
-    right.grid(alpha=0.3)
+    for axes, pair in zip(right, pairs, strict=True):
+        for form, color in zip(pair, ("tab:blue", "tab:orange"), strict=True):
+            for i, record in enumerate(records[form]):
+                epochs, errors = zip(*record["curve"], strict=True)
+                axes.plot(epochs, [100 * e for e in errors], "--", color=color, linewidth=0.6)
+                epochs = range(1, len(record["validation"]) + 1)
+                axes.plot(epochs, [100 * e for e in record["validation"]], color=color, label=None if i else form)
+                axes.plot(epochs[-1], 100 * record["train_top1_error"], "o", color=color, alpha=0.6)
+        axes.set(xlabel="epochs", ylabel="error (%)", title="validation; dashed: in training; dots: training images")
+        axes.title.set_fontsize(9)
+        axes.legend(frameon=False)
+        axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
 
 

@@ -52,7 +52,7 @@ def run(of: Study) -> dict[str, Any]:
     for seed in of.seeds:
         record = of.train("seven-by-seven", of.config(stem=(7, 1, 3)), seed)
         kernels = np.asarray(of.open(record).params["conv1"]["kernel"])
-        report.plot_filters(kernels, of.workdir / f"filters-seed{seed}.png")
+        report.plot_filters(kernels, of.results / f"filters-seed{seed}.png")
         values = colourfulness(kernels)
         difference, chance = specialization(values)
         records["runs"].append({
@@ -72,7 +72,7 @@ def judge(records: dict[str, Any]) -> dict[str, Finding]:
         towers.append(f"{np.mean(r['colourfulness'][:half]):.2f} and {np.mean(r['colourfulness'][half:]):.2f}")
     chances = ", ".join(f"{r['chance']:.2g}" for r in runs)
     text = f"colourfulness {'; '.join(towers)} (by chance: p = {chances}): {special} of {len(runs)} runs"
-    verdict = "holds" if special == len(runs) else "does not hold" if not special else "in some runs"
+    verdict = "holds" if special == len(runs) else "in some runs" if special else "within the noise"
     return {"specialized": Finding(text, verdict)}
 
 

@@ -27,7 +27,7 @@ STARTS = {
 RATES = {
     ("paper", "relu"): (0.0003, 0.001, 0.003),
     ("paper", "tanh"): (0.003, 0.01, 0.03),
-    ("unit", "relu"): (0.003, 0.01, 0.03),
+    ("unit", "relu"): (0.001, 0.003, 0.01, 0.03),
     ("unit", "tanh"): (0.003, 0.01, 0.03),
 }
 TARGET = 0.25
@@ -40,6 +40,14 @@ def config(of: Study, start: str, activation: str, rate: float):
         image_size=32, random_crop=False, flip=False, lighting=False, lrn=False, dropout=0.0, weight_decay=0.0,
         warmup_steps=0, drop_at_epochs=(), log_every=max(1, of.budget.images // 64 // 4), **STARTS[start],
     )  # fmt: skip
+
+
+def by_epoch(curve: list[tuple[float, float]]) -> list[tuple[int, float]]:
+    """The mean error of each epoch, at its end; within an epoch the error of a curve rises and falls."""
+    epochs = {}
+    for epoch, error in curve:
+        epochs.setdefault(math.ceil(epoch - 1e-6), []).append(error)
+    return [(epoch, sum(errors) / len(errors)) for epoch, errors in epochs.items()]
 
 
 def epochs_to(target: float, curve: list[tuple[float, float]]) -> float:
@@ -71,7 +79,9 @@ def run(of: Study) -> dict[str, Any]:
                 print(error, file=sys.stderr)
         if not tried:
             raise ValueError(f"every learning rate of {activation} diverged")
-        best = min(tried, key=lambda rate: (epochs_to(TARGET, tried[rate]["curve"]), tried[rate]["curve"][-1][1]))
+        means = {rate: by_epoch(record["curve"]) for rate, record in tried.items()}
+        best = min(tried, key=lambda rate: (epochs_to(TARGET, means[rate]), means[rate][-1][1]))
+        records[start].setdefault("tried", {})[activation] = {rate: curve[-1][1] for rate, curve in means.items()}
         records[start]["rates"][activation] = best
         records[start][activation] = [tried[best]] + [train(best, seed) for seed in of.seeds[1:]]
     return records
@@ -84,15 +94,19 @@ def judge(records: dict[str, Any]) -> dict[str, Finding]:
 
 def judge_start(records: dict[str, Any], had: float) -> Finding:
     """Epochs to the target; a run that does not reach it counts with the epochs it had, and the ratio as a bound."""
-    epochs = {a: [epochs_to(TARGET, r["curve"]) for r in records[a]] for a in ("relu", "tanh")}
+    means = {a: [by_epoch(r["curve"]) for r in records[a]] for a in ("relu", "tanh")}
+    epochs = {a: [epochs_to(TARGET, curve) for curve in curves] for a, curves in means.items()}
     never = {a: sum(map(math.isinf, e)) for a, e in epochs.items()}
     counted = {a: [min(x, had) for x in e] for a, e in epochs.items()}
     verdict = study.compare(counted["tanh"], counted["relu"]).verdict(+1)
     if never["relu"] and verdict != "the reverse":  # which more epochs would only make clearer
-        lowest = {a: min(error for r in records[a] for _, error in r["curve"]) for a in epochs}
+        lowest = {a: min(error for curve in means[a] for _, error in curve) for a in epochs}
         text = f"not reached in {had:g} epochs; lowest: ReLU {lowest['relu']:.0%}, tanh {lowest['tanh']:.0%}"
         return Finding(text, "not decided: too few epochs")
-    needed = {a: f"over {had:g}" if never[a] else study.spread(counted[a], 2) for a in epochs}
+    needed = {}
+    for a, count in never.items():
+        some = f" in {count} of {len(epochs[a])} runs" if count < len(epochs[a]) else ""
+        needed[a] = f"over {had:g}{some}" if count else study.spread(epochs[a])
     bound = "over " if never["tanh"] else "under " if never["relu"] else ""
     ratio, rates = sum(counted["tanh"]) / sum(counted["relu"]), records["rates"]
     text = (

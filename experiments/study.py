@@ -143,6 +143,7 @@ class Study:
         self.workdir, self.budget, self.label, self.data_dir = workdir, budget, label, data_dir
         self.seeds, self.device, self.seconds = range(seeds), "", 0.0
         self._std = {}
+        self.results = workdir / label if label == "quick" else workdir  # which a quick run leaves as they are
 
     def config(self, **fields) -> ml_collections.ConfigDict:
         """The common recipe, with some fields of its own: the compact network on CIFAR-10.
@@ -177,7 +178,10 @@ class Study:
         folder = self.workdir / self.label / arm / f"seed{seed}"
         config.seed = seed
         if (folder / "config.json").exists():  # begun, maybe on another machine
-            self._std[arm] = tuple(json.loads((folder / "config.json").read_text())["kernel_std"])
+            try:
+                self._std[arm] = tuple(json.loads((folder / "config.json").read_text())["kernel_std"])
+            except (ValueError, KeyError, TypeError):
+                raise recipe.ConfigError(f"{folder / 'config.json'} is damaged; delete {folder}") from None
         config.kernel_std = self._std[arm] = self._std.get(arm) or config.kernel_std or kernel_std(config)
         if not (folder / "result.json").exists():
             print(f"\n{arm}, seed {seed}: {self.budget}", flush=True)
@@ -185,7 +189,8 @@ class Study:
         self.device = result["device"]
         self.seconds += result["seconds"]  # of all calls, if it was interrupted
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        curve = [(x["epoch"], x["train_error"]) for x in lines if "train_error" in x]
+        whole = [x for x in lines if "train_error" in x and x["step"] % config.log_every == 0]  # of so many steps each
+        curve = [(x["epoch"], x["train_error"]) for x in whole]
         validation = [x["validation_top1_error"] for x in lines if "validation_top1_error" in x]
         return {"seed": seed, **result, "curve": curve, "validation": validation, "folder": str(folder)}
 
@@ -226,9 +231,9 @@ def main(module: Any) -> None:
         parts = flags.only.split(",") if getattr(flags, "only", None) else getattr(module, "PARTS", ())
         if unknown := set(parts) - set(getattr(module, "PARTS", ())):
             raise ValueError(f"--only: unknown part {min(unknown)!r}; the known ones are {', '.join(module.PARTS)}")
-        flags.workdir.mkdir(parents=True, exist_ok=True)
         use_compile_cache()  # one compilation serves all seeds
         study = Study(flags.workdir, budgets[label], label, flags.seeds, flags.data_dir)
+        study.results.mkdir(parents=True, exist_ok=True)
         recipe.build_mesh(study.config())  # before anything starts the backend: a CPU is split into devices
         records = module.run(study, parts) if parts else module.run(study)
         write(module, name, study, records)
@@ -257,13 +262,13 @@ def write(module: Any, name: str, study: Study, records: dict[str, Any]) -> None
         "findings": {key: finding._asdict() for key, finding in findings.items()},
         "records": records,
     }
-    report.write_json(study.workdir / f"{name}.json", document)
+    report.write_json(study.results / f"{name}.json", document)
     rows = [(c.text, c.paper, *findings[c.key]) for c in module.CLAIMS if c.key in findings]
     text = f"{study.label} budget: {study.budget}; {len(study.seeds)} seeds; {study.device}\n\n"
     text += markdown(("claim", "the paper", "here", "verdict"), rows)
-    (study.workdir / f"{name}.md").write_text(text + "\n")
-    module.plot(records, study.workdir / f"{name}.png")
-    print(f"\n{text}\n\nWritten to {study.workdir}")
+    (study.results / f"{name}.md").write_text(text + "\n")
+    module.plot(records, study.results / f"{name}.png")
+    print(f"\n{text}\n\nWritten to {study.results}")
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

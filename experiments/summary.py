@@ -14,16 +14,24 @@ from experiments import study
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
+SEEDS = 3
 HEADER = ("claim", "the paper", "here", "verdict", "command", "picture")
 
 
 def collect(workdir: Path, results: Path = HERE / "results") -> list[str]:
-    """Copies what finished experiments left in a folder, and names them; quick runs prove nothing and stay there."""
+    """Copies what finished experiments left in a folder, and names them; quick runs prove nothing and stay there.
+
+    Raises:
+      ValueError: an experiment with less than three seeds, or with a part of its claims.
+    """
     names = []
     for name in study.NAMES:
         path = workdir / f"{name}.json"
         if path.exists() and json.loads(path.read_text())["budget"] != "quick":
             document = json.loads(path.read_text())
+            claims = importlib.import_module(f"experiments.{name}").CLAIMS
+            if document["seeds"] < SEEDS or {claim.key for claim in claims} - set(document["findings"]):
+                raise ValueError(f"{path}: expected {SEEDS} seeds or more and all claims; run it again without --only")
             (results / f"{name}.json").write_text(json.dumps(_small(document), indent=1) + "\n")
             shutil.copy(workdir / f"{name}.png", results / f"{name}.png")
             names.append(name)
@@ -69,7 +77,10 @@ def main() -> None:
     if len(sys.argv) > 2:
         sys.exit("Error: expected one folder: python -m experiments.summary [DIR]")
     if len(sys.argv) == 2:
-        names = collect(Path(sys.argv[1]))
+        try:
+            names = collect(Path(sys.argv[1]))
+        except ValueError as error:
+            sys.exit(f"Error: {error}")
         if not names:
             known = ", ".join(study.NAMES)
             sys.exit(f"Error: {sys.argv[1]} holds no result of {known}, or quick ones alone")

@@ -89,13 +89,13 @@ def test_epochs_to_an_error():
 
 def line(epochs_to_quarter, epochs=8):
     """A curve that falls straight to 25 % error."""
-    return {"curve": [(e, max(0.0, 1 - 0.75 * e / epochs_to_quarter)) for e in np.arange(0.5, epochs + 0.1, 0.5)]}
+    return {"curve": [(e, max(0.0, 1 - 0.75 * e / epochs_to_quarter)) for e in range(1, epochs + 1)]}
 
 
 @pytest.mark.parametrize("relu,tanh,words,verdict", [
-    ((1.0, 1.1, 0.9), (6.0, 6.2, 5.8), ("1.00 ± 0.10", "6.00 ± 0.20", ": 6.0 times"), "holds"),
+    ((2.0, 2.2, 1.8), (6.0, 6.2, 5.8), ("2.0 ± 0.2", "6.0 ± 0.2", ": 3.0 times"), "holds"),
     ((3.0, 4.0, 2.0), (3.0, 2.0, 4.0), (": 1.0 times",), "within the noise"),
-    ((1.0, 1.1, 0.9), (6.0, 20.0, 20.0), ("tanh over 8", "over 7.3 times"), "holds"),
+    ((2.0, 2.2, 1.8), (6.0, 20.0, 20.0), ("tanh over 8 in 2 of 3 runs", "over 3.7 times"), "holds"),
     ((20.0, 1.0, 1.0), (6.0, 6.0, 6.0), ("not reached in 8 epochs", "ReLU 0%"), "not decided: too few epochs"),
     ((20.0, 20.0, 20.0), (4.0, 4.2, 3.8), ("ReLU over 8 epochs", "under 0.5 times"), "the reverse"),
 ])  # fmt: skip
@@ -173,6 +173,27 @@ def experiment(name, *flags):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
 
 
+@pytest.mark.parametrize("seeds,keys", [(2, {"lrn_four_layers"}), (3, {"dropout", "dropout_slower"})])
+def test_few_seeds_and_parts_are_no_result(tmp_path, seeds, keys):
+    document = {"budget": "reduced", "seeds": seeds, "findings": dict.fromkeys(keys)}
+    (tmp_path / "ablations.json").write_text(json.dumps(document))
+    with pytest.raises(ValueError, match="ablations.json: expected 3 seeds or more and all claims"):
+        summary.collect(tmp_path, tmp_path)
+
+
+def test_a_damaged_run_is_named(tmp_path):
+    folder = tmp_path / "quick" / "arm" / "seed0"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"a": 1}')
+    with pytest.raises(recipe.ConfigError, match="arm/seed0/config.json is damaged; delete"):
+        study.Study(tmp_path, study.QUICK, "quick", 2, "").train("arm", STUDY.config(), 0)
+
+
+def test_the_error_of_an_epoch_is_its_mean():
+    curve = [(0.5, 0.8), (1.0, 0.6), (1.5, 0.5), (2.0, 0.3)]
+    assert relu_vs_tanh.by_epoch(curve) == [(1, pytest.approx(0.7)), (2, pytest.approx(0.4))]
+
+
 @pytest.mark.skipif(not CIFAR10.exists(), reason="no prepared CIFAR-10 beside this repository")
 def test_it_runs_goes_on_and_reports(tmp_path):
     flags = ["filters", f"--workdir={tmp_path}", "--quick", "--seeds=2", f"--data_dir={CIFAR10}"]
@@ -180,14 +201,15 @@ def test_it_runs_goes_on_and_reports(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     for word in ("seven-by-seven, seed 1", "step ", "| claim | the paper | here | verdict |", "Written to"):
         assert word in done.stdout
-    first = json.loads((tmp_path / "filters.json").read_text())
+    quick = tmp_path / "quick"
+    first = json.loads((quick / "filters.json").read_text())
     assert [r["seed"] for r in first["records"]["runs"]] == [0, 1] and "CPU" in first["device"]
-    assert (tmp_path / "filters.png").read_bytes()[:4] == b"\x89PNG"
-    assert summary.collect(tmp_path, tmp_path) == []  # a quick run is no result
-    (tmp_path / "filters.json").unlink()
+    assert (quick / "filters.png").read_bytes()[:4] == b"\x89PNG"
+    assert summary.collect(tmp_path, tmp_path) == summary.collect(quick, tmp_path) == []  # a quick run is no result
+    (quick / "filters.json").unlink()
     again = experiment(*flags)
     assert again.returncode == 0 and "step " not in again.stdout
-    second = json.loads((tmp_path / "filters.json").read_text())
+    second = json.loads((quick / "filters.json").read_text())
     assert second["records"] == first["records"] and second["findings"] == first["findings"]
 
 
