@@ -10,6 +10,8 @@ import argparse
 import datetime
 import json
 import os
+import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -33,7 +35,7 @@ from alexnet_jax.data import DataError
 from alexnet_jax.evaluate import jit_forward, predict
 from alexnet_jax.recipe import ConfigError
 from alexnet_jax.report import write_json
-from alexnet_jax.train import create_state, device_name, make_train_step
+from alexnet_jax.train import create_state, make_train_step
 from experiments import benchmark_report, measure
 from experiments.layers import forward_and_backward, layers_of, least_bytes, step_bytes
 from experiments.peer import Peer, differences, network
@@ -247,8 +249,8 @@ def _alternate(call: Call, peer: Peer | None, setting: Setting, batch: int, whic
 
 
 def _exponent(curve: Sequence[dict[str, Any]]) -> float:
-    """p of seconds ≈ c · FLOP^p, by least squares: 1 is linear, less is better."""
-    work, seconds = (np.log([point[name] for point in curve]) for name in ("flops", "seconds"))
+    """p of seconds ≈ c · FLOP^p between the two largest: 1 is linear, less is better."""
+    work, seconds = (np.log([point[name] for point in curve[-2:]]) for name in ("flops", "seconds"))
     return float(np.polyfit(work, seconds, 1)[0])
 
 
@@ -389,7 +391,7 @@ def _one_part(part: str, setting: Setting, folder: Path) -> None:
         )
     found = globals()[part](setting)
     about = {
-        "device": device_name(sharding.one_device()).split(", mesh")[0], "date": f"{datetime.date.today()}",
+        "device": measure.device(), "date": f"{datetime.date.today()}",
         "jax": jax.__version__, "malloc": os.environ.get("GLIBC_TUNABLES", ""), "quick": setting.quick,
     }  # fmt: skip
     write_json(folder / "benchmark.json", _read(folder) | {part: about | found})
@@ -397,11 +399,16 @@ def _one_part(part: str, setting: Setting, folder: Path) -> None:
 
 def _read(folder: Path) -> dict[str, Any]:
     path = folder / "benchmark.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except ValueError:
+        raise ValueError(f"{path} is damaged; delete it, or name another --workdir") from None
 
 
 def _setting(flags: argparse.Namespace, config: list[str]) -> Setting:
     """Raises ValueError for flags that make no sense."""
+    if not shutil.which(flags.torch_python):
+        raise ValueError(f"--torch-python={flags.torch_python}: no such program")
     if unknown := set(flags.parts.split(",")) - set(PARTS):
         raise ValueError(f"--parts: unknown part {min(unknown)!r}; the parts are {', '.join(PARTS)}")
     if bad := [flag for flag in config if not flag.startswith("--config")]:
@@ -417,7 +424,7 @@ def _setting(flags: argparse.Namespace, config: list[str]) -> Setting:
     if flags.quick:
         model, side = AlexNet(num_classes=10, widths=(8, 16, 16, 16, 16, 32, 32)), 64
     return Setting(
-        model, (side, side, 3), tuple(sorted(map(int, batches))), tuple(dtypes), 3 if flags.quick else 5,
+        model, (side, side, 3), tuple(sorted(map(int, batches))), tuple(dtypes), 3 if flags.quick else 9,
         flags.torch_python, flags.quick, tuple(config),
     )  # fmt: skip
 
@@ -433,16 +440,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.epilog = "Flags --config=FILE and --config.FIELD=VALUE, as of alexnet_jax.main, set the recipe of the loop."
     flags, config = parser.parse_known_args(argv)
     arguments = sys.argv[1:] if argv is None else argv
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # and the part's process with it
+    failed = []
     try:
-        setting, parts = _setting(flags, config), flags.parts.split(",")
+        setting, parts = _setting(flags, config), list(dict.fromkeys(flags.parts.split(",")))
         flags.workdir.mkdir(parents=True, exist_ok=True)
+        _read(flags.workdir)
         for part in parts:
             if len(parts) == 1:
                 _one_part(part, setting, flags.workdir)
                 continue
             command = [sys.executable, "-m", "experiments.benchmark", *arguments, f"--parts={part}"]
             if subprocess.run(command).returncode:
-                sys.exit(f"Error: --parts={part} failed; the other parts run without it")
+                failed.append(part)
         records = _read(flags.workdir)
         (flags.workdir / "benchmark.md").write_text(benchmark_report.markdown(records))
         benchmark_report.plot(records, flags.workdir / "benchmark.png")
@@ -450,6 +460,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"Error: {error}")
     except OSError as error:
         sys.exit(f"Error: --workdir={flags.workdir}: {error}")
+    except KeyboardInterrupt:
+        print("Interrupted; the parts that were measured are kept", file=sys.stderr)
+        sys.exit(130)
+    if failed:
+        sys.exit(f"Error: --parts={','.join(failed)} failed; what else was measured is in {flags.workdir}")
     if len(parts) == 1:  # otherwise each part has shown its own
         print(f"{benchmark_report.section(parts[0], records[parts[0]])}\n")
     else:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 Record = dict[str, Any]
+LEAST = 1e-8  # seconds that are a difference of two, and not noise alone
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -43,7 +44,7 @@ def _step(part: Record) -> str:
     matmul, copy = part["rates"]["matmul"], part["rates"]["copy"]
     names = list(dict.fromkeys(p["form"] for case in part["cases"] for p in case["peers"]))
     head = ["pass", "dtype", "batch", "images/s", "of the matrix product", "of the copy", "compile (s)",
-            "program (MB)", "peak (MB)", *(f"PyTorch {n}" for n in names)]  # fmt: skip
+            "spread", "program (MB)", "peak (MB)", *(f"PyTorch {n}" for n in names)]  # fmt: skip
     head += ["ratio to the fastest"] * bool(names)
     rows = []
     for case in part["cases"]:
@@ -53,15 +54,21 @@ def _step(part: Record) -> str:
         rows.append([
             case["pass"], case["dtype"], case["batch"], _count(case["images_per_s"]),
             f"{case['flops'] / case['seconds'] / matmul[case['dtype']]:.0%}",
-            f"{case['bytes'] / case['seconds'] / copy:.0%}", f"{case['compile_s']:.1f}",
+            f"{case['bytes'] / case['seconds'] / copy:.0%}", f"{case['compile_s']:.1f}", _spread(case["rounds_s"]),
             _count(case["program_bytes"] / 1e6), _count(peak / 1e6) if peak else "not told",
             *(peers.get(n, "—") for n in names), *([f"{best['ratio']:.2f}"] if best else ["—"] * bool(names)),
         ])  # fmt: skip
     measured = ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in a {dtype} matrix product" for dtype, rate in matmul.items())
-    lines = [f"The device reaches {measured} and {copy / 1e9:.1f} GB/s in a copy.", _table(head, rows)]
+    rounds = f"Spread is that of the middle half of {len(part['cases'][0]['rounds_s'])} rounds, of their median."
+    lines = [f"The device reaches {measured} and {copy / 1e9:.1f} GB/s in a copy. {rounds}", _table(head, rows)]
     if part["torch"]:
         lines.append(agreement(part))
     return "\n\n".join([*lines, *_memory(part)])
+
+
+def _spread(seconds: Sequence[float]) -> str:
+    low, middle, high = np.quantile(seconds, (0.25, 0.5, 0.75))
+    return f"{(high - low) / middle:.0%}"
 
 
 def memory_model(part: Record, dtype: str) -> tuple[float, float] | None:
@@ -101,6 +108,7 @@ def _layers(part: Record) -> str:
     rows = [
         (r["layer"], r["pass"], r["dtype"], _count(1e3 * r["seconds"]), _count(r["flops"] / r["seconds"] / 1e9),
          _count(r["bytes"] / r["seconds"] / 1e9), f"{roofline(r, part['rates']):.0%}")
+        if r["seconds"] > LEAST else (r["layer"], r["pass"], r["dtype"], *["—"] * 4)
         for r in part["layers"]
     ]  # fmt: skip
     totals = []
@@ -119,8 +127,8 @@ def _growth(part: Record) -> str:
     ]  # fmt: skip
     head = ("against", "value", "GFLOP", "step (ms)", "GFLOP/s", "exponent")
     return (
-        f"A training step, {part['batch']} images where the batch is not what grows; the exponent p of time ~ FLOP^p, "
-        f"1 is linear.\n\n{_table(head, rows)}"
+        f"A training step, {part['batch']} images where the batch is not what grows; the exponent p of time ~ FLOP^p "
+        f"between the two largest, 1 is linear.\n\n{_table(head, rows)}"
     )
 
 
@@ -164,7 +172,8 @@ def summary(records: Record) -> str:
     rows = []
 
     def add(part, what, value):
-        rows.append((what, value, records[part]["device"], records[part]["date"]))
+        quick = ", a small network (--quick)" * records[part]["quick"]
+        rows.append((what + quick, value, records[part]["device"], records[part]["date"]))
 
     if part := records.get("step"):
         largest = max(case["batch"] for case in part["cases"])
@@ -181,6 +190,11 @@ def summary(records: Record) -> str:
     if part := records.get("growth"):
         for name, exponent in part["exponents"].items():
             add("growth", f"growth with the {name}", f"time ~ FLOP^{exponent:.2f}")
+    if part := records.get("devices"):
+        one, last = part["curve"][0], part["curve"][-1]
+        virtual = "virtual " * part["virtual"]
+        add("devices", f"growth with {virtual}devices, batch {part['batch']}",
+            f"{last['value']} take {last['seconds'] / one['seconds']:.2f} of the time of one")  # fmt: skip
     if part := records.get("loop"):
         loop = f"{_count(part['loop_images_per_s'])} images/s, bare step {_count(part['bare_images_per_s'])}"
         add("loop", f"the loop on {part['dataset']}, batch {part['batch']}", f"{loop}: {part['overhead']:+.1%}")

@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import re
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -32,6 +34,15 @@ def flops(traced: jax.stages.Traced) -> float | None:
     """The floating-point operations of a traced function: a multiply-add is two, one with a padding zero none."""
     # XLA counts the body of a loop once, and `ops.conv` has loops on the CPU; lowered for a TPU it has none.
     return (traced.lower(lowering_platforms=("tpu",)).cost_analysis() or {}).get("flops")
+
+
+def device() -> str:
+    """The device by its name, a CPU with its cores."""
+    here = jax.devices()[0]
+    if here.platform != "cpu":
+        return here.device_kind
+    found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else None
+    return f"{found.group(1) if found else 'CPU'}, {len(os.sched_getaffinity(0))} cores"
 
 
 def size(tree: Any) -> int:

@@ -1,5 +1,6 @@
 """PyTorch beside us: `torch_alexnet` as a process, and whether it computes the same."""
 
+import contextlib
 import json
 import subprocess
 import tempfile
@@ -35,7 +36,8 @@ class Peer:
             return None
 
     def close(self) -> None:
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it has ended
+            self.process.stdin.close()
         self.process.wait()
 
 

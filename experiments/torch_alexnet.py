@@ -37,9 +37,8 @@ class AlexNet(nn.Module):
         self.fc8 = nn.Linear(seven, classes)
 
     def norm(self, x):
-        towers = x.unflatten(1, (2, -1)).flatten(0, 1)
         # PyTorch divides α by n.
-        return F.local_response_norm(towers, 5, alpha=5 * 1e-4, beta=0.75, k=2.0).view(x.shape)
+        return torch.cat([F.local_response_norm(t, 5, alpha=5 * 1e-4, beta=0.75, k=2.0) for t in x.chunk(2, 1)], 1)
 
     def drop(self, x):  # section 4.2; PyTorch's scales by 2 in training and not in testing
         return 0.5 * F.dropout(x, 0.5, self.training)

@@ -219,3 +219,14 @@ class DropoutTest(chex.TestCase):
     def test_the_rate_may_be_traced(self):
         y = jax.jit(ops.dropout)(jax.random.key(0), jnp.ones((4, 8)), 0.3)
         np.testing.assert_array_equal(y, ops.dropout(jax.random.key(0), jnp.ones((4, 8)), 0.3))
+
+
+@pytest.mark.parametrize("axis,side", [(3, 5), (3, 1), (1, 9), (2, 3)])
+def test_both_platforms_windows_are_the_same(axis, side):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 7, 6, 11)))
+    expected = np.stack([
+        np.take(np.asarray(x, np.float64), range(max(0, i - side // 2), min(x.shape[axis], i + side // 2 + 1)), axis)
+        .sum(axis) for i in range(x.shape[axis])
+    ], axis)  # fmt: skip
+    for form in (ops._reduce_window_sum, ops._shifted_sum):
+        np.testing.assert_allclose(form(x, axis, side), expected, rtol=1e-5, atol=1e-5)
