@@ -106,11 +106,11 @@ def judge_start(records: dict[str, Any], had: float) -> Finding:
     needed = {}
     for a, count in never.items():
         some = f" in {count} of {len(epochs[a])} runs" if count < len(epochs[a]) else ""
-        needed[a] = f"over {had:g}{some}" if count else study.spread(epochs[a])
+        needed[a] = f"over {had:g} epochs{some}" if count else f"{study.spread(epochs[a])} epochs"
     bound = "over " if never["tanh"] else "under " if never["relu"] else ""
     ratio, rates = sum(counted["tanh"]) / sum(counted["relu"]), records["rates"]
     text = (
-        f"ReLU {needed['relu']} epochs (ε = {rates['relu']:g}), tanh {needed['tanh']} (ε = {rates['tanh']:g}): "
+        f"ReLU {needed['relu']} (ε = {rates['relu']:g}), tanh {needed['tanh']} (ε = {rates['tanh']:g}): "
         f"{bound}{ratio:.1f} times"
     )
     return Finding(text, verdict)

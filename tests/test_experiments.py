@@ -95,7 +95,7 @@ def line(epochs_to_quarter, epochs=8):
 @pytest.mark.parametrize("relu,tanh,words,verdict", [
     ((2.0, 2.2, 1.8), (6.0, 6.2, 5.8), ("2.0 ± 0.2", "6.0 ± 0.2", ": 3.0 times"), "holds"),
     ((3.0, 4.0, 2.0), (3.0, 2.0, 4.0), (": 1.0 times",), "within the noise"),
-    ((2.0, 2.2, 1.8), (6.0, 20.0, 20.0), ("tanh over 8 in 2 of 3 runs", "over 3.7 times"), "holds"),
+    ((2.0, 2.2, 1.8), (6.0, 20.0, 20.0), ("tanh over 8 epochs in 2 of 3 runs", "over 3.7 times"), "holds"),
     ((20.0, 1.0, 1.0), (6.0, 6.0, 6.0), ("not reached in 8 epochs", "ReLU 0%"), "not decided: too few epochs"),
     ((20.0, 20.0, 20.0), (4.0, 4.2, 3.8), ("ReLU over 8 epochs", "under 0.5 times"), "the reverse"),
 ])  # fmt: skip
