@@ -43,9 +43,8 @@ def _parse(argv: list[str]) -> list[str]:
     except (AttributeError, KeyError) as error:
         config = default.get_config()
         known = sorted({*config, *(f"mesh.{name}" for name in config.mesh)} - {"mesh"})
-        word = re.search(r"\w+", str(error)).group()
-        given = re.search(rf"--config\.([\w.]*\b{word})\b", " ".join(argv))
-        name = given.group(1) if given else word
+        given = re.findall(r"--config\.([\w.]+)", " ".join(argv))
+        name = next((name for name in given if name not in known), re.search(r"\w+", str(error)).group())
         near = difflib.get_close_matches(name, known, n=1)
         meant = f" Did you mean config.{near[0]}?" if near else ""
         sys.exit(f"Error: config.{name}: no such field.{meant} The fields are {', '.join(known)}")
@@ -63,6 +62,8 @@ def _in_our_words(message: str) -> str:
     if found := re.match(r"flag --config\.([\w.]+)=(.*?): ", message):
         name, given = found.groups()
         value = functools.reduce(getattr, name.split("."), default.get_config())
+        if type(value) not in _TYPES:
+            return f"config.{name}={given!r}: expected its fields, {', '.join(f'config.{name}.{k}' for k in value)}"
         return f"config.{name}={given!r}: expected {_TYPES[type(value)]}"
     if message.startswith(("flag --config=", "Configuration is not available")):
         reason = re.split(r"Error: |path\]: ", message)[-1]  # the last line of a traceback
