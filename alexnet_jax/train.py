@@ -157,7 +157,7 @@ def _signals() -> Iterator[list[int]]:
         received.append(number)
         signal.signal(number, before[number])
         name = signal.Signals(number).name
-        os.write(2, f"\n{name}: saves after this step and stops; once more stops at once\n".encode())
+        os.write(2, f"\n{name}: saves and stops; once more stops at once\n".encode())
 
     try:
         for number in (signal.SIGINT, signal.SIGTERM):

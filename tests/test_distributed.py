@@ -108,7 +108,8 @@ def test_two_deaths_a_signal_and_a_damaged_checkpoint_later_it_ends_the_same(uni
     follow(processes[0], "step 20/")
     processes[1].send_signal(signal.SIGTERM)
     codes, outputs = end(processes)
-    assert codes == [143, 143] and "SIGTERM" in outputs[0] and outputs[1] == "", outputs
+    assert codes == [143, 143] and "stopped by SIGTERM" in outputs[0], outputs
+    assert outputs[1].strip() == "SIGTERM: saves and stops; once more stops at once"
     newest = max(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
     assert newest > 20
     damage(largest_file(tmp_path / "checkpoints" / str(newest)), "truncated")
@@ -159,7 +160,7 @@ def test_a_process_that_fails_alone_says_why_and_waits_for_nobody(fashion_mnist,
     other.kill()  # it would end when the heartbeats have stopped for 30 s
     other.communicate()
     assert codes == [1], outputs
-    assert outputs[0].startswith("Error: config.dataset='fashion_mnist'") and outputs[0].count("\n") == 1, outputs
+    assert outputs[0].startswith("Error: config.data_dir=") and outputs[0].count("\n") == 1, outputs
 
 
 @pytest.mark.parametrize("address,number,process,words", [

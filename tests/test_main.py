@@ -95,7 +95,7 @@ def test_a_second_ctrl_c_stops_at_once_and_another_run_is_kept_out(uninterrupted
     assert code == 1 and output == f"Error: --workdir={tmp_path}: another process trains there; wait, or stop it\n"
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGCONT)
-    follow(process, "SIGINT: saves after this step")
+    follow(process, "SIGINT: saves and stops")
     process.send_signal(signal.SIGINT)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 130 and "Traceback" not in output

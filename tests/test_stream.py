@@ -99,9 +99,9 @@ def test_a_set_in_order_has_each_example_once_and_is_evaluated_as_in_memory(buil
     model = model.clone(num_classes=4)  # even, for two towers
     params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 28, 28, 3), np.float32))["params"]
     network = evaluate.Network(model, params, preprocess.fit(np.stack(images), 0, 28, 0, False, False, 0.01))
-    before = evaluate._predict._cache_size(), evaluate._count._cache_size()
+    before = evaluate._predict_program()._cache_size(), evaluate._count._cache_size()
     streamed = evaluate.evaluate([network], batches, True, mesh)
-    assert (evaluate._predict._cache_size(), evaluate._count._cache_size()) == (before[0] + 1, before[1] + 1)
+    assert (evaluate._predict_program()._cache_size(), evaluate._count._cache_size()) == (before[0] + 1, before[1] + 1)
     p = np.asarray(evaluate.predict(model, params, np.stack(images), network.preprocess, True), np.float64)
     assert streamed.confusion.sum() == VALIDATION
     assert streamed.top1_error == pytest.approx((p.argmax(1) != labels).mean())
