@@ -36,7 +36,7 @@ def main() -> None:
     logging.getLogger("absl").setLevel(logging.CRITICAL)
 
     out = flags.out or flags.workdir / "predictions.png"
-    if out.suffix != ".png" or not out.parent.is_dir() or out.is_dir():
+    if flags.out and (out.suffix != ".png" or not out.parent.is_dir() or out.is_dir()):
         sys.exit(f"Error: --out={out}: expected a file .png in a folder that is there")
 
     from alexnet_jax import data, report

@@ -42,6 +42,11 @@ def config(of: Study, start: str, activation: str, rate: float):
     )  # fmt: skip
 
 
+def train(of: Study, start: str, activation: str, rate: float, seed: int) -> dict[str, Any]:
+    """One run, as `Study.train` gives it."""
+    return of.train(f"{start}-{activation}-{rate:g}", config(of, start, activation, rate), seed)
+
+
 def by_epoch(curve: list[tuple[float, float]]) -> list[tuple[int, float]]:
     """The mean error of each epoch, at its end; within an epoch the error of a curve rises and falls."""
     epochs = {}
@@ -65,25 +70,22 @@ def epochs_to(target: float, curve: list[tuple[float, float]]) -> float:
 
 def run(of: Study) -> dict[str, Any]:
     """Every rate once; then the other seeds at the rate that was fastest."""
-    records = {"budget_epochs": of.budget.epochs} | {start: {"rates": {}} for start in STARTS}
+    records = {"budget_epochs": of.budget.epochs} | {start: {"rates": {}, "tried": {}} for start in STARTS}
     for (start, activation), rates in RATES.items():
-
-        def train(rate, seed, start=start, activation=activation):
-            return of.train(f"{start}-{activation}-{rate:g}", config(of, start, activation, rate), seed)
-
         tried = {}
         for rate in rates:
             try:
-                tried[rate] = train(rate, 0)
+                tried[rate] = train(of, start, activation, rate, 0)
             except DivergedError as error:
                 print(error, file=sys.stderr)
         if not tried:
             raise ValueError(f"every learning rate of {activation} diverged")
         means = {rate: by_epoch(record["curve"]) for rate, record in tried.items()}
         best = min(tried, key=lambda rate: (epochs_to(TARGET, means[rate]), means[rate][-1][1]))
-        records[start].setdefault("tried", {})[activation] = {rate: curve[-1][1] for rate, curve in means.items()}
+        records[start]["tried"][activation] = {rate: curve[-1][1] for rate, curve in means.items()}
         records[start]["rates"][activation] = best
-        records[start][activation] = [tried[best]] + [train(best, seed) for seed in of.seeds[1:]]
+        others = [train(of, start, activation, best, seed) for seed in of.seeds[1:]]
+        records[start][activation] = [tried[best], *others]
     return records
 
 

@@ -27,8 +27,7 @@ def collect(workdir: Path, results: Path = HERE / "results") -> list[str]:
     names = []
     for name in study.NAMES:
         path = workdir / f"{name}.json"
-        if path.exists() and json.loads(path.read_text())["budget"] != "quick":
-            document = json.loads(path.read_text())
+        if path.exists() and (document := json.loads(path.read_text()))["budget"] != "quick":
             claims = importlib.import_module(f"experiments.{name}").CLAIMS
             if document["seeds"] < SEEDS or {claim.key for claim in claims} - set(document["findings"]):
                 raise ValueError(f"{path}: expected {SEEDS} seeds or more and all claims; run it again without --only")

@@ -91,6 +91,12 @@ def test_files_of_any_kind(folder, opened, tmp_path):
     assert Image.open(tmp_path / "out.png").size[0] > 300
 
 
+def test_a_folder_that_is_not_there_and_a_wrong_out_are_named(tmp_path):
+    assert f"{tmp_path / 'none'}" in (done := predict(tmp_path / "none", "x.png")).stderr and "--out" not in done.stderr
+    done = predict(tmp_path, "x.png", f"--out={tmp_path / 'none' / 'o.png'}")
+    assert done.returncode == 1 and done.stderr.startswith("Error: --out=") and done.stderr.count("\n") == 1
+
+
 def test_no_run_is_one_line(tmp_path):
     done = predict(tmp_path, "x.png")
     assert done.returncode == 1 and "holds no run" in done.stderr and done.stderr.count("\n") == 1, done.stderr
