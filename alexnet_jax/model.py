@@ -118,7 +118,7 @@ class AlexNet(nn.Module):
       dropout: the rate at fc6 and fc7.
       kernel_std, bias: the initial standard deviation of the eight layers' kernels, and the initial value of their
         biases; None is the variant's own.
-      conv: the convolution; `ops.convolve` where XLA's partitioner is to split a batch, which `ops.conv` walks through.
+      conv: the convolution; `ops.convolve` where XLA's partitioner is to split it.
       data_axis, tower_axis: the mesh axes that share the batch and the towers, when the network is applied under
         `jax.shard_map`; its parameters are then this device's part of the output channels.
 

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from alexnet_jax import winograd
+
 
 def _check_float(name: str, x: jax.Array) -> None:
     if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -192,83 +194,40 @@ def max_pool(x: jax.Array, window: int = 3, stride: int = 2) -> jax.Array:
 
 
 def convolve(x, kernel, stride, padding):
-    """`conv` with XLA's own gradients, everywhere."""
+    """`conv` by XLA's own form, everywhere."""
     return lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def _on_each_platform(kernel, stride, of):
+    """What `of` makes of the convolution's forms, for `lax.platform_dependent`."""
+    return {"cpu": of(winograd.convolve if winograd.pays(kernel.shape, stride) else convolve), "default": of(convolve)}
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _conv(x, kernel, stride, padding):
-    return convolve(x, kernel, stride, padding)
+    forms = _on_each_platform(kernel, stride, lambda form: partial(form, stride=stride, padding=padding))
+    return lax.platform_dependent(x, kernel, **forms)
 
 
 def _conv_forward(x, kernel, stride, padding):
-    return convolve(x, kernel, stride, padding), (x, kernel)
+    return _conv(x, kernel, stride, padding), (x, kernel)
 
 
 def _conv_backward(stride, padding, residuals, g):
-    x, kernel = residuals
+    def gradients(form):
+        return lambda x, kernel, g: jax.vjp(partial(form, stride=stride, padding=padding), x, kernel)[1](g)
 
-    def by_xla(x, kernel, g):
-        return jax.vjp(lambda kernel: convolve(x, kernel, stride, padding), kernel)[1](g)[0]
-
-    def by_taps(x, kernel, g):
-        return _kernel_gradient(x, kernel, g, stride, padding)
-
-    cpu = by_taps if _large(kernel, g, stride) else by_xla
-    dx = jax.vjp(lambda x: convolve(x, kernel, stride, padding), x)[1](g)[0]
-    return dx, lax.platform_dependent(x, kernel, g, cpu=cpu, default=by_xla)
+    return lax.platform_dependent(*residuals, g, **_on_each_platform(residuals[1], stride, gradients))
 
 
 _conv.defvjp(_conv_forward, _conv_backward)
 
 
-def _images_at_a_time(g):  # about 2,500 pixels: the fastest of 700 to 12,000
-    batch, rows, columns, _ = g.shape
-    return next(n for n in range(1, batch + 1) if batch % n == 0 and (n * rows * columns >= 2500 or n == batch))
-
-
-def _large(kernel, g, stride):
-    """Whether the matrix products of `_kernel_gradient` are worth a call each: ten million multiplications."""
-    return _images_at_a_time(g) * g[0].size * stride**2 * kernel.shape[2] >= 10_000_000
-
-
-def _kernel_gradient(x, kernel, g, stride, padding):
-    """∂L/∂kernel as one matrix product a tap, over a few images at a time so that they stay in the cache.
-
-    A strided convolution is first written as one of stride 1 over blocks of stride × stride pixels.
-    """
-    # XLA's own form, then this one, at batch 64, for one tower where there are two: conv1 577 and 176 ms, conv2 204 and
-    # 106 ms, conv3 176 and 115 ms. On the 5×5 and 11×11 maps of the compact network XLA's is the faster.
-    size, _, channels, features = kernel.shape
-    batch, rows, columns, _ = g.shape
-    taps, few = -(-size // stride), _images_at_a_time(g)
-    edges = [(0, 0, 0)]
-    for n, width, (low, _) in zip(g.shape[1:3], x.shape[1:3], padding, strict=True):
-        edges.append((low, (n + taps - 1) * stride - width - low, 0))
-    x = lax.pad(x, jnp.zeros((), x.dtype), (*edges, (0, 0, 0)))
-    x = x.reshape(batch, rows + taps - 1, stride, columns + taps - 1, stride * channels).swapaxes(2, 3)
-    x = x.reshape(-1, few, rows + taps - 1, columns + taps - 1, stride * stride * channels)
-    g = g.reshape(-1, few, rows, columns, features)
-
-    def add(total, x_and_g):
-        x, g = x_and_g
-        pixels = (((0, 1, 2), (0, 1, 2)), ((), ()))
-        products = [
-            lax.dot_general(g, tap, pixels, preferred_element_type=kernel.dtype) for _, _, tap in _taps(x, taps, 1)
-        ]
-        return total + jnp.stack(products), None
-
-    zero = 0 * kernel[0, 0, 0, 0]  # on a mesh it varies as the sum will
-    dkernel, _ = lax.scan(add, jnp.broadcast_to(zero, (taps * taps, features, x.shape[-1])), (x, g))
-    dkernel = dkernel.reshape(taps, taps, features, stride, stride, channels).transpose(0, 3, 1, 4, 5, 2)
-    return dkernel.reshape(taps * stride, taps * stride, channels, features)[:size, :size]
-
-
 def conv(x: jax.Array, kernel: jax.Array, stride: int, padding: tuple[tuple[int, int], tuple[int, int]]) -> jax.Array:
     """Two-dimensional convolution, ungrouped: [B, H, W, I] with a square HWIO kernel gives [B, H', W', O].
 
-    A layer that is confined to its tower calls this once per tower: XLA's grouped convolution
-    (`feature_group_count=2`) ran at 19 GFLOP/s forward on the CPU, one convolution per tower at 113.
+    On a CPU it is Winograd's where that pays. A layer that is confined to its tower calls this once per tower: XLA's
+    grouped convolution (`feature_group_count=2`) ran at 19 GFLOP/s forward on the CPU, one per tower at 113.
     """
     return _conv(x, kernel, stride, padding)
 

@@ -2,8 +2,9 @@
 
 Each part runs in a process of its own and is one entry of DIR/benchmark.json: the training step and inference beside
 PyTorch (`step`), each layer beside the device's roofline (`layers`), the growth with image, batch and width (`growth`)
-and with devices (`devices`), what the loop of `alexnet_jax.main` adds to the bare step (`loop`), and how soon it trains
-at the first and second start (`start`). A part that runs again replaces its entry.
+and with devices (`devices`), what the loop of `alexnet_jax.main` adds to the bare step with the data on the device
+(`loop`) and read from its files (`stream`), and how soon it trains at the first and second start (`start`). A part that
+runs again replaces its entry.
 """
 
 import argparse
@@ -24,10 +25,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import optax
 from absl import flags as absl_flags
 from ml_collections import config_flags
+from PIL import Image
 
 from alexnet_jax import AlexNet, paper_sgd, sharding
 from alexnet_jax.compile_cache import use_compile_cache
@@ -43,12 +46,13 @@ from experiments.sharding import Layout
 from experiments.sharding import measure as measure_layout
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("step", "layers", "growth", "devices", "loop", "start")
+PARTS = ("step", "layers", "growth", "devices", "loop", "stream", "start")
 # By the largest element of an array. Where float32 took another pixel for a pooling window's maximum than float64, a
 # gradient of conv1 changed by 0.003.
 TOLERANCE = {"logits": 1e-5, "gradients": 1e-2}
 # Of `main`'s default recipe a part of the data, which is read again in each round.
 LOOP_DATA = ("train_split=train[:12800]", "validation_split=train[55000:56000]", "test_split=test[:1000]")
+STREAM_RECIPE = ROOT / "alexnet_jax" / "configs" / "imagenet2012.py"
 START_DATA = ("train_split=train[:1000]", "validation_split=train[55000:55500]", "test_split=test[:500]")
 
 
@@ -63,6 +67,7 @@ class Setting(NamedTuple):
     torch_python: str
     quick: bool = False
     config: tuple[str, ...] = ()  # flags of the loop's recipe
+    arguments: tuple[str, ...] = ()  # what chose all this
 
 
 class Call(NamedTuple):
@@ -306,6 +311,33 @@ def _config(given: Sequence[str], otherwise: Sequence[str]):
 
 
 def loop(setting: Setting) -> dict[str, Any]:
+    """What the loop adds to the bare step of `main`'s default recipe, or of the one that is given."""
+    window, rounds = (10, 1) if setting.quick else (50, 6)
+    return _loop(_config(setting.config, LOOP_DATA), window, rounds)
+
+
+def stream(setting: Setting) -> dict[str, Any]:
+    """What the loop adds when it reads ImageNet's recipe from prepared records; their images are of random colours."""
+    cpu, random = jax.default_backend() == "cpu", np.random.default_rng(0)
+    batch = 8 if setting.quick else 64 if cpu else 512
+    window, rounds = (2, 1) if setting.quick else (5, 3) if cpu else (50, 3)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, count in (("train/a", 4 * batch), ("train/b", 4 * batch), ("validation/a", 1)):
+            path = Path(folder) / "images" / name
+            path.mkdir(parents=True)
+            for i in range(count):
+                colours = Image.fromarray(random.integers(0, 256, (32, 40, 3), np.uint8))
+                colours.resize((320, 256)).save(path / f"{i}.jpeg")
+        command = [sys.executable, "-m", "alexnet_jax.prepare", "--dataset=random", f"--data_dir={folder}/images"]
+        subprocess.run([*command, f"--out={folder}/data"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        flags = {"dataset": "random_256", "data_dir": f"{folder}/data", "batch_size": batch, "ten_crop": False}
+        if setting.quick:
+            flags["widths"] = "8,16,16,16,16,32,32"
+        flags = [f"--config={STREAM_RECIPE}", *(f"--config.{name}={value}" for name, value in flags.items())]
+        return _loop(_config(flags, ()), window, rounds)
+
+
+def _loop(config: ml_collections.ConfigDict, window: int, rounds: int) -> dict[str, Any]:
     """Images/s of the loop of `train_and_evaluate`, as its metrics.jsonl has them, and of the bare step beside it.
 
     The bare step takes the same state, donated, and one batch that lies on the device. The loop's first window, which
@@ -313,15 +345,14 @@ def loop(setting: Setting) -> dict[str, Any]:
     """
     from alexnet_jax import train
 
-    window, rounds = (10, 1) if setting.quick else (50, 6)
-    config = _config(setting.config, LOOP_DATA)
-    config.num_train_steps, config.log_every = (5 if setting.quick else 6) * window, window
+    config.num_train_steps, config.log_every = (5 if rounds == 1 else 6) * window, window
     bare, looped = [], []
     with tempfile.TemporaryDirectory() as folder:
         use_compile_cache(f"{folder}/programs")
         task = train._set_up(config)
         state = create_state(task.model, task.optimizer, task.preprocess.image_shape, config.seed, task.mesh)
         key, batch = jax.random.key(0), task.train_data.batch(jax.random.key(0), 0)
+        task.train_data.close()
 
         def run():
             nonlocal state
@@ -380,10 +411,11 @@ def _time_to_first_step(recipe: str, folder: Path, name: str) -> float:
 def _one_part(part: str, setting: Setting, folder: Path) -> None:
     """Measures a part in this process and puts it into DIR/benchmark.json."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs room on the same GPU
-    jax.config.update("jax_enable_compilation_cache", part == "loop")  # the time to compile is one of the figures
+    # Elsewhere the time to compile is one of the figures.
+    jax.config.update("jax_enable_compilation_cache", part in ("loop", "stream"))
     if part == "devices":
         sharding.make_mesh(cpu_devices=2 if setting.quick else 4)
-    if part not in ("loop", "start"):  # which start the devices themselves
+    if part not in ("loop", "stream", "start"):  # which start the devices themselves
         cpu = jax.default_backend() == "cpu"
         setting = setting._replace(
             batches=setting.batches or ((1, 8, 32, 64) if cpu else (128, 512, 2048)),
@@ -393,6 +425,7 @@ def _one_part(part: str, setting: Setting, folder: Path) -> None:
     about = {
         "device": measure.device(), "date": f"{datetime.date.today()}",
         "jax": jax.__version__, "malloc": os.environ.get("GLIBC_TUNABLES", ""), "quick": setting.quick,
+        "arguments": setting.arguments,
     }  # fmt: skip
     write_json(folder / "benchmark.json", _read(folder) | {part: about | found})
 
@@ -405,7 +438,7 @@ def _read(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged; delete it, or name another --workdir") from None
 
 
-def _setting(flags: argparse.Namespace, config: list[str]) -> Setting:
+def _setting(flags: argparse.Namespace, config: list[str], arguments: Sequence[str]) -> Setting:
     """Raises ValueError for flags that make no sense."""
     if not shutil.which(flags.torch_python):
         raise ValueError(f"--torch-python={flags.torch_python}: no such program")
@@ -426,6 +459,7 @@ def _setting(flags: argparse.Namespace, config: list[str]) -> Setting:
     return Setting(
         model, (side, side, 3), tuple(sorted(map(int, batches))), tuple(dtypes), 3 if flags.quick else 9,
         flags.torch_python, flags.quick, tuple(config),
+        tuple(a for a in arguments if not a.startswith(("--workdir", "--parts", "--torch-python"))),
     )  # fmt: skip
 
 
@@ -443,13 +477,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # and the part's process with it
     failed = []
     try:
-        setting, parts = _setting(flags, config), list(dict.fromkeys(flags.parts.split(",")))
+        setting, parts = _setting(flags, config, arguments), list(dict.fromkeys(flags.parts.split(",")))
         flags.workdir.mkdir(parents=True, exist_ok=True)
         _read(flags.workdir)
-        for part in parts:
+        for i, part in enumerate(parts):
             if len(parts) == 1:
                 _one_part(part, setting, flags.workdir)
                 continue
+            print(f"Part {i + 1} of {len(parts)}: {part}", flush=True)
             command = [sys.executable, "-m", "experiments.benchmark", *arguments, f"--parts={part}"]
             if subprocess.run(command).returncode:
                 failed.append(part)

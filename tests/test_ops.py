@@ -160,38 +160,6 @@ def test_conv_against_scipy(channels, size, kernel, stride, padding):
     assert np.vdot(dw, uw) == pytest.approx(np.vdot(g, scipy_conv(padded, uw)), rel=1e-3, abs=1e-2)
 
 
-@pytest.mark.parametrize("batch,channels,size,kernel,stride,padding", [
-    (6, 3, 24, 11, 4, (0, 3)), (7, 8, 9, 3, 1, (1, 1)), (4, 1, 28, 5, 2, (2, 3)), (4, 2, 60, 5, 1, (2, 2)),
-    (2, 3, 23, 7, 3, (1, 0)),
-])  # fmt: skip
-def test_kernel_gradient_by_taps_is_that_of_float64(batch, channels, size, kernel, stride, padding):
-    rng = np.random.default_rng(3)
-    x = rng.standard_normal((batch, size, size, channels)).astype(np.float32)
-    w = np.zeros((kernel, kernel, channels, 4), np.float32)
-    out = (size + sum(padding) - kernel) // stride + 1
-    g = rng.standard_normal((batch, out, out, 4)).astype(np.float32)
-    padded = np.pad(x.astype(np.float64), ((0, 0), padding, padding, (0, 0)))
-    windows = np.lib.stride_tricks.sliding_window_view(padded, (kernel, kernel), axis=(1, 2))[:, ::stride, ::stride]
-    expected = np.einsum("brcikl,brco->klio", windows, g.astype(np.float64))
-    dw = jax.jit(ops._kernel_gradient, static_argnums=(3, 4))(x, w, g, stride, (padding, padding))
-    assert np.abs(dw - expected).max() < 1e-5 * np.abs(expected).max()
-
-
-def test_large_convolutions_take_the_other_form_and_agree():
-    rng = np.random.default_rng(4)
-    x, w = rng.standard_normal((2, 27, 27, 48)), rng.standard_normal((5, 5, 48, 320)) * 0.03
-    g, padding = rng.standard_normal((2, 27, 27, 320)), ((2, 2), (2, 2))
-    x, w, g = (a.astype(np.float32) for a in (x, w, g))
-    assert ops._large(w, g, 1)
-    dx, dw = jax.jit(lambda x, w, g: jax.vjp(lambda x, w: ops.conv(x, w, 1, padding), x, w)[1](g))(x, w, g)
-    plain = lambda x, w: jax.lax.conv_general_dilated(  # noqa: E731
-        x, w, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
-    expected_dx, expected_dw = jax.jit(lambda x, w, g: jax.vjp(plain, x, w)[1](g))(x, w, g)
-    chex.assert_trees_all_close(dx, expected_dx, atol=1e-4)
-    chex.assert_trees_all_close(dw, expected_dw, atol=1e-5 * np.abs(expected_dw).max() * 10)
-
-
 class DropoutTest(chex.TestCase):
     @chex.variants(with_jit=True, without_jit=True)
     def test_half_are_zero_and_the_rest_unscaled(self):

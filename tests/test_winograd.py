@@ -1,0 +1,68 @@
+"""Winograd's convolution against its definition in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alexnet_jax import ops, winograd
+
+
+@pytest.mark.parametrize("m,r", [(2, 3), (2, 4), (3, 5), (4, 3)])
+def test_minimal_filtering_is_exact_up_to_rounding(m, r):
+    random = np.random.default_rng(0)
+    d, g = random.standard_normal(m + r - 1), random.standard_normal(r)
+    a, g_matrix, b = winograd.matrices(m, r)
+    expected = [d[i : i + r] @ g for i in range(m)]
+    np.testing.assert_allclose(a.T @ ((g_matrix @ g) * (b @ d)), expected, atol=1e-13)
+
+
+@pytest.mark.parametrize("batch,size,kernel,stride,padding", [
+    (2, (9, 12), 3, 1, ((1, 1), (1, 1))), (3, (14, 13), 5, 1, ((2, 2), (2, 2))), (1, (8, 8), 4, 1, ((0, 2), (1, 0))),
+    (10, (24, 31), 11, 4, ((0, 3), (0, 0))), (7, (23, 23), 5, 2, ((2, 1), (1, 2))),
+])  # fmt: skip
+def test_values_and_both_gradients_are_those_of_float64(batch, size, kernel, stride, padding):
+    random = np.random.default_rng(1)
+    x, w = random.standard_normal((batch, *size, 6)), random.standard_normal((kernel, kernel, 6, 4))
+    padded = np.pad(x, ((0, 0), *padding, (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (kernel, kernel), axis=(1, 2))[:, ::stride, ::stride]
+    expected = np.einsum("brcikl,klio->brco", windows, w)
+    g = random.standard_normal(expected.shape)
+    dx = np.zeros_like(padded)
+    for k in range(kernel):
+        for j in range(kernel):
+            rows, columns = (slice(at, at + stride * n, stride) for at, n in zip((k, j), g.shape[1:3], strict=True))
+            dx[:, rows, columns] += g @ w[k, j].T
+    (top, _), (left, _) = padding
+    dx = dx[:, top : top + size[0], left : left + size[1]]
+    dw = np.einsum("brcikl,brco->klio", windows, g)
+
+    x, w, g = (jnp.float32(array) for array in (x, w, g))
+    y, gradients = jax.vjp(jax.jit(lambda x, w: winograd.convolve(x, w, stride, padding)), x, w)
+    for found, right in ((y, expected), *zip(gradients(g), (dx, dw), strict=True)):
+        assert found.dtype == jnp.float32 and found.shape == right.shape
+        assert np.abs(found - right).max() < 2e-5 * np.abs(right).max()
+
+
+@pytest.mark.parametrize("shape,stride,pays", [
+    ((11, 11, 3, 96), 4, True), ((5, 5, 48, 128), 1, True), ((3, 3, 192, 128), 1, True),  # the paper's
+    ((5, 5, 16, 32), 1, False), ((3, 3, 1, 32), 1, False),  # the compact network's
+    ((1, 1, 256, 256), 1, False), ((7, 7, 64, 64), 1, False),  # there is no F for them
+])  # fmt: skip
+def test_a_cpu_takes_it_where_it_pays(shape, stride, pays):
+    x, kernel = jnp.ones((2, 27, 27, shape[2])), jnp.ones(shape)
+    both = jax.jit(jax.grad(lambda x, kernel: ops.conv(x, kernel, stride, ((0, 0), (0, 0))).sum(), argnums=(0, 1)))
+    lowered = both.trace(x, kernel).lower(lowering_platforms=("cpu",))
+    assert ("convolution" not in lowered.as_text()) == pays
+    elsewhere = both.trace(x, kernel).lower(lowering_platforms=("cuda",))
+    assert "convolution" in elsewhere.as_text()
+
+
+def test_bfloat16_stays_so_and_is_computed_in_float32():
+    random = np.random.default_rng(2)
+    x, w = (jnp.bfloat16(random.standard_normal(shape)) for shape in ((2, 9, 9, 64), (5, 5, 64, 64)))
+    padding = ((2, 2), (2, 2))
+    y = winograd.convolve(x, w, 1, padding)
+    expected = ops.convolve(x.astype(jnp.float32), w.astype(jnp.float32), 1, padding)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(y.astype(jnp.float32), expected, rtol=2**-8, atol=1e-3)
