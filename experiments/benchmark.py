@@ -330,7 +330,10 @@ def stream(setting: Setting) -> dict[str, Any]:
                 colours.resize((320, 256)).save(path / f"{i}.jpeg")
         command = [sys.executable, "-m", "alexnet_jax.prepare", "--dataset=random", f"--data_dir={folder}/images"]
         subprocess.run([*command, f"--out={folder}/data"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-        flags = {"dataset": "random_256", "data_dir": f"{folder}/data", "batch_size": batch, "ten_crop": False}
+        flags = {
+            "dataset": "random_256", "data_dir": f"{folder}/data", "batch_size": batch, "ten_crop": False,
+            "eval_every": 6 * window,  # once, at the end: with so few images it would be every few steps
+        }  # fmt: skip
         if setting.quick:
             flags["widths"] = "8,16,16,16,16,32,32"
         flags = [f"--config={STREAM_RECIPE}", *(f"--config.{name}={value}" for name, value in flags.items())]
