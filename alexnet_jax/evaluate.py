@@ -49,8 +49,8 @@ def predict(model: nn.Module, params: Any, images: jax.Array, preprocess: Prepro
 
 def jit_forward(function: Callable, **options) -> Callable:
     """`jax.jit` of a forward pass; on a CPU without the kernels of YNNPACK, which XLA takes there by default."""
-    # The whole network at batches of 64 and 8, on two cores: 223 images/s for 193 and 210 for 26 with JAX 0.10.2, 226
-    # for 215 and 211 for 190 with 0.11.2. A training step gains nothing (61 for 61 at 64).
+    # The whole network at batches of 64 and 8, on two cores: 239 images/s for 231 and 226 for 25 with JAX 0.10.2; with
+    # 0.11.2, and XLA's convolutions, 226 for 215 and 211 for 190. A training step gains nothing.
     cpu = jax.default_backend() == "cpu"
     return jax.jit(function, compiler_options={"xla_cpu_experimental_ynn_fusion_type": ""} if cpu else None, **options)
 

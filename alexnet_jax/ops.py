@@ -198,14 +198,14 @@ def convolve(x, kernel, stride, padding):
     return lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
-def _on_each_platform(kernel, stride, of):
+def _on_each_platform(x, kernel, stride, of):
     """What `of` makes of the convolution's forms, for `lax.platform_dependent`."""
-    return {"cpu": of(winograd.convolve if winograd.pays(kernel.shape, stride) else convolve), "default": of(convolve)}
+    return {"cpu": of(winograd.convolve if winograd.pays(x, kernel, stride) else convolve), "default": of(convolve)}
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _conv(x, kernel, stride, padding):
-    forms = _on_each_platform(kernel, stride, lambda form: partial(form, stride=stride, padding=padding))
+    forms = _on_each_platform(x, kernel, stride, lambda form: partial(form, stride=stride, padding=padding))
     return lax.platform_dependent(x, kernel, **forms)
 
 
@@ -217,7 +217,7 @@ def _conv_backward(stride, padding, residuals, g):
     def gradients(form):
         return lambda x, kernel, g: jax.vjp(partial(form, stride=stride, padding=padding), x, kernel)[1](g)
 
-    return lax.platform_dependent(*residuals, g, **_on_each_platform(residuals[1], stride, gradients))
+    return lax.platform_dependent(*residuals, g, **_on_each_platform(*residuals, stride, gradients))
 
 
 _conv.defvjp(_conv_forward, _conv_backward)

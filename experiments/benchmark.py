@@ -67,7 +67,6 @@ class Setting(NamedTuple):
     torch_python: str
     quick: bool = False
     config: tuple[str, ...] = ()  # flags of the loop's recipe
-    arguments: tuple[str, ...] = ()  # what chose all this
 
 
 class Call(NamedTuple):
@@ -428,7 +427,6 @@ def _one_part(part: str, setting: Setting, folder: Path) -> None:
     about = {
         "device": measure.device(), "date": f"{datetime.date.today()}",
         "jax": jax.__version__, "malloc": os.environ.get("GLIBC_TUNABLES", ""), "quick": setting.quick,
-        "arguments": setting.arguments,
     }  # fmt: skip
     write_json(folder / "benchmark.json", _read(folder) | {part: about | found})
 
@@ -441,7 +439,7 @@ def _read(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged; delete it, or name another --workdir") from None
 
 
-def _setting(flags: argparse.Namespace, config: list[str], arguments: Sequence[str]) -> Setting:
+def _setting(flags: argparse.Namespace, config: list[str]) -> Setting:
     """Raises ValueError for flags that make no sense."""
     if not shutil.which(flags.torch_python):
         raise ValueError(f"--torch-python={flags.torch_python}: no such program")
@@ -462,7 +460,6 @@ def _setting(flags: argparse.Namespace, config: list[str], arguments: Sequence[s
     return Setting(
         model, (side, side, 3), tuple(sorted(map(int, batches))), tuple(dtypes), 3 if flags.quick else 9,
         flags.torch_python, flags.quick, tuple(config),
-        tuple(a for a in arguments if not a.startswith(("--workdir", "--parts", "--torch-python"))),
     )  # fmt: skip
 
 
@@ -480,7 +477,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # and the part's process with it
     failed = []
     try:
-        setting, parts = _setting(flags, config, arguments), list(dict.fromkeys(flags.parts.split(",")))
+        setting, parts = _setting(flags, config), list(dict.fromkeys(flags.parts.split(",")))
         flags.workdir.mkdir(parents=True, exist_ok=True)
         _read(flags.workdir)
         for i, part in enumerate(parts):

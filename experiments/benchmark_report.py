@@ -242,7 +242,7 @@ def plot(records: Record, path: Path) -> None:
 
 def _draw_roofline(axes, records: Record) -> None:
     part = records["layers"]
-    known, labels = [r for r in part["layers"] if r["flops"] > 0], []
+    known = [r for r in part["layers"] if r["flops"] > 0]
     intensity = [r["flops"] / r["bytes"] for r in known]
     for dtype in part["rates"]["matmul"]:
         style = STYLES[dtype]
@@ -254,25 +254,24 @@ def _draw_roofline(axes, records: Record) -> None:
             x, y = ([r["flops"] / r[by] / unit for r in points] for by, unit in (("bytes", 1), ("seconds", 1e9)))
             axes.loglog(x, y, "o", color=colour, markersize=4, fillstyle="full" if style == "-" else "none",
                         label=which if style == "-" else None)  # fmt: skip
-            labels += [(r["layer"], place) for r, *place in zip(points, x, y, strict=True)]
+            _label(axes, [r["layer"] for r in points], x, y, "left" if which == "forward" else "right")
     axes.set(xlabel="FLOP a byte (least bytes)", ylabel="GFLOP/s",
              title=f"Layers, {part['batch']} images: {part['device']}, {part['date']}")  # fmt: skip
-    _label(axes, labels)
     axes.title.set_fontsize(10)
     axes.legend(fontsize=8, frameon=False)
 
 
-def _label(axes, labels: Sequence[tuple[str, tuple[float, float]]]) -> None:
-    """Names beside their points, moved up or down until none lies on another."""
-    boxes = []
-    for name, place in sorted(labels, key=lambda label: label[1][1]):
-        x, y = axes.transData.transform(place)
-        for shift in sorted(range(-60, 61, 3), key=abs):
-            box = (x, y + shift, 7 * len(name) + 4, 12)
-            if not any(abs(box[0] - b[0]) < max(box[2], b[2]) and abs(box[1] - b[1]) < box[3] for b in boxes):
-                break
-        boxes.append(box)
-        axes.annotate(name, place, fontsize=7, xytext=(6, shift - 3), textcoords="offset pixels")
+def _label(axes, names: Sequence[str], x: Sequence[float], y: Sequence[float], side: str) -> None:
+    """Names beside their points, on a logarithmic scale; points that are hardly apart have one label together."""
+    at = np.log10(np.array([x, y])).T
+    apart = np.abs(at[:, None] - at[None]) > (0.3, 0.07)  # decades: what a label covers
+    groups = {}
+    for i, name in enumerate(names):
+        first = next((j for j in groups if not apart[i, j].any()), i)
+        groups.setdefault(first, []).append(name)
+    for i, together in groups.items():
+        axes.annotate(", ".join(together), (x[i], y[i]), fontsize=7, ha="left" if side == "right" else "right",
+                      va="center", xytext=(5 if side == "right" else -5, 0), textcoords="offset points")  # fmt: skip
 
 
 def _draw_speed(axes, records: Record) -> None:
