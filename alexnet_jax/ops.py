@@ -226,8 +226,10 @@ _conv.defvjp(_conv_forward, _conv_backward)
 def conv(x: jax.Array, kernel: jax.Array, stride: int, padding: tuple[tuple[int, int], tuple[int, int]]) -> jax.Array:
     """Two-dimensional convolution, ungrouped: [B, H, W, I] with a square HWIO kernel gives [B, H', W', O].
 
-    On a CPU it is Winograd's where that pays. A layer that is confined to its tower calls this once per tower: XLA's
-    grouped convolution (`feature_group_count=2`) ran at 19 GFLOP/s forward on the CPU, one per tower at 113.
+    On a CPU it is Winograd's where that pays. The gradient is, as in `local_response_norm`, of reverse mode only.
+
+    A layer that is confined to its tower calls this once per tower: XLA's grouped convolution
+    (`feature_group_count=2`) ran at 19 GFLOP/s forward on the CPU, one per tower at 113.
     """
     return _conv(x, kernel, stride, padding)
 

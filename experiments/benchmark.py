@@ -186,7 +186,12 @@ def step(setting: Setting) -> dict[str, Any]:
             for batch in setting.batches:
                 for which, make in (("training", training_step), ("inference", inference)):
                     peak = measure.Peak()
-                    call = make(model, batch, setting.shape)
+                    try:
+                        call = make(model, batch, setting.shape)
+                        measure.seconds(call.run, 1)
+                    except jax.errors.JaxRuntimeError as error:  # no memory for it: the other cases are kept
+                        print(f"{which} {dtype} batch {batch} failed: {str(error).splitlines()[0]}", flush=True)
+                        continue
                     case = {
                         "pass": which, "dtype": dtype, "batch": batch, **call.cost,
                         "bytes": step_bytes(model, batch, setting.shape)[which],
@@ -273,7 +278,7 @@ def growth(setting: Setting) -> dict[str, Any]:
     wider = lambda share: model.clone(widths=tuple(2 * round(share * w / 2) for w in model.widths))  # noqa: E731
     curves = {
         "image side": [point(s, model, middle, s) for s in sides],
-        "batch": [point(b, model, b, side) for b in setting.batches],
+        **({"batch": [point(b, model, b, side) for b in setting.batches]} if len(setting.batches) > 1 else {}),
         "width": [point(share, wider(share), middle, side) for share in shares],
     }
     return {"batch": middle, "curves": curves, "exponents": {name: _exponent(curve) for name, curve in curves.items()}}
@@ -458,7 +463,7 @@ def _setting(flags: argparse.Namespace, config: list[str]) -> Setting:
     if flags.quick:
         model, side = AlexNet(num_classes=10, widths=(8, 16, 16, 16, 16, 32, 32)), 64
     return Setting(
-        model, (side, side, 3), tuple(sorted(map(int, batches))), tuple(dtypes), 3 if flags.quick else 9,
+        model, (side, side, 3), tuple(sorted(set(map(int, batches)))), tuple(dtypes), 3 if flags.quick else 9,
         flags.torch_python, flags.quick, tuple(config),
     )  # fmt: skip
 

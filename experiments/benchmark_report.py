@@ -242,7 +242,7 @@ def plot(records: Record, path: Path) -> None:
 
 def _draw_roofline(axes, records: Record) -> None:
     part = records["layers"]
-    known = [r for r in part["layers"] if r["flops"] > 0]
+    known = [r for r in part["layers"] if r["flops"] > 0 and r["seconds"] > LEAST]
     intensity = [r["flops"] / r["bytes"] for r in known]
     for dtype in part["rates"]["matmul"]:
         style = STYLES[dtype]

@@ -1,9 +1,12 @@
 """Winograd's convolution against its definition in float64."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from alexnet_jax import ops, winograd
 
@@ -66,3 +69,43 @@ def test_bfloat16_stays_so_and_is_computed_in_float32():
     expected = ops.convolve(x.astype(jnp.float32), w.astype(jnp.float32), 1, padding)
     assert y.dtype == jnp.bfloat16
     np.testing.assert_allclose(y.astype(jnp.float32), expected, rtol=2**-8, atol=1e-3)
+
+
+@pytest.mark.parametrize("side,shape,stride,padding", [
+    (224, (11, 11, 3, 96), 4, ((0, 3), (0, 3))), (27, (5, 5, 48, 128), 1, ((2, 2), (2, 2))),
+    (13, (3, 3, 192, 192), 1, ((1, 1), (1, 1))),
+])  # fmt: skip
+@pytest.mark.parametrize("sharded", [False, True])
+def test_the_papers_layers_are_the_same_in_both_forms(side, shape, stride, padding, sharded):
+    random = np.random.default_rng(3)
+    x, w = random.standard_normal((4, side, side, shape[2])), random.standard_normal(shape)
+    x, w = jnp.float32(x), jnp.float32(w)
+    assert winograd.pays(x[:2], w, stride)
+
+    def results(conv):
+        def loss(x, w):
+            y = conv(x, w, stride, padding)
+            return (y * jnp.cos(jnp.arange(y.size // len(y)).reshape(y.shape[1:]))).sum(), y
+
+        def all_of(x, w):
+            (_, y), gradients = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(x, w)
+            return y, gradients
+
+        if sharded:  # the kernel on both devices, so that its gradient is a sum over them
+            mesh = jax.make_mesh((2,), ("data",), (AxisType.Auto,), devices=jax.devices()[:2])
+            by_image = P("data")
+            all_of = jax.shard_map(
+                all_of, mesh=mesh, in_specs=(by_image, P()), out_specs=(by_image, (by_image, P()))
+            )  # fmt: skip
+        return jax.jit(all_of)(x, w)
+
+    found, expected = results(ops.conv), results(ops.convolve)
+    scaled = jax.tree.map(lambda f, e: f / jnp.abs(e).max(), found, expected)
+    chex.assert_trees_all_close(scaled, jax.tree.map(lambda e: e / jnp.abs(e).max(), expected), atol=3e-5)
+
+
+@pytest.mark.parametrize("stride", [1, 4])
+def test_an_empty_batch_stays_empty(stride):
+    x, kernel = jnp.zeros((0, 24, 24, 8)), jnp.ones((3 * stride, 3 * stride, 8, 4))
+    side = 24 // stride - 2
+    assert winograd.convolve(x, kernel, stride, ((0, 0), (0, 0))).shape == (0, side, side, 4)
