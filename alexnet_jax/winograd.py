@@ -33,6 +33,12 @@ def matrices(m: int, r: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return np.vstack([a, np.eye(m)[-1]]), np.vstack([g, np.eye(r)[-1]]), np.array([*b, np.poly(points)[::-1]])
 
 
+def _form(r):
+    """m, A, G and Bᵀ of the F(m, r) that stands for an r × r kernel."""
+    m = (r + 1) // 2
+    return m, *matrices(m, r)
+
+
 def _between(matrix: np.ndarray, grid: Grid) -> Grid:
     """matrix · grid · matrixᵀ, without the products by 0."""
 
@@ -60,20 +66,17 @@ def _pad(x: jax.Array, low: Sequence[int], sizes: Sequence[int]) -> jax.Array:
     return lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *edges, (0, 0, 0)))
 
 
-def _whole_tiles(x, kernel_size, padding):
-    """Images with their padding, filled up so that F(m, r) makes whole tiles of outputs, and these outputs' [H, W]."""
-    m = (kernel_size + 1) // 2
-    outputs = [size + sum(edges) - kernel_size + 1 for size, edges in zip(x.shape[1:3], padding, strict=True)]
+def _whole_tiles(x, outputs, m, r, padding):
+    """Images with their padding, filled up until the outputs [H, W] are whole tiles, and these outputs' [H, W]."""
     outputs = [-(-size // m) * m for size in outputs]
-    return _pad(x, [low for low, _ in padding], [size + kernel_size - 1 for size in outputs]), outputs
+    return _pad(x, [low for low, _ in padding], [size + r - 1 for size in outputs]), outputs
 
 
 def _outputs(x, kernel, padding):
     batch, r, features = x.shape[0], kernel.shape[0], kernel.shape[3]
+    m, a, g, b = _form(r)
     height, width = (size + sum(edges) - r + 1 for size, edges in zip(x.shape[1:3], padding, strict=True))
-    m = (r + 1) // 2
-    a, g, b = matrices(m, r)
-    x, sides = _whole_tiles(x, r, padding)
+    x, sides = _whole_tiles(x, (height, width), m, r, padding)
     inputs, kernels = _between(b, _tiles(x, m + r - 1, m)), _between(g, [list(row) for row in kernel])
     products = [[d @ k for d, k in zip(*rows, strict=True)] for rows in zip(inputs, kernels, strict=True)]
     tiles = (batch, sides[0] // m, sides[1] // m, features)
@@ -82,9 +85,8 @@ def _outputs(x, kernel, padding):
 
 
 def _kernel_gradient(x, gradient, r, padding):
-    m = (r + 1) // 2
-    a, g, b = matrices(m, r)
-    x, sides = _whole_tiles(x, r, padding)
+    m, a, g, b = _form(r)
+    x, sides = _whole_tiles(x, gradient.shape[1:3], m, r, padding)
     inputs, outputs = _between(b, _tiles(x, m + r - 1, m)), _between(a, _tiles(_pad(gradient, (0, 0), sides), m, m))
     products = [[d.T @ y for d, y in zip(*rows, strict=True)] for rows in zip(inputs, outputs, strict=True)]
     return jnp.stack([jnp.stack(row) for row in _between(g.T, products)])
@@ -132,13 +134,13 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: Sequence[tup
     """`ops.conv`, computed in float32 at least, for kernels of 3 to 5 strides."""
     dtype = x.dtype
     x, kernel = (a.astype(jnp.promote_types(dtype, jnp.float32)) for a in (x, kernel))
+    parts = 1
     if stride > 1:
         x, kernel = _blocks(x, kernel, stride, padding)
         padding = ((0, 0), (0, 0))
+        # The tiles of a few of conv1's images stay in the cache: inference 264 images/s for 249.
+        parts = max(1, len(x) // next(few for few in (8, 6, 4, 3, 2, 1) if len(x) % few == 0))
     x, kernel = x + _zero_of(kernel), kernel + _zero_of(x)
-    batch, parts = x.shape[0], 1
-    if stride > 1 and batch:  # the tiles of a few of conv1's images stay in the cache: inference 264 images/s for 249
-        parts = batch // next(few for few in (8, 6, 4, 3, 2, 1) if batch % few == 0)
     return _convolve(x, kernel, padding, parts).astype(dtype)
 
 

@@ -201,6 +201,8 @@ def step(setting: Setting) -> dict[str, Any]:
                     result["cases"].append(case)
                     print(benchmark_report.case_line(case), flush=True)
                     del call
+        if not result["cases"]:
+            raise ValueError("no batch could be measured; give smaller --batches")
         result["rates"] = rates(setting, result["rates"])
     finally:
         peer.close()
@@ -219,8 +221,7 @@ def _forms(setting: Setting, batch: int) -> dict[str, dict[str, bool]]:
 
 
 def _alternate(call: Call, peer: Peer | None, setting: Setting, batch: int, which: str, dtype: str) -> dict[str, Any]:
-    """Seconds of a call, the median of rounds in which each of PyTorch's forms has its turn too."""
-    measure.seconds(call.run, 1)
+    """Seconds of a call that has run once, the median of rounds in which each of PyTorch's forms has its turn too."""
     counts, times, errors = {"jax": measure.repeats(measure.seconds(call.run, 1))}, {"jax": []}, {}
     what = {"network": network(setting.model, setting.shape), "batch": batch, "dtype": dtype}
     what["train"] = which == "training"
@@ -352,7 +353,7 @@ def _loop(config: ml_collections.ConfigDict, window: int, rounds: int) -> dict[s
     """
     from alexnet_jax import train
 
-    config.num_train_steps, config.log_every = (5 if rounds == 1 else 6) * window, window
+    config.num_train_steps, config.log_every = 6 * window, window
     bare, looped = [], []
     with tempfile.TemporaryDirectory() as folder:
         use_compile_cache(f"{folder}/programs")

@@ -280,9 +280,10 @@ def _draw_speed(axes, records: Record) -> None:
         style = STYLES[dtype]
         cases = [c for c in part["cases"] if c["pass"] == "training" and c["dtype"] == dtype]
         curves = {"this project": [(c["batch"], c["images_per_s"]) for c in cases]}
-        for case in cases:
-            for peer in case["peers"]:
-                curves.setdefault(f"PyTorch {peer['form']}", []).append((case["batch"], peer["images_per_s"]))
+        for form in dict.fromkeys(peer["form"] for case in cases for peer in case["peers"]):
+            speeds = [{peer["form"]: peer["images_per_s"] for peer in case["peers"]} for case in cases]
+            # No line over a batch at which it was not measured.
+            curves[f"PyTorch {form}"] = [(c["batch"], s.get(form, np.nan)) for c, s in zip(cases, speeds, strict=True)]
         for i, (name, points) in enumerate(curves.items()):
             label = f"{name}, {dtype}"
             axes.plot(*zip(*points, strict=True), f"o{style}", color=f"C{i}", markersize=4, label=label)
