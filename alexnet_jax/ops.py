@@ -229,8 +229,16 @@ def conv(x: jax.Array, kernel: jax.Array, stride: int, padding: tuple[tuple[int,
     On a CPU it is Winograd's where that pays. The gradient is, as in `local_response_norm`, of reverse mode only.
 
     A layer that is confined to its tower calls this once per tower: XLA's grouped convolution
-    (`feature_group_count=2`) ran at 19 GFLOP/s forward on the CPU, one per tower at 113.
+    (`feature_group_count=2`) ran at 19 GFLOP/s forward on the CPU, one per tower at 113. Where XLA's partitioner is to
+    split the batch (`jax.jit` of sharded arrays, no `jax.shard_map`), `convolve` is the form that it can split.
+
+    Raises:
+      ValueError: shapes that do not belong together, or a kernel that is not square.
     """
+    if x.ndim != 4 or kernel.ndim != 4 or kernel.shape[0] != kernel.shape[1] or x.shape[3] != kernel.shape[2]:
+        raise ValueError(
+            f"conv: images {x.shape}, kernel {kernel.shape}: expected [B, H, W, I] and a square [side, side, I, O]"
+        )
     return _conv(x, kernel, stride, padding)
 
 

@@ -179,8 +179,10 @@ def step(setting: Setting) -> dict[str, Any]:
             for name, difference in result["differences"].items():
                 if not difference < TOLERANCE["logits" if name == "logits" else "gradients"]:
                     raise ValueError(f"{name} differs by {difference:.1e} of its largest element: not the same network")
+        elif setting.torch_python != sys.executable:
+            raise ValueError(f"--torch-python={setting.torch_python} has no PyTorch: {peer.last_words()}")
         else:
-            print(f"No PyTorch in {setting.torch_python}: measured alone", flush=True)
+            print(f"Measured alone, without PyTorch: {peer.last_words()}", flush=True)
         for dtype in setting.dtypes:
             model = setting.model.clone(dtype=jnp.dtype(dtype))
             for batch in setting.batches:
@@ -227,7 +229,7 @@ def _alternate(call: Call, peer: Peer | None, setting: Setting, batch: int, whic
     what["train"] = which == "training"
 
     def request(ask, name, **what):
-        answer = peer.ask(ask, name=name, **what) or {"error": "its process has ended"}
+        answer = peer.ask(ask, name=name, **what) or {"error": peer.last_words()}
         if "error" in answer:
             errors[name] = answer["error"]
         return answer.get("seconds")
@@ -334,7 +336,9 @@ def stream(setting: Setting) -> dict[str, Any]:
                 colours = Image.fromarray(random.integers(0, 256, (32, 40, 3), np.uint8))
                 colours.resize((320, 256)).save(path / f"{i}.jpeg")
         command = [sys.executable, "-m", "alexnet_jax.prepare", "--dataset=random", f"--data_dir={folder}/images"]
-        subprocess.run([*command, f"--out={folder}/data"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        done = subprocess.run([*command, f"--out={folder}/data"], cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            raise ValueError(f"alexnet_jax.prepare does not prepare: {(done.stderr.splitlines() or ['no word'])[-1]}")
         flags = {
             "dataset": "random_256", "data_dir": f"{folder}/data", "batch_size": batch, "ten_crop": False,
             "eval_every": 6 * window,  # once, at the end: with so few images it would be every few steps
@@ -484,7 +488,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     failed = []
     try:
         setting, parts = _setting(flags, config), list(dict.fromkeys(flags.parts.split(",")))
-        flags.workdir.mkdir(parents=True, exist_ok=True)
+        try:
+            flags.workdir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--workdir={flags.workdir}: {error.strerror}; expected a folder to write to") from None
         _read(flags.workdir)
         for i, part in enumerate(parts):
             if len(parts) == 1:
@@ -497,10 +504,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         records = _read(flags.workdir)
         (flags.workdir / "benchmark.md").write_text(benchmark_report.markdown(records))
         benchmark_report.plot(records, flags.workdir / "benchmark.png")
-    except (ValueError, ConfigError, DataError) as error:
+    except (ValueError, ConfigError, DataError, OSError) as error:
         sys.exit(f"Error: {error}")
-    except OSError as error:
-        sys.exit(f"Error: --workdir={flags.workdir}: {error}")
     except KeyboardInterrupt:
         print("Interrupted; the parts that were measured are kept", file=sys.stderr)
         sys.exit(130)

@@ -60,8 +60,12 @@ def _step(part: Record) -> str:
             *(peers.get(n, "—") for n in names), *([f"{best['ratio']:.2f}"] if best else ["—"] * bool(names)),
         ])  # fmt: skip
     measured = ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in a {dtype} matrix product" for dtype, rate in matmul.items())
-    rounds = f"Spread is that of the middle half of {len(part['cases'][0]['rounds_s'])} rounds, of their median."
-    lines = [f"The device reaches {measured} and {copy / 1e9:.1f} GB/s in a copy. {rounds}", _table(head, rows)]
+    notes = (
+        f"Spread is that of the middle half of {len(part['cases'][0]['rounds_s'])} rounds, of their median. Program is "
+        "what the compiled step holds at once; peak what was seen, on a GPU of the device since the start, on a CPU of "
+        "the whole process."
+    )
+    lines = [f"The device reaches {measured} and {copy / 1e9:.1f} GB/s in a copy. {notes}", _table(head, rows)]
     if part["torch"]:
         lines.append(agreement(part))
     return "\n\n".join([*lines, *_memory(part)])
@@ -226,17 +230,22 @@ def markdown(records: Record) -> str:
 
 
 def plot(records: Record, path: Path) -> None:
-    """Each layer under the roofline, images/s beside PyTorch by batch, and growth; what was measured of them."""
+    """Each layer under the roofline, images/s beside PyTorch by batch, growth, devices; what was measured of them."""
     from matplotlib.figure import Figure
 
-    wanted = [draw for part, draw in (("layers", _draw_roofline), ("step", _draw_speed), ("growth", _draw_growth))
-              if part in records]  # fmt: skip
+    draws = {"layers": _draw_roofline, "step": _draw_speed, "growth": _draw_growth, "devices": _draw_devices}
+    wanted = [part for part in draws if part in records]
     if not wanted:
         return
-    figure = Figure(figsize=(6.2 * len(wanted), 5), layout="constrained")
-    for draw, axes in zip(wanted, np.atleast_1d(figure.subplots(1, len(wanted))), strict=True):
-        draw(axes, records)
+    columns = min(2, len(wanted))
+    rows = -(-len(wanted) // columns)
+    figure = Figure(figsize=(6.2 * columns, 5 * rows), layout="constrained")
+    for i, part in enumerate(wanted):
+        axes = figure.add_subplot(rows, columns, i + 1)
+        draws[part](axes, records)
         axes.grid(alpha=0.3)
+        axes.title.set_fontsize(10)
+        axes.legend(fontsize=8, frameon=False)
     figure.savefig(path, dpi=110)
 
 
@@ -247,7 +256,7 @@ def _draw_roofline(axes, records: Record) -> None:
     for dtype in part["rates"]["matmul"]:
         style = STYLES[dtype]
         top, copy = part["rates"]["matmul"][dtype], part["rates"]["copy"]
-        reach = np.array([min(intensity) / 2, top / copy, max(intensity) * 2])
+        reach = np.array([min(intensity) / 4, top / copy, max(intensity) * 8])  # room for names
         axes.loglog(reach, np.minimum(top, copy * reach) / 1e9, f"k{style}", linewidth=1, label=f"roofline, {dtype}")
         for which, colour in (("forward", "tab:blue"), ("backward", "tab:orange"), ("update", "tab:green")):
             points = [r for r in known if r["pass"] == which and r["dtype"] == dtype]
@@ -257,8 +266,6 @@ def _draw_roofline(axes, records: Record) -> None:
             _label(axes, [r["layer"] for r in points], x, y, "left" if which == "forward" else "right")
     axes.set(xlabel="FLOP a byte (least bytes)", ylabel="GFLOP/s",
              title=f"Layers, {part['batch']} images: {part['device']}, {part['date']}")  # fmt: skip
-    axes.title.set_fontsize(10)
-    axes.legend(fontsize=8, frameon=False)
 
 
 def _label(axes, names: Sequence[str], x: Sequence[float], y: Sequence[float], side: str) -> None:
@@ -292,8 +299,6 @@ def _draw_speed(axes, records: Record) -> None:
     axes.set_xticks(ticks, map(str, ticks))
     axes.set_ylim(bottom=0)
     axes.set(xlabel="batch", ylabel="images/s", title=f"Training: {part['device']}, {part['date']}")
-    axes.title.set_fontsize(10)
-    axes.legend(fontsize=8, frameon=False)
 
 
 def _draw_growth(axes, records: Record) -> None:
@@ -303,5 +308,18 @@ def _draw_growth(axes, records: Record) -> None:
         label = f"{name} {curve[0]['value']} to {curve[-1]['value']}: exponent {part['exponents'][name]:.2f}"
         axes.loglog(np.array(x) / 1e9, y, "o-", markersize=4, label=label)
     axes.set(xlabel="GFLOP a step", ylabel="seconds a step", title=f"Growth: {part['device']}, {part['date']}")
-    axes.title.set_fontsize(10)
-    axes.legend(fontsize=8, frameon=False)
+
+
+def _draw_devices(axes, records: Record) -> None:
+    part = records["devices"]
+    counts, seconds = ([point[key] for point in part["curve"]] for key in ("value", "seconds"))
+    axes.plot(counts, seconds, "o-", markersize=4, label="measured")
+    # Virtual devices share the cores, so that their work takes one device's time at best; real ones divide it.
+    ideal = [seconds[0] / (1 if part["virtual"] else n) for n in counts]
+    axes.plot(counts, ideal, "k:", linewidth=1, label="linear cost")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(counts, map(str, counts))
+    axes.set_ylim(bottom=0)
+    kind = "virtual devices" if part["virtual"] else "devices"
+    axes.set(xlabel=kind, ylabel="seconds a step",
+             title=f"Data parallel, {part['batch']} images: {part['device']}, {part['date']}")  # fmt: skip

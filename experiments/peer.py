@@ -19,15 +19,16 @@ class Peer:
 
     def __init__(self, python: str):
         command = [python, str(Path(__file__).with_name("torch_alexnet.py"))]
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         try:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
             )
         except OSError as error:
             raise ValueError(f"--torch-python={python}: {error.strerror}") from None
 
     def ask(self, ask: str, **what: Any) -> dict[str, Any] | None:
-        """None if the process has ended, as it does where PyTorch is not installed."""
+        """None if the process has ended, as it does where PyTorch is not installed; `last_words` says why."""
         try:
             self.process.stdin.write(json.dumps({"ask": ask, **what}) + "\n")
             self.process.stdin.flush()
@@ -35,10 +36,16 @@ class Peer:
         except BrokenPipeError:
             return None
 
+    def last_words(self) -> str:
+        """The last line of what the process had to say."""
+        self._errors.seek(0)
+        return (self._errors.read().strip().splitlines() or ["its process has ended"])[-1]
+
     def close(self) -> None:
         with contextlib.suppress(BrokenPipeError):  # it has ended
             self.process.stdin.close()
         self.process.wait()
+        self._errors.close()
 
 
 def network(model: AlexNet, shape: tuple[int, int, int]) -> dict[str, Any]:
@@ -75,7 +82,7 @@ def differences(peer: Peer, model: AlexNet, shape: tuple[int, int, int], batch: 
         np.savez(source, images=images, labels=labels, **_by_path(params))
         answer = peer.ask("compute", network=network(model, shape), source=source, target=target)
         if answer is None or "error" in answer:
-            raise ValueError(f"PyTorch computes nothing: {(answer or {}).get('error', 'its process has ended')}")
+            raise ValueError(f"PyTorch computes nothing: {(answer or {'error': peer.last_words()})['error']}")
         theirs = np.load(target)
         return {k: float(np.abs(v - theirs[k]).max() / np.abs(v).max()) for k, v in ours.items()}
 

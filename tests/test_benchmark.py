@@ -86,7 +86,16 @@ def test_pytorch_computes_the_same():
 def test_without_pytorch_it_is_measured_alone(capsys):
     result = benchmark.step(SETTING._replace(batches=(2,)))
     assert result["torch"] is None and [c["peers"] for c in result["cases"]] == [[], []]
-    assert "measured alone" in capsys.readouterr().out
+    assert "Measured alone, without PyTorch: ModuleNotFoundError" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch") is not None, reason="PyTorch is installed here")
+def test_the_python_that_is_named_must_have_pytorch(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    with pytest.raises(ValueError, match="python has no PyTorch: ModuleNotFoundError: No module named 'torch'"):
+        benchmark.step(SETTING._replace(batches=(2,), torch_python=str(python)))
 
 
 def test_the_exponent_of_a_curve():

@@ -132,6 +132,14 @@ class MaxPoolTest(chex.TestCase):
             ops.max_pool(jnp.ones((1, 2, 5, 1)), window, stride)
 
 
+@pytest.mark.parametrize("shape,kernel", [
+    ((1, 9, 9, 3), (3, 5, 3, 4)), ((1, 9, 9, 3), (3, 3, 2, 4)), ((9, 9, 3), (3, 3, 3, 4)), ((1, 9, 9, 3), (3, 3, 3)),
+])  # fmt: skip
+def test_conv_refuses_shapes_that_do_not_belong_together(shape, kernel):
+    with pytest.raises(ValueError, match="conv: images .*, kernel .*: expected"):
+        ops.conv(jnp.ones(shape), jnp.ones(kernel), 1, ((0, 0), (0, 0)))
+
+
 @pytest.mark.parametrize("channels,size,kernel,stride,padding", [
     (1, 12, 5, 1, (2, 2)), (3, 24, 11, 4, (0, 3)), (8, 9, 3, 1, (1, 1)), (1, 28, 5, 2, (2, 3)),
 ])  # fmt: skip
