@@ -1,18 +1,22 @@
 """The tables and the picture of `experiments.benchmark`, from what it measured."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 Record = dict[str, Any]
-STYLES = {"float32": "-", "bfloat16": "--"}
 LEAST = 1e-8  # seconds that are a difference of two, and not noise alone
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (head, ("---",) * len(head), *rows))
+
+
+def _dtypes(part: Record) -> list[str]:
+    return sorted(part["rates"]["matmul"], reverse=True)  # float32 first
 
 
 def _count(x: float) -> str:
@@ -59,7 +63,7 @@ def _step(part: Record) -> str:
             _count(case["program_bytes"] / 1e6), _count(peak / 1e6) if peak else "not told",
             *(peers.get(n, "—") for n in names), *([f"{best['ratio']:.2f}"] if best else ["—"] * bool(names)),
         ])  # fmt: skip
-    measured = ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in a {dtype} matrix product" for dtype, rate in matmul.items())
+    measured = ", ".join(f"{matmul[dtype] / 1e9:,.0f} GFLOP/s in a {dtype} matrix product" for dtype in _dtypes(part))
     notes = (
         f"Spread is that of the middle half of {len(part['cases'][0]['rounds_s'])} rounds, of their median. Program is "
         "what the compiled step holds at once; peak what was seen, on a GPU of the device since the start, on a CPU of "
@@ -88,7 +92,7 @@ def memory_model(part: Record, dtype: str) -> tuple[float, float] | None:
 
 def _memory(part: Record) -> list[str]:
     lines = []
-    for dtype in part["rates"]["matmul"]:
+    for dtype in _dtypes(part):
         if found := memory_model(part, dtype):
             fixed, image = found
             donated = next(c["donated_bytes"] for c in part["cases"] if c["pass"] == "training")
@@ -192,7 +196,7 @@ def summary(records: Record) -> str:
             if best := fastest(case):
                 text += f"; {best['ratio']:.2f} × PyTorch's fastest ({best['form']}: {_count(best['images_per_s'])})"
             add("step", f"{case['pass']}, {case['dtype']}, batch {largest}", text)
-        for dtype in part["rates"]["matmul"]:
+        for dtype in _dtypes(part):
             if found := memory_model(part, dtype):
                 add("step", f"memory of a training step, {dtype}",
                     f"{found[0] / 1e6:.0f} MB and {found[1] / 1e6:.2f} MB an image")  # fmt: skip
@@ -230,42 +234,41 @@ def markdown(records: Record) -> str:
 
 
 def plot(records: Record, path: Path) -> None:
-    """Each layer under the roofline, images/s beside PyTorch by batch, growth, devices; what was measured of them."""
+    """Layers under the roofline and images/s beside PyTorch, by dtype; growth; devices: what was measured of them."""
     from matplotlib.figure import Figure
 
     draws = {"layers": _draw_roofline, "step": _draw_speed, "growth": _draw_growth, "devices": _draw_devices}
-    wanted = [part for part in draws if part in records]
-    if not wanted:
+    panels = [
+        (partial(draw, dtype=dtype) if dtype else draw, records[part])
+        for part, draw in draws.items() if part in records
+        for dtype in (_dtypes(records[part]) if part in ("layers", "step") else (None,))
+    ]  # fmt: skip
+    if not panels:
         return
-    columns = min(2, len(wanted))
-    rows = -(-len(wanted) // columns)
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
     figure = Figure(figsize=(6.2 * columns, 5 * rows), layout="constrained")
-    for i, part in enumerate(wanted):
+    for i, (draw, part) in enumerate(panels):
         axes = figure.add_subplot(rows, columns, i + 1)
-        draws[part](axes, records)
+        draw(axes, part)
         axes.grid(alpha=0.3)
-        axes.title.set_fontsize(10)
+        axes.set_title(f"{axes.get_title()}: {part['device']}, {part['date']}", fontsize=10)
         axes.legend(fontsize=8, frameon=False)
     figure.savefig(path, dpi=110)
 
 
-def _draw_roofline(axes, records: Record) -> None:
-    part = records["layers"]
-    known = [r for r in part["layers"] if r["flops"] > 0 and r["seconds"] > LEAST]
+def _draw_roofline(axes, part: Record, dtype: str) -> None:
+    known = [r for r in part["layers"] if r["flops"] > 0 and r["seconds"] > LEAST and r["dtype"] == dtype]
     intensity = [r["flops"] / r["bytes"] for r in known]
-    for dtype in part["rates"]["matmul"]:
-        style = STYLES[dtype]
-        top, copy = part["rates"]["matmul"][dtype], part["rates"]["copy"]
-        reach = np.array([min(intensity) / 4, top / copy, max(intensity) * 8])  # room for names
-        axes.loglog(reach, np.minimum(top, copy * reach) / 1e9, f"k{style}", linewidth=1, label=f"roofline, {dtype}")
-        for which, colour in (("forward", "tab:blue"), ("backward", "tab:orange"), ("update", "tab:green")):
-            points = [r for r in known if r["pass"] == which and r["dtype"] == dtype]
-            x, y = ([r["flops"] / r[by] / unit for r in points] for by, unit in (("bytes", 1), ("seconds", 1e9)))
-            axes.loglog(x, y, "o", color=colour, markersize=4, fillstyle="full" if style == "-" else "none",
-                        label=which if style == "-" else None)  # fmt: skip
-            _label(axes, [r["layer"] for r in points], x, y, "left" if which == "forward" else "right")
-    axes.set(xlabel="FLOP a byte (least bytes)", ylabel="GFLOP/s",
-             title=f"Layers, {part['batch']} images: {part['device']}, {part['date']}")  # fmt: skip
+    top, copy = part["rates"]["matmul"][dtype], part["rates"]["copy"]
+    reach = np.array([min(intensity) / 4, top / copy, max(intensity) * 8])  # room for names
+    axes.loglog(reach, np.minimum(top, copy * reach) / 1e9, "k-", linewidth=1, label="roofline")
+    for which in ("forward", "backward", "update"):
+        points = [r for r in known if r["pass"] == which]
+        x, y = ([r["flops"] / r[by] / unit for r in points] for by, unit in (("bytes", 1), ("seconds", 1e9)))
+        axes.loglog(x, y, "o", markersize=4, label=which)
+        _label(axes, [r["layer"] for r in points], x, y, "right" if which == "backward" else "left")
+    axes.set(xlabel="FLOP a byte (least bytes)", ylabel="GFLOP/s", title=f"Layers, {dtype}, {part['batch']} images")
 
 
 def _label(axes, names: Sequence[str], x: Sequence[float], y: Sequence[float], side: str) -> None:
@@ -281,45 +284,40 @@ def _label(axes, names: Sequence[str], x: Sequence[float], y: Sequence[float], s
                       va="center", xytext=(5 if side == "right" else -5, 0), textcoords="offset points")  # fmt: skip
 
 
-def _draw_speed(axes, records: Record) -> None:
-    part = records["step"]
-    for dtype in part["rates"]["matmul"]:
-        style = STYLES[dtype]
-        cases = [c for c in part["cases"] if c["pass"] == "training" and c["dtype"] == dtype]
-        curves = {"this project": [(c["batch"], c["images_per_s"]) for c in cases]}
-        for form in dict.fromkeys(peer["form"] for case in cases for peer in case["peers"]):
-            speeds = [{peer["form"]: peer["images_per_s"] for peer in case["peers"]} for case in cases]
-            # No line over a batch at which it was not measured.
-            curves[f"PyTorch {form}"] = [(c["batch"], s.get(form, np.nan)) for c, s in zip(cases, speeds, strict=True)]
-        for i, (name, points) in enumerate(curves.items()):
-            label = f"{name}, {dtype}"
-            axes.plot(*zip(*points, strict=True), f"o{style}", color=f"C{i}", markersize=4, label=label)
+def _draw_speed(axes, part: Record, dtype: str) -> None:
+    cases = [c for c in part["cases"] if c["pass"] == "training" and c["dtype"] == dtype]
+    curves = {"this project": [(c["batch"], c["images_per_s"]) for c in cases]}
+    for form in dict.fromkeys(peer["form"] for case in cases for peer in case["peers"]):
+        speeds = [{peer["form"]: peer["images_per_s"] for peer in case["peers"]} for case in cases]
+        # No line over a batch at which it was not measured.
+        curves[f"PyTorch {form}"] = [(c["batch"], s.get(form, np.nan)) for c, s in zip(cases, speeds, strict=True)]
+    for name, points in curves.items():
+        axes.plot(*zip(*points, strict=True), "o-", markersize=4, label=name)
+    _count_axis(axes, [c["batch"] for c in cases])
+    axes.set(xlabel="batch", ylabel="images/s", title=f"Training, {dtype}")
+
+
+def _count_axis(axes, counts: Sequence[int]) -> None:
     axes.set_xscale("log", base=2)
-    ticks = sorted({c["batch"] for c in part["cases"]})
-    axes.set_xticks(ticks, map(str, ticks))
+    axes.set_xticks(counts, map(str, counts))
     axes.set_ylim(bottom=0)
-    axes.set(xlabel="batch", ylabel="images/s", title=f"Training: {part['device']}, {part['date']}")
 
 
-def _draw_growth(axes, records: Record) -> None:
-    part = records["growth"]
+def _draw_growth(axes, part: Record) -> None:
     for name, curve in part["curves"].items():
         x, y = ([point[key] for point in curve] for key in ("flops", "seconds"))
         label = f"{name} {curve[0]['value']} to {curve[-1]['value']}: exponent {part['exponents'][name]:.2f}"
         axes.loglog(np.array(x) / 1e9, y, "o-", markersize=4, label=label)
-    axes.set(xlabel="GFLOP a step", ylabel="seconds a step", title=f"Growth: {part['device']}, {part['date']}")
+    axes.set(xlabel="GFLOP a step", ylabel="seconds a step", title="Growth")
 
 
-def _draw_devices(axes, records: Record) -> None:
-    part = records["devices"]
+def _draw_devices(axes, part: Record) -> None:
     counts, seconds = ([point[key] for point in part["curve"]] for key in ("value", "seconds"))
     axes.plot(counts, seconds, "o-", markersize=4, label="measured")
     # Virtual devices share the cores, so that their work takes one device's time at best; real ones divide it.
-    ideal = [seconds[0] / (1 if part["virtual"] else n) for n in counts]
-    axes.plot(counts, ideal, "k:", linewidth=1, label="linear cost")
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(counts, map(str, counts))
-    axes.set_ylim(bottom=0)
+    axes.plot(
+        counts, [seconds[0] / (1 if part["virtual"] else n) for n in counts], "k:", linewidth=1, label="linear cost"
+    )
+    _count_axis(axes, counts)
     kind = "virtual devices" if part["virtual"] else "devices"
-    axes.set(xlabel=kind, ylabel="seconds a step",
-             title=f"Data parallel, {part['batch']} images: {part['device']}, {part['date']}")  # fmt: skip
+    axes.set(xlabel=kind, ylabel="seconds a step", title=f"Data parallel, {part['batch']} images")
