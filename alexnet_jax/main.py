@@ -20,6 +20,7 @@ from ml_collections import config_flags
 from alexnet_jax.configs import default
 
 _CONFIGS = Path(__file__).parent / "configs"
+FLAG_ERRORS = (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError)
 _TYPES = {int: "a whole number", float: "a number", bool: "True or False", str: "text", tuple: "values with commas"}
 
 
@@ -40,23 +41,24 @@ def _parse(argv: list[str]) -> list[str]:
         )
         rest = flags.FLAGS(argv)
         flags.FLAGS.config.to_dict()  # a file that could not be read shows only now
-    except (AttributeError, KeyError) as error:
+    except FLAG_ERRORS as error:
+        sys.exit(f"Error: {flag_error(error, argv)}")
+    if len(rest) > 1:
+        sys.exit(f"Error: unexpected argument {rest[1]!r}; flags begin with --, as in --config.batch_size=64")
+    return rest
+
+
+def flag_error(error: Exception, argv: list[str]) -> str:
+    """What absl and ml_collections say of the flags, in one line, with what they take."""
+    if isinstance(error, AttributeError | KeyError):
         config = default.get_config()
         known = sorted({*config, *(f"mesh.{name}" for name in config.mesh)} - {"mesh"})
         given = re.findall(r"--config\.([\w.]+)", " ".join(argv))
         name = next((name for name in given if name not in known), re.search(r"\w+", str(error)).group())
         near = difflib.get_close_matches(name, known, n=1)
         meant = f" Did you mean config.{near[0]}?" if near else ""
-        sys.exit(f"Error: config.{name}: no such field.{meant} The fields are {', '.join(known)}")
-    except (flags.Error, TypeError, ValueError, OSError, SyntaxError) as error:
-        sys.exit(f"Error: {_in_our_words(' '.join(str(error).split()))}")
-    if len(rest) > 1:
-        sys.exit(f"Error: unexpected argument {rest[1]!r}; flags begin with --, as in --config.batch_size=64")
-    return rest
-
-
-def _in_our_words(message: str) -> str:
-    """What absl and ml_collections say of a flag, with what it takes."""
+        return f"config.{name}: no such field.{meant} The fields are {', '.join(known)}"
+    message = " ".join(str(error).split())
     if message.startswith("flag --workdir=None"):
         return "--workdir is missing: the run's folder, as in --workdir runs/"
     if found := re.match(r"flag --config\.([\w.]+)=(.*?): ", message):

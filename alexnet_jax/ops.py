@@ -223,6 +223,7 @@ def _conv_backward(stride, padding, residuals, g):
 _conv.defvjp(_conv_forward, _conv_backward)
 
 
+@partial(jax.jit, static_argnums=(2, 3), static_argnames=("stride", "padding"))
 def conv(x: jax.Array, kernel: jax.Array, stride: int, padding: tuple[tuple[int, int], tuple[int, int]]) -> jax.Array:
     """Two-dimensional convolution, ungrouped: [B, H, W, I] with a square HWIO kernel gives [B, H', W', O].
 
@@ -232,13 +233,21 @@ def conv(x: jax.Array, kernel: jax.Array, stride: int, padding: tuple[tuple[int,
     (`feature_group_count=2`) ran at 19 GFLOP/s forward on the CPU, one per tower at 113. Where XLA's partitioner is to
     split the batch (`jax.jit` of sharded arrays, no `jax.shard_map`), `convolve` is the form that it can split.
 
+    Args:
+      padding: zeros before and after, of the height and of the width.
+
     Raises:
-      ValueError: shapes that do not belong together, or a kernel that is not square.
+      ValueError: shapes that do not belong together, a kernel that is not square or larger than the images with their
+        padding, or a stride below 1.
     """
-    if x.ndim != 4 or kernel.ndim != 4 or kernel.shape[0] != kernel.shape[1] or x.shape[3] != kernel.shape[2]:
+    side = kernel.shape[0] if kernel.ndim == 4 else 0
+    if x.ndim != 4 or kernel.shape != (side, side, x.shape[3], kernel.shape[-1]) or side < 1 or stride < 1:
         raise ValueError(
-            f"conv: images {x.shape}, kernel {kernel.shape}: expected [B, H, W, I] and a square [side, side, I, O]"
+            f"conv: images {x.shape}, kernel {kernel.shape}, stride={stride}: expected [B, H, W, I], a square "
+            "[side, side, I, O] and a stride of at least 1"
         )
+    if min(size + sum(edges) for size, edges in zip(x.shape[1:3], padding, strict=True)) < side:
+        raise ValueError(f"conv: images {x.shape}, padding {padding}: smaller than the kernel, {side}×{side}")
     return _conv(x, kernel, stride, padding)
 
 

@@ -1,10 +1,10 @@
 """How fast it is, and how far from what the device could do: python -m experiments.benchmark --workdir DIR
 
 Each part runs in a process of its own and is one entry of DIR/benchmark.json: the training step and inference beside
-PyTorch (`step`), each layer beside the device's roofline (`layers`), the growth with image, batch and width (`growth`)
-and with devices (`devices`), what the loop of `alexnet_jax.main` adds to the bare step with the data on the device
-(`loop`) and read from its files (`stream`), and how soon it trains at the first and second start (`start`). A part that
-runs again replaces its entry.
+PyTorch (`step`), each layer beside the device's roofline (`layers`), what the operations written by hand gain over
+XLA's (`forms`), the growth with image, batch and width (`growth`) and with devices (`devices`), what the loop of
+`alexnet_jax.main` adds to the bare step with the data on the device (`loop`) and read from its files (`stream`), and
+how soon it trains at the first and second start (`start`). A part that runs again replaces its entry.
 """
 
 import argparse
@@ -34,19 +34,22 @@ from PIL import Image
 
 from alexnet_jax import AlexNet, paper_sgd, sharding
 from alexnet_jax.compile_cache import use_compile_cache
+from alexnet_jax.configs import fashion_mnist
 from alexnet_jax.data import DataError
 from alexnet_jax.evaluate import jit_forward, predict
-from alexnet_jax.recipe import ConfigError
+from alexnet_jax.main import FLAG_ERRORS, flag_error
+from alexnet_jax.recipe import ConfigError, build_model
 from alexnet_jax.report import write_json
-from alexnet_jax.train import create_state, make_train_step
+from alexnet_jax.train import Interrupted, create_state, make_train_step
 from experiments import benchmark_report, measure
+from experiments.forms import PLAIN, plain
 from experiments.layers import forward_and_backward, layers_of, least_bytes, step_bytes
 from experiments.peer import Peer, differences, network
 from experiments.sharding import Layout
 from experiments.sharding import measure as measure_layout
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("step", "layers", "growth", "devices", "loop", "stream", "start")
+PARTS = ("step", "layers", "forms", "growth", "devices", "loop", "stream", "start")
 # By the largest element of an array. Where float32 took another pixel for a pooling window's maximum than float64, a
 # gradient of conv1 changed by 0.003.
 TOLERANCE = {"logits": 1e-5, "gradients": 1e-2}
@@ -156,6 +159,31 @@ def _update(model: AlexNet, setting: Setting) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def forms(setting: Setting) -> dict[str, Any]:
+    """Seconds of a training step as it is, and with each and all of `PLAIN` in place of our operations, alternating."""
+    compact = build_model(fashion_mnist.get_config(), 10)
+    networks = {
+        "the paper's": (setting.model, setting.batches[-1], setting.shape),
+        "the default recipe's": (compact, 64, (28, 28, 1)),
+    }
+    records = []
+    for network_name, (model, batch, shape) in networks.items():
+        steps = {}
+        for names in ((), *((name,) for name in PLAIN), tuple(PLAIN)):
+            with plain(model, *names) as other:
+                steps[names] = training_step(other, batch, shape).run
+        counts = {names: measure.repeats(measure.seconds(run, 2)) for names, run in steps.items()}
+        rounds = [{names: measure.seconds(run, counts[names]) for names, run in steps.items()}
+                  for _ in range(setting.rounds)]  # fmt: skip
+        medians = {names: statistics.median(times[names] for times in rounds) for names in steps}
+        records += [
+            {"network": network_name, "batch": batch, "plain": names, "seconds": seconds,
+             "ratio": seconds / medians[()], "rounds_s": [times[names] for times in rounds]}
+            for names, seconds in medians.items()
+        ]  # fmt: skip
+    return {"records": records}
+
+
 def rates(setting: Setting, before: dict[str, Any] | None = None) -> dict[str, Any]:
     """What the device reaches at best, now or `before`: FLOP/s of a matrix product by dtype, bytes/s of a copy."""
     now = {
@@ -180,7 +208,7 @@ def step(setting: Setting) -> dict[str, Any]:
                 if not difference < TOLERANCE["logits" if name == "logits" else "gradients"]:
                     raise ValueError(f"{name} differs by {difference:.1e} of its largest element: not the same network")
         elif setting.torch_python != sys.executable:
-            raise ValueError(f"--torch-python={setting.torch_python} has no PyTorch: {peer.last_words()}")
+            raise ValueError(f"--torch-python={setting.torch_python} cannot import torch: {peer.last_words()}")
         else:
             print(f"Measured alone, without PyTorch: {peer.last_words()}", flush=True)
         for dtype in setting.dtypes:
@@ -191,7 +219,7 @@ def step(setting: Setting) -> dict[str, Any]:
                     try:
                         call = make(model, batch, setting.shape)
                         measure.seconds(call.run, 1)
-                    except jax.errors.JaxRuntimeError as error:  # no memory for it: the other cases are kept
+                    except (jax.errors.JaxRuntimeError, MemoryError) as error:  # the other cases are kept
                         print(f"{which} {dtype} batch {batch} failed: {str(error).splitlines()[0]}", flush=True)
                         continue
                     case = {
@@ -261,8 +289,8 @@ def _alternate(call: Call, peer: Peer | None, setting: Setting, batch: int, whic
 
 
 def _exponent(curve: Sequence[dict[str, Any]]) -> float:
-    """p of seconds ≈ c · FLOP^p between the two largest: 1 is linear, less is better."""
-    work, seconds = (np.log([point[name] for point in curve[-2:]]) for name in ("flops", "seconds"))
+    """p of seconds ≈ c · FLOP^p over the three largest: 1 is linear, less is better."""
+    work, seconds = (np.log([point[name] for point in curve[-3:]]) for name in ("flops", "seconds"))
     return float(np.polyfit(work, seconds, 1)[0])
 
 
@@ -274,7 +302,7 @@ def growth(setting: Setting) -> dict[str, Any]:
     def point(value, model, batch, side):
         call = training_step(model, batch, (side, side, channels))
         return {"value": value, "flops": call.cost["flops"], "program_bytes": call.cost["program_bytes"],
-                "seconds": measure.median_seconds(call.run, 3)}  # fmt: skip
+                "seconds": measure.median_seconds(call.run, setting.rounds)}  # fmt: skip
 
     sides = (side, 2 * side) if setting.quick else (side // 2, 3 * side // 4, side, 3 * side // 2)
     shares = (1, 2) if setting.quick else (0.25, 0.5, 1, 1.5)
@@ -305,15 +333,17 @@ def devices(setting: Setting) -> dict[str, Any]:
 
 
 def _config(given: Sequence[str], otherwise: Sequence[str]):
-    """The recipe that `main`'s flags describe, or the default on a part of its data; ValueError if there is none."""
+    """The recipe of `main`'s flags, with the fields `otherwise` if they name no file; ValueError if there is none."""
     values, path = absl_flags.FlagValues(), ROOT / "alexnet_jax" / "configs" / "fashion_mnist.py"
+    argv = ["benchmark", *given]
+    if not any(flag.startswith("--config=") for flag in given):
+        argv[1:1] = [f"--config.{field}" for field in otherwise]
     try:
-        argv = ["benchmark", *(given or [f"--config.{field}" for field in otherwise])]
         config_flags.DEFINE_config_file("config", str(path), flag_values=values, sys_argv=argv)
         values(argv)
         values.config.to_dict()  # a file that could not be read shows only now
-    except (absl_flags.Error, AttributeError, KeyError, TypeError, OSError, SyntaxError) as error:
-        raise ValueError(f"--config: {' '.join(str(error).split())}") from None
+    except FLAG_ERRORS as error:
+        raise ValueError(flag_error(error, argv)) from None
     return values.config
 
 
@@ -444,9 +474,12 @@ def _one_part(part: str, setting: Setting, folder: Path) -> None:
 def _read(folder: Path) -> dict[str, Any]:
     path = folder / "benchmark.json"
     try:
-        return json.loads(path.read_text()) if path.exists() else {}
-    except ValueError:
-        raise ValueError(f"{path} is damaged; delete it, or name another --workdir") from None
+        records = json.loads(path.read_text()) if path.exists() else {}
+        if all(part in PARTS and {"device", "date", "quick"} <= set(record) for part, record in records.items()):
+            return records
+    except (ValueError, AttributeError, TypeError):
+        pass
+    raise ValueError(f"{path} is damaged; delete it, or name another --workdir")
 
 
 def _setting(flags: argparse.Namespace, config: list[str]) -> Setting:
@@ -490,25 +523,30 @@ def main(argv: Sequence[str] | None = None) -> None:
         setting, parts = _setting(flags, config), list(dict.fromkeys(flags.parts.split(",")))
         try:
             flags.workdir.mkdir(parents=True, exist_ok=True)
+            write_json(flags.workdir / "benchmark.json", _read(flags.workdir))
         except OSError as error:
             raise ValueError(f"--workdir={flags.workdir}: {error.strerror}; expected a folder to write to") from None
-        _read(flags.workdir)
+        stops = []
         for i, part in enumerate(parts):
             if len(parts) == 1:
                 _one_part(part, setting, flags.workdir)
                 continue
             print(f"Part {i + 1} of {len(parts)}: {part}", flush=True)
             command = [sys.executable, "-m", "experiments.benchmark", *arguments, f"--parts={part}"]
+            before = signal.signal(signal.SIGINT, lambda number, frame: stops.append(number))  # the part has it too
             if subprocess.run(command).returncode:
                 failed.append(part)
+            signal.signal(signal.SIGINT, before)
+            if stops:
+                sys.exit(130)
         records = _read(flags.workdir)
         (flags.workdir / "benchmark.md").write_text(benchmark_report.markdown(records))
         benchmark_report.plot(records, flags.workdir / "benchmark.png")
     except (ValueError, ConfigError, DataError, OSError) as error:
         sys.exit(f"Error: {error}")
-    except KeyboardInterrupt:
-        print("Interrupted; the parts that were measured are kept", file=sys.stderr)
-        sys.exit(130)
+    except (KeyboardInterrupt, Interrupted) as stop:
+        print("Interrupted; the parts that were measured are kept", file=sys.stderr, flush=True)
+        os._exit(128 + getattr(stop, "signal", signal.SIGINT))  # what XLA still computes would crash on the way out
     if failed:
         sys.exit(f"Error: --parts={','.join(failed)} failed; what else was measured is in {flags.workdir}")
     if len(parts) == 1:  # otherwise each part has shown its own

@@ -1,5 +1,6 @@
 """The tables and the picture of `experiments.benchmark`, from what it measured."""
 
+import itertools
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -131,6 +132,25 @@ def _layers(part: Record) -> str:
     return f"{text}{', '.join(totals)}.\n\n{_table(head, rows)}"
 
 
+def _forms(part: Record) -> str:
+    rows = [
+        (
+            r["network"],
+            r["batch"],
+            ", ".join(r["plain"]) or "none",
+            _count(1e3 * r["seconds"]),
+            _spread(r["rounds_s"]),
+            f"{r['ratio']:.2f}",
+        )
+        for r in part["records"]
+    ]
+    head = ("network", "batch", "operations in XLA's form", "step (ms)", "spread", "of this project's")
+    return (
+        "A training step in float32 on one device, with the operations that `ops.py` writes by hand and with XLA's in "
+        f"their place; medians of alternating rounds.\n\n{_table(head, rows)}"
+    )
+
+
 def _growth(part: Record) -> str:
     rows = [
         (name, point["value"], _count(point["flops"] / 1e9), _count(1e3 * point["seconds"]),
@@ -140,7 +160,7 @@ def _growth(part: Record) -> str:
     head = ("against", "value", "GFLOP", "step (ms)", "GFLOP/s", "exponent")
     return (
         f"A training step, {part['batch']} images where the batch is not what grows; the exponent p of time ~ FLOP^p "
-        f"between the two largest, 1 is linear.\n\n{_table(head, rows)}"
+        f"over the three largest, 1 is linear.\n\n{_table(head, rows)}"
     )
 
 
@@ -172,6 +192,7 @@ def _start(part: Record) -> str:
 SECTIONS = {
     "step": ("Training and inference", _step),
     "layers": ("Layer by layer", _layers),
+    "forms": ("The operations written by hand", _forms),
     "growth": ("Growth", _growth),
     "devices": ("Devices", _devices),
     "loop": ("The loop", _loop),
@@ -200,6 +221,11 @@ def summary(records: Record) -> str:
             if found := memory_model(part, dtype):
                 add("step", f"memory of a training step, {dtype}",
                     f"{found[0] / 1e6:.0f} MB and {found[1] / 1e6:.2f} MB an image")  # fmt: skip
+    if part := records.get("forms"):
+        for r in part["records"]:
+            if len(r["plain"]) > 1:
+                add("forms", f"XLA's operations in place of this project's, {r['network']} network, batch {r['batch']}",
+                    f"a training step takes {r['ratio']:.2f} times as long")  # fmt: skip
     if part := records.get("growth"):
         for name, exponent in part["exponents"].items():
             add("growth", f"growth with the {name}", f"time ~ FLOP^{exponent:.2f}")
@@ -234,15 +260,20 @@ def markdown(records: Record) -> str:
 
 
 def plot(records: Record, path: Path) -> None:
-    """Layers under the roofline and images/s beside PyTorch, by dtype; growth; devices: what was measured of them."""
+    """Layers under the roofline, images/s beside PyTorch, growth and devices: what was measured of them."""
     from matplotlib.figure import Figure
 
-    draws = {"layers": _draw_roofline, "step": _draw_speed, "growth": _draw_growth, "devices": _draw_devices}
-    panels = [
-        (partial(draw, dtype=dtype) if dtype else draw, records[part])
-        for part, draw in draws.items() if part in records
-        for dtype in (_dtypes(records[part]) if part in ("layers", "step") else (None,))
-    ]  # fmt: skip
+    panels = []
+    if part := records.get("layers"):
+        panels += [(partial(_draw_roofline, dtype=dtype), part) for dtype in _dtypes(part)]
+    if part := records.get("step"):
+        each = itertools.product(("training", "inference"), _dtypes(part))
+        panels += [(partial(_draw_speed, which=which, dtype=dtype), part) for which, dtype in each]
+    panels += [
+        (draw, records[name])
+        for name, draw in (("growth", _draw_growth), ("devices", _draw_devices))
+        if name in records
+    ]
     if not panels:
         return
     columns = min(2, len(panels))
@@ -284,8 +315,8 @@ def _label(axes, names: Sequence[str], x: Sequence[float], y: Sequence[float], s
                       va="center", xytext=(5 if side == "right" else -5, 0), textcoords="offset points")  # fmt: skip
 
 
-def _draw_speed(axes, part: Record, dtype: str) -> None:
-    cases = [c for c in part["cases"] if c["pass"] == "training" and c["dtype"] == dtype]
+def _draw_speed(axes, part: Record, which: str, dtype: str) -> None:
+    cases = [c for c in part["cases"] if c["pass"] == which and c["dtype"] == dtype]
     curves = {"this project": [(c["batch"], c["images_per_s"]) for c in cases]}
     for form in dict.fromkeys(peer["form"] for case in cases for peer in case["peers"]):
         speeds = [{peer["form"]: peer["images_per_s"] for peer in case["peers"]} for case in cases]
@@ -294,7 +325,7 @@ def _draw_speed(axes, part: Record, dtype: str) -> None:
     for name, points in curves.items():
         axes.plot(*zip(*points, strict=True), "o-", markersize=4, label=name)
     _count_axis(axes, [c["batch"] for c in cases])
-    axes.set(xlabel="batch", ylabel="images/s", title=f"Training, {dtype}")
+    axes.set(xlabel="batch", ylabel="images/s", title=f"{which.capitalize()}, {dtype}")
 
 
 def _count_axis(axes, counts: Sequence[int]) -> None:
@@ -304,10 +335,18 @@ def _count_axis(axes, counts: Sequence[int]) -> None:
 
 
 def _draw_growth(axes, part: Record) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     for name, curve in part["curves"].items():
         x, y = ([point[key] for point in curve] for key in ("flops", "seconds"))
         label = f"{name} {curve[0]['value']} to {curve[-1]['value']}: exponent {part['exponents'][name]:.2f}"
         axes.loglog(np.array(x) / 1e9, y, "o-", markersize=4, label=label)
+    low, high = axes.get_xlim()
+    start = axes.get_ylim()[0]
+    axes.loglog((low, high), (start, start * high / low), "k:", linewidth=1, label="linear")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set(xlabel="GFLOP a step", ylabel="seconds a step", title="Growth")
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import subprocess
 import tempfile
 from pathlib import Path
@@ -33,13 +34,15 @@ class Peer:
             self.process.stdin.write(json.dumps({"ask": ask, **what}) + "\n")
             self.process.stdin.flush()
             return json.loads(self.process.stdout.readline() or "null")
-        except BrokenPipeError:
+        except (BrokenPipeError, ValueError):  # it has ended, or is no Python
             return None
 
     def last_words(self) -> str:
-        """The last line of what the process had to say."""
+        """What the process said of its end: an exception's message in one line."""
         self._errors.seek(0)
-        return (self._errors.read().strip().splitlines() or ["its process has ended"])[-1]
+        lines = self._errors.read().strip().splitlines() or ["its process has ended"]
+        first = max((i for i, line in enumerate(lines) if re.match(r"[\w.]+(Error|Exception)\b", line)), default=-1)
+        return " ".join(lines[first:])
 
     def close(self) -> None:
         with contextlib.suppress(BrokenPipeError):  # it has ended

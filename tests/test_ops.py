@@ -132,12 +132,14 @@ class MaxPoolTest(chex.TestCase):
             ops.max_pool(jnp.ones((1, 2, 5, 1)), window, stride)
 
 
-@pytest.mark.parametrize("shape,kernel", [
-    ((1, 9, 9, 3), (3, 5, 3, 4)), ((1, 9, 9, 3), (3, 3, 2, 4)), ((9, 9, 3), (3, 3, 3, 4)), ((1, 9, 9, 3), (3, 3, 3)),
+@pytest.mark.parametrize("shape,kernel,stride,words", [
+    ((1, 9, 9, 3), (3, 5, 3, 4), 1, "expected"), ((1, 9, 9, 3), (3, 3, 2, 4), 1, "expected"),
+    ((9, 9, 3), (3, 3, 3, 4), 1, "expected"), ((1, 9, 9, 3), (3, 3, 3), 1, "expected"),
+    ((1, 9, 9, 3), (3, 3, 3, 4), 0, "stride=0"), ((1, 2, 9, 3), (3, 3, 3, 4), 1, "smaller than the kernel, 3×3"),
 ])  # fmt: skip
-def test_conv_refuses_shapes_that_do_not_belong_together(shape, kernel):
-    with pytest.raises(ValueError, match="conv: images .*, kernel .*: expected"):
-        ops.conv(jnp.ones(shape), jnp.ones(kernel), 1, ((0, 0), (0, 0)))
+def test_conv_refuses_what_makes_no_convolution(shape, kernel, stride, words):
+    with pytest.raises(ValueError, match=f"conv: images .*{words}"):
+        ops.conv(jnp.ones(shape), jnp.ones(kernel), stride, ((0, 0), (0, 0)))
 
 
 @pytest.mark.parametrize("channels,size,kernel,stride,padding", [
