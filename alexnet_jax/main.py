@@ -18,6 +18,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from alexnet_jax.configs import default
+from alexnet_jax.huge_pages import use_huge_pages
 
 _CONFIGS = Path(__file__).parent / "configs"
 FLAG_ERRORS = (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError)
@@ -130,6 +131,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     try:
         app.run(main, flags_parser=_parse)
     except KeyboardInterrupt:  # before the training, or the second one; what is on the disk is whole

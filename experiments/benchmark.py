@@ -37,6 +37,7 @@ from alexnet_jax.compile_cache import use_compile_cache
 from alexnet_jax.configs import fashion_mnist
 from alexnet_jax.data import DataError
 from alexnet_jax.evaluate import jit_forward, predict
+from alexnet_jax.huge_pages import use_huge_pages
 from alexnet_jax.main import FLAG_ERRORS, flag_error
 from alexnet_jax.recipe import ConfigError, build_model
 from alexnet_jax.report import write_json
@@ -556,4 +557,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    use_huge_pages()  # PyTorch too, which is started from here
     main()

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from conftest import ROOT
 from alexnet_jax import AlexNet
 from alexnet_jax.model import LAYERS, OUTPUTS
 from experiments import benchmark, benchmark_report, layers, measure
+from experiments.forms import PLAIN, plain
 from experiments.peer import Peer, differences
 
 SMALL = AlexNet(num_classes=10, widths=(8, 16, 16, 16, 16, 32, 32))
@@ -96,6 +98,24 @@ def test_the_python_that_is_named_must_have_pytorch(tmp_path):
     python.chmod(0o755)
     with pytest.raises(ValueError, match="python cannot import torch: ModuleNotFoundError: No module named 'torch'"):
         benchmark.step(SETTING._replace(batches=(2,), torch_python=str(python)))
+
+
+@pytest.mark.parametrize("names", [*((name,) for name in PLAIN), tuple(PLAIN)], ids=", ".join)
+def test_the_plain_forms_compute_the_same(names):
+    images = np.random.default_rng(3).normal(0, 64, (2, 64, 64, 3)).astype(np.float32)
+    params = jax.tree.map(lambda x: 5 * x, SMALL.init(jax.random.key(0), images)["params"])
+
+    def gradients(model):
+        return jax.grad(lambda params: (model.apply({"params": params}, images) ** 2).sum())(params)
+
+    expected = gradients(SMALL)
+    with plain(SMALL, *names) as other:
+        found = gradients(other)
+    for layer, leaves in expected.items():
+        for name, gradient in leaves.items():
+            largest = np.abs(gradient).max()
+            assert largest > 0
+            chex.assert_trees_all_close(found[layer][name] / largest, gradient / largest, atol=1e-4)
 
 
 def test_the_exponent_of_a_curve():
