@@ -1,6 +1,5 @@
 """The tables and the picture of `experiments.benchmark`, from what it measured."""
 
-import itertools
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -267,8 +266,8 @@ def plot(records: Record, path: Path) -> None:
     if part := records.get("layers"):
         panels += [(partial(_draw_roofline, dtype=dtype), part) for dtype in _dtypes(part)]
     if part := records.get("step"):
-        each = itertools.product(("training", "inference"), _dtypes(part))
-        panels += [(partial(_draw_speed, which=which, dtype=dtype), part) for which, dtype in each]
+        measured = dict.fromkeys((case["pass"], case["dtype"]) for case in part["cases"])
+        panels += [(partial(_draw_speed, which=which, dtype=dtype), part) for which, dtype in measured]
     panels += [
         (draw, records[name])
         for name, draw in (("growth", _draw_growth), ("devices", _draw_devices))
