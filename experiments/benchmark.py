@@ -221,7 +221,8 @@ def step(setting: Setting) -> dict[str, Any]:
                         call = make(model, batch, setting.shape)
                         measure.seconds(call.run, 1)
                     except (jax.errors.JaxRuntimeError, MemoryError) as error:  # the other cases are kept
-                        print(f"{which} {dtype} batch {batch} failed: {str(error).splitlines()[0]}", flush=True)
+                        reason = (str(error) or "no memory").splitlines()[0]
+                        print(f"{which} {dtype} batch {batch} failed: {reason}", flush=True)
                         continue
                     case = {
                         "pass": which, "dtype": dtype, "batch": batch, **call.cost,

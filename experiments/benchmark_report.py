@@ -133,16 +133,10 @@ def _layers(part: Record) -> str:
 
 def _forms(part: Record) -> str:
     rows = [
-        (
-            r["network"],
-            r["batch"],
-            ", ".join(r["plain"]) or "none",
-            _count(1e3 * r["seconds"]),
-            _spread(r["rounds_s"]),
-            f"{r['ratio']:.2f}",
-        )
+        (r["network"], r["batch"], ", ".join(r["plain"]) or "none", _count(1e3 * r["seconds"]),
+         _spread(r["rounds_s"]), f"{r['ratio']:.2f}")
         for r in part["records"]
-    ]
+    ]  # fmt: skip
     head = ("network", "batch", "operations in XLA's form", "step (ms)", "spread", "of this project's")
     return (
         "A training step in float32 on one device, with the operations that `ops.py` writes by hand and with XLA's in "
@@ -268,11 +262,8 @@ def plot(records: Record, path: Path) -> None:
     if part := records.get("step"):
         measured = dict.fromkeys((case["pass"], case["dtype"]) for case in part["cases"])
         panels += [(partial(_draw_speed, which=which, dtype=dtype), part) for which, dtype in measured]
-    panels += [
-        (draw, records[name])
-        for name, draw in (("growth", _draw_growth), ("devices", _draw_devices))
-        if name in records
-    ]
+    others = {"growth": _draw_growth, "devices": _draw_devices}
+    panels += [(draw, records[name]) for name, draw in others.items() if name in records]
     if not panels:
         return
     columns = min(2, len(panels))
