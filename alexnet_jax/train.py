@@ -98,23 +98,17 @@ def create_state(
     return jax.jit(create, out_shardings=jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs))()
 
 
-def make_train_step(
+def make_update(
     model: AlexNet,
     optimizer: optax.GradientTransformationExtraArgs,
     preprocess: Preprocess,
     learning_rate: Callable[[jax.Array, Plateau], jax.Array],
-    mesh: Mesh | None = None,
 ) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
-    """One update as a jitted function of (state, batch, key); the state is donated.
-
-    The key is the step's own: augmentation and dropout draw from it. The metrics are those of the batch before the
-    update: loss, top-1 error, and the learning rate. The result is the same on any mesh, up to rounding.
-    """
-    mesh = mesh or sharding.one_device()
+    """Return one update as a pure function of (state, batch, key), for one device of a mesh under `jax.shard_map`."""
     both = (sharding.DATA, sharding.TOWER)
     here = model.clone(data_axis=sharding.DATA, tower_axis=sharding.TOWER)
 
-    def update(state: TrainState, batch: Batch, key: jax.Array):  # on each device, with its part of the arrays
+    def update(state: TrainState, batch: Batch, key: jax.Array):
         image_key, dropout_key = jax.random.split(key)
         first = lax.axis_index(sharding.DATA) * batch.labels.shape[0]
         images = lax.pcast(preprocess.train(image_key, batch.images, first), sharding.TOWER, to="varying")
@@ -135,6 +129,24 @@ def make_train_step(
             error = lax.pmean(jnp.mean(jnp.argmax(logits, axis=-1) != batch.labels), both)
         state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
         return state, {"loss": loss, "error": error, "learning_rate": rate}
+
+    return update
+
+
+def make_train_step(
+    model: AlexNet,
+    optimizer: optax.GradientTransformationExtraArgs,
+    preprocess: Preprocess,
+    learning_rate: Callable[[jax.Array, Plateau], jax.Array],
+    mesh: Mesh | None = None,
+) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
+    """One update as a jitted function of (state, batch, key); the state is donated.
+
+    The key is the step's own: augmentation and dropout draw from it. The metrics are those of the batch before the
+    update: loss, top-1 error, and the learning rate. The result is the same on any mesh, up to rounding.
+    """
+    mesh = mesh or sharding.one_device()
+    update = make_update(model, optimizer, preprocess, learning_rate)
 
     @partial(jax.jit, donate_argnums=0)
     def train_step(state: TrainState, batch: Batch, key: jax.Array):
