@@ -220,10 +220,10 @@ class AlexNet(nn.Module):
         The one place that applies activation, LRN and pooling; it has the whole order, all towers of this device and
         the operations at hand.
         """
-        variant, number = VARIANTS[self.variant], name.removeprefix("conv")
+        variant, number, activate = VARIANTS[self.variant], name.removeprefix("conv"), ACTIVATIONS[self.activation]
         for operation in order.split():
             if operation == "relu":  # section 3.1
-                towers = [ACTIVATIONS[self.activation](x) for x in towers]
+                towers = [activate(x) for x in towers]
             elif operation == "lrn":  # section 3.3
                 name = f"norm{number}"
                 towers = self._lrn(towers) if self.lrn else towers
