@@ -16,17 +16,17 @@ import numpy as np
 from jax.sharding import Mesh
 
 from alexnet_jax import distributed, report, sharding
+from alexnet_jax.checks import check_network, check_tower_devices
 from alexnet_jax.data import DataError
 from alexnet_jax.images import SIDE
-from alexnet_jax.model import ACTIVATIONS, AlexNet, Stem, widths_problem
+from alexnet_jax.model import AlexNet, Stem
 from alexnet_jax.prepare import STATISTICS
 from alexnet_jax.preprocess import Preprocess, fit, read_statistics
-from alexnet_jax.variants import VARIANTS
 
 log = logging.getLogger(__name__)
 
 # May change between the starts of one run.
-UNRELATED_TO_RESULT = ("data_dir", "source_dir", "manual_dir", "loader_workers", "log_every", "mesh")
+UNRELATED_TO_RESULT = ("data_dir", "source_dir", "loader_workers", "log_every", "mesh")
 
 
 class ConfigError(Exception):
@@ -58,25 +58,17 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     require("momentum", 0 <= config.momentum < 1, "at least 0 and below 1")
     require("weight_decay", 0 <= config.weight_decay < math.inf, "0 or more")
     require("input_scale", 0 < config.input_scale < math.inf, "a positive number")
-    require("variant", config.variant in VARIANTS, f"one of {', '.join(VARIANTS)}")
-    together = VARIANTS[config.variant].lrn_sees_both_towers and config.mesh.tower > 1
-    require("variant", not together, "another with mesh.tower=2: its normalization sees both towers")
+    try:
+        check_network(config)
+        check_tower_devices(config, config.mesh.tower)
+    except ValueError as error:
+        raise ConfigError(f"config.{error}") from None
     require("dtype", config.dtype in ("float32", "bfloat16"), "float32 or bfloat16")
-    kernel, stride, padding = config.stem if len(config.stem) == 3 else (0, 0, 0)
-    stem = positive((kernel, stride), int) and isinstance(padding, int) and padding >= 0
-    require("stem", stem, "(kernel, stride, padding), with kernel and stride at least 1")
-    require("towers", config.towers in (1, 2), "1 or 2")
-    require("towers", config.towers >= config.mesh.tower, "2 with mesh.tower=2: a single tower stays on one device")
-    if problem := widths_problem(config.widths, config.towers):
-        raise ConfigError(f"config.widths={config.widths!r}: {problem}")
-    require("activation", config.activation in ACTIVATIONS, f"one of {', '.join(ACTIVATIONS)}")
-    require("lrn_alpha", 0 <= config.lrn_alpha < math.inf, "a positive number, or 0 for the variant's own")
-    require("pool_window", config.pool_window >= 2, "2 or more")
-    require("dropout", 0 <= config.dropout < 1, "a rate of at least 0 and below 1")
-    std = len(config.kernel_std) in (0, 8) and positive(config.kernel_std, int | float)
-    require("kernel_std", std, "eight positive numbers (conv1 to fc8), or none")
-    bias = len(config.bias) in (0, 8) and all(isinstance(b, int | float) and math.isfinite(b) for b in config.bias)
-    require("bias", bias, "eight numbers (conv1 to fc8), or none")
+    require("bias_rate", 0 <= config.bias_rate < math.inf, "0 or more")
+    require("bias_decay", 0 <= config.bias_decay < math.inf, "0 or more")
+    require("crop_group", config.crop_group >= 1, "a number of at least 1")
+    require("lighting_exponent", 0 <= config.lighting_exponent < math.inf, "0 or more")
+    require("lighting_divisor", 0 < config.lighting_divisor < math.inf, "a positive number")
     require("drop_at_epochs", positive(config.drop_at_epochs, int | float), "positive numbers of epochs")
 
 
@@ -135,11 +127,11 @@ def build_model(config: ml_collections.ConfigDict, num_classes: int) -> AlexNet:
         towers=config.towers,
         activation=config.activation,
         lrn=config.lrn,
-        lrn_alpha=config.lrn_alpha or None,
+        lrn_alpha=config.lrn_alpha,
         pool_window=config.pool_window,
         dropout=config.dropout,
-        kernel_std=tuple(config.kernel_std) or None,
-        bias=tuple(config.bias) or None,
+        kernel_std=config.kernel_std,
+        bias=config.bias,
     )
 
 
@@ -166,7 +158,8 @@ def build_preprocess(
         log.warning("%s is missing; the mean image is measured anew, of %s", path, config.train_split)
     return fit(
         images, config.pad, config.image_size, config.resize, config.flip, config.lighting, config.input_scale,
-        config.variant, config.random_crop,
+        config.random_crop, config.crop_group, config.crop_last_position, config.lighting_exponent,
+        config.lighting_divisor,
     )  # fmt: skip
 
 

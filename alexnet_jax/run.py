@@ -18,7 +18,7 @@ from alexnet_jax.configs import default
 from alexnet_jax.model import OUTPUTS, AlexNet, activations
 from alexnet_jax.optimizer import paper_sgd
 from alexnet_jax.preprocess import Preprocess
-from alexnet_jax.train import create_state
+from alexnet_jax.train_step import create_state
 
 AT_A_TIME = 500  # patches through the network
 
@@ -56,7 +56,7 @@ class Run(NamedTuple):
     def activations(self, images: np.ndarray, layer: str = "fc7") -> np.ndarray:
         """One layer's output [N, …] on the central patches of uint8 images [N, H, W, C]."""
         layer_of = evaluate.jit_forward(
-            lambda params, x: activations(self.model, params, self.preprocess.center(x))[layer]
+            lambda params, x: activations(self.model, params, self.preprocess.center_crop(x))[layer]
         )
         return _in_batches(partial(layer_of, self.params), images, AT_A_TIME)
 

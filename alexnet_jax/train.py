@@ -11,13 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
-from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
@@ -26,16 +24,10 @@ from alexnet_jax.checkpoint import Checkpoints
 from alexnet_jax.data import Batch, DeviceData
 from alexnet_jax.evaluate import Network, evaluate, in_batches
 from alexnet_jax.model import OUTPUTS, AlexNet, activations
-from alexnet_jax.optimizer import (
-    Plateau,
-    cross_entropy,
-    learning_rate_at,
-    paper_sgd,
-    plateau_init,
-    plateau_update,
-)
+from alexnet_jax.optimizer import learning_rate_at, paper_sgd, plateau_update
 from alexnet_jax.preprocess import Preprocess
 from alexnet_jax.stream import StreamedData
+from alexnet_jax.train_step import TrainState, create_state, make_train_step
 
 log = logging.getLogger(__name__)
 
@@ -59,105 +51,6 @@ class Interrupted(Exception):
         name = signal.Signals(number).name
         super().__init__(f"stopped by {name} at step {step} of {total}, saved; the same command goes on")
         self.signal = number
-
-
-class TrainState(flax.struct.PyTreeNode):
-    """Everything that changes in training, and all that a checkpoint needs."""
-
-    step: jax.Array  # updates done; with the seed it also gives the position in the data
-    params: Any
-    opt_state: Any
-    plateau: Plateau
-    key: jax.Array  # raw data of the run's key
-
-
-def state_specs(state: TrainState) -> TrainState:
-    """Where each array of the state lies: parameters and velocities split over the towers, the rest on every device."""
-    everywhere = jax.tree.map(lambda _: sharding.REPLICATED, state)
-    return everywhere.replace(
-        params=sharding.tower_specs(state.params), opt_state=sharding.tower_specs(state.opt_state)
-    )
-
-
-def create_state(
-    model: AlexNet,
-    optimizer: optax.GradientTransformation,
-    shape: tuple[int, ...],
-    seed: int,
-    mesh: Mesh | None = None,
-) -> TrainState:
-    """The state before the first step, the same on any mesh; `shape` is [H, W, C] of what the network sees."""
-
-    def create():
-        init_key, run_key = jax.random.split(jax.random.key(seed))
-        params = model.init(init_key, jnp.zeros((1, *shape)))["params"]
-        return TrainState(jnp.int32(0), params, optimizer.init(params), plateau_init(), jax.random.key_data(run_key))
-
-    mesh = mesh or sharding.one_device()
-    specs = state_specs(jax.eval_shape(create))
-    return jax.jit(create, out_shardings=jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs))()
-
-
-def make_update(
-    model: AlexNet,
-    optimizer: optax.GradientTransformationExtraArgs,
-    preprocess: Preprocess,
-    learning_rate: Callable[[jax.Array, Plateau], jax.Array],
-) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
-    """Return one update as a pure function of (state, batch, key), for one device of a mesh under `jax.shard_map`."""
-    both = (sharding.DATA, sharding.TOWER)
-    here = model.clone(data_axis=sharding.DATA, tower_axis=sharding.TOWER)
-
-    def update(state: TrainState, batch: Batch, key: jax.Array):
-        image_key, dropout_key = jax.random.split(key)
-        first = lax.axis_index(sharding.DATA) * batch.labels.shape[0]
-        images = lax.pcast(preprocess.train(image_key, batch.images, first), sharding.TOWER, to="varying")
-
-        def loss_fn(params):
-            # The one place where the gradients are summed over `data`: the transpose of this cast.
-            params = jax.tree.map(lambda w: lax.pcast(w, sharding.DATA, to="varying"), params)
-            logits = here.apply({"params": params}, images, train=True, rngs={"dropout": dropout_key})
-            with jax.named_scope("metrics"):
-                # Both towers hold the same logits, so the mean over `tower` halves each one's share of the gradient.
-                return lax.pmean(cross_entropy(logits, batch.labels), both), logits
-
-        (loss, logits), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-        rate = learning_rate(state.step, state.plateau)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, learning_rate=rate)
-        params = optax.apply_updates(state.params, updates)
-        with jax.named_scope("metrics"):
-            error = lax.pmean(jnp.mean(jnp.argmax(logits, axis=-1) != batch.labels), both)
-        state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
-        return state, {"loss": loss, "error": error, "learning_rate": rate}
-
-    return update
-
-
-def make_train_step(
-    model: AlexNet,
-    optimizer: optax.GradientTransformationExtraArgs,
-    preprocess: Preprocess,
-    learning_rate: Callable[[jax.Array, Plateau], jax.Array],
-    mesh: Mesh | None = None,
-) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
-    """One update as a jitted function of (state, batch, key); the state is donated.
-
-    The key is the step's own: augmentation and dropout draw from it. The metrics are those of the batch before the
-    update: loss, top-1 error, and the learning rate. The result is the same on any mesh, up to rounding.
-    """
-    mesh = mesh or sharding.one_device()
-    update = make_update(model, optimizer, preprocess, learning_rate)
-
-    @partial(jax.jit, donate_argnums=0)
-    def train_step(state: TrainState, batch: Batch, key: jax.Array):
-        specs = state_specs(state)
-        sharded = jax.shard_map(
-            update, mesh=mesh, in_specs=(specs, sharding.BATCH, sharding.REPLICATED),
-            out_specs=(specs, sharding.REPLICATED),
-        )  # fmt: skip
-        return sharded(state, batch, key)
-
-    return train_step
 
 
 @contextlib.contextmanager
@@ -248,7 +141,7 @@ class _Task(NamedTuple):
 
 def _set_up(config: ml_collections.ConfigDict) -> _Task:
     mesh = recipe.build_mesh(config)
-    builder = data.open_builder(config.dataset, config.data_dir, config.source_dir, config.manual_dir)
+    builder = data.open_builder(config.dataset, config.data_dir, config.source_dir)
     sizes = {}
     for use, field in {"train": "train_split", "validate": "validation_split", "test": "test_split"}.items():
         try:
@@ -266,7 +159,9 @@ def _set_up(config: ml_collections.ConfigDict) -> _Task:
         train_data = DeviceData(data.Examples(images, labels), config.batch_size, mesh)
     preprocess = recipe.build_preprocess(config, builder, images)
     model = recipe.build_model(config, num_classes)
-    optimizer = paper_sgd(config.momentum, config.weight_decay, config.variant)
+    optimizer = paper_sgd(
+        config.learning_rate, config.momentum, config.weight_decay, config.bias_rate, config.bias_decay
+    )
     drops = tuple(round(epoch * train_data.steps_per_epoch) for epoch in config.drop_at_epochs)
     total = config.num_train_steps or max(1, round(config.num_epochs * train_data.steps_per_epoch))
     schedule = partial(
