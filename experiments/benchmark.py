@@ -80,6 +80,7 @@ class Call(NamedTuple):
 
     run: Callable[[], Any]
     cost: dict[str, Any]
+    text: Callable[[], str]  # of the compiled program
 
 
 def _compile(traced: jax.stages.Traced) -> tuple[jax.stages.Compiled, dict[str, Any]]:
@@ -102,7 +103,7 @@ def training_step(model: AlexNet, batch: int, shape: tuple[int, int, int]) -> Ca
         state, metrics = compiled(state, data, key)
         return state, metrics
 
-    return Call(run, cost)
+    return Call(run, cost, compiled.as_text)
 
 
 def inference(model: AlexNet, batch: int, shape: tuple[int, int, int]) -> Call:
@@ -111,7 +112,7 @@ def inference(model: AlexNet, batch: int, shape: tuple[int, int, int]) -> Call:
     params = create_state(model, paper_sgd(), shape, 0).params
     function = jit_forward(lambda params, images: predict(model, params, images, preprocess, ten_crop=False))
     compiled, cost = _compile(function.trace(params, data.images))
-    return Call(partial(compiled, params, data.images), cost)
+    return Call(partial(compiled, params, data.images), cost, compiled.as_text)
 
 
 def layers(setting: Setting) -> dict[str, Any]:

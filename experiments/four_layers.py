@@ -58,8 +58,8 @@ class FourLayers(nn.Module):
 def optimizer() -> optax.GradientTransformationExtraArgs:
     """The update of the parameter files: biases at twice the rate, no decay for convolutions, 0.004 for the others."""
     groups = {
-        "convolutions": paper_sgd(weight_decay=0.0, variant="source2012"),
-        "others": paper_sgd(weight_decay=0.004, variant="source2012"),
+        "convolutions": paper_sgd(weight_decay=0.0, bias_rate=2.0, bias_decay=0.0),
+        "others": paper_sgd(weight_decay=0.004, bias_rate=2.0, bias_decay=0.0),
     }
     return optax.partition(
         groups, lambda params: {k: "convolutions" if k.startswith("conv") else "others" for k in params}

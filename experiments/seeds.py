@@ -19,7 +19,7 @@ from alexnet_jax.data import Batch, Examples
 from alexnet_jax.evaluate import predict
 from alexnet_jax.optimizer import Plateau
 from alexnet_jax.preprocess import Preprocess
-from alexnet_jax.train import TrainState, create_state, make_update, state_specs
+from alexnet_jax.train_step import TrainState, create_state, make_update, state_specs
 
 
 class Task(NamedTuple):

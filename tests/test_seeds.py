@@ -9,7 +9,7 @@ import pytest
 from alexnet_jax import AlexNet, data, paper_sgd
 from alexnet_jax.optimizer import learning_rate_at
 from alexnet_jax.preprocess import fit
-from alexnet_jax.train import create_state, make_train_step
+from alexnet_jax.train_step import create_state, make_train_step
 from experiments.seeds import Runs, Task
 
 

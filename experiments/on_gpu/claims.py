@@ -111,7 +111,7 @@ def task_of(config: ml_collections.ConfigDict, builder: Any, train: data.Example
         drop_at=tuple(round(epoch * steps) for epoch in config.drop_at_epochs),
     )  # fmt: skip
     return Task(
-        recipe.build_model(config, CLASSES), paper_sgd(config.momentum, config.weight_decay, config.variant),
+        recipe.build_model(config, CLASSES), paper_sgd(momentum=config.momentum, weight_decay=config.weight_decay),
         recipe.build_preprocess(config, builder, train.images), schedule, train, config.batch_size,
     )  # fmt: skip
 
