@@ -12,7 +12,6 @@ def get_config() -> ml_collections.ConfigDict:
     c.dataset = "fashion_mnist"  # a TFDS name
     c.data_dir = ""  # where TFDS keeps prepared data sets; "": ~/tensorflow_datasets
     c.source_dir = ""  # a folder with the four IDX files of Fashion-MNIST, if you have them
-    c.manual_dir = ""  # a folder with ImageNet's two archives: what the error names where they are not prepared yet
     c.train_split = "train[:55000]"
     c.validation_split = "train[55000:]"
     c.test_split = "test"
