@@ -5,13 +5,16 @@ Importing this starts no backend and reads no data.
 
 from alexnet_jax.augment import center_crop, pca_lighting, random_crop, random_flip, rgb_pca, ten_crop
 from alexnet_jax.model import AlexNet, Stem, activations
-from alexnet_jax.ops import dropout, local_response_norm, max_pool, spatial_response_norm
+from alexnet_jax.ops import OPS, PLAIN, Ops, dropout, local_response_norm, max_pool, spatial_response_norm
 from alexnet_jax.optimizer import cross_entropy, learning_rate_at, paper_sgd, plateau_init, plateau_update
 from alexnet_jax.variants import VARIANTS, Variant
 
 __all__ = [
+    "OPS",
+    "PLAIN",
     "VARIANTS",
     "AlexNet",
+    "Ops",
     "Stem",
     "Variant",
     "activations",

@@ -7,9 +7,8 @@ from typing import Any
 import ml_collections
 
 from alexnet_jax import sharding
+from alexnet_jax.checks import check_network, check_tower_devices
 from alexnet_jax.errors import UserError
-from alexnet_jax.model import ACTIVATIONS, widths_problem
-from alexnet_jax.variants import VARIANTS
 
 
 class ConfigError(UserError):
@@ -28,44 +27,30 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         if not good:
             raise ConfigError(f"config.{name}={config[name]!r}: expected {expected}")
 
-    def positive(values, types):
-        return all(isinstance(v, types) and 0 < v < math.inf for v in values)
-
     try:
         sharding.check_axes(**config.mesh)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    for name in ("batch_size", "image_size", "log_every"):
+    for name in ("batch_size", "image_size", "log_every", "crop_group"):
         require(name, config[name] >= 1, "a number of at least 1")
     counts = ("loader_workers", "num_train_steps", "pad", "resize", "warmup_steps", "plateau_patience", "eval_every")
     for name in counts:
         require(name, config[name] >= 0, "0 or more")
     require("seed", 0 <= config.seed < 2**32, "0 to 2³²−1")
     require("num_epochs", 0 < config.num_epochs < math.inf or config.num_train_steps, "a positive number")
-    require("learning_rate", 0 < config.learning_rate < math.inf, "a positive number")
     require("momentum", 0 <= config.momentum < 1, "at least 0 and below 1")
-    require("weight_decay", 0 <= config.weight_decay < math.inf, "0 or more")
-    require("input_scale", 0 < config.input_scale < math.inf, "a positive number")
-    require("variant", config.variant in VARIANTS, f"one of {', '.join(VARIANTS)}")
-    together = VARIANTS[config.variant].lrn_sees_both_towers and config.mesh.tower > 1
-    require("variant", not together, "another one with mesh.tower=2: its LRN spans both towers")
+    try:
+        check_network(config)
+        check_tower_devices(config, config.mesh.tower)
+    except ValueError as error:
+        raise ConfigError(f"config.{error}") from None
     require("dtype", config.dtype in ("float32", "bfloat16"), "float32 or bfloat16")
-    kernel, stride, padding = config.stem if len(config.stem) == 3 else (0, 0, 0)
-    stem = positive((kernel, stride), int) and isinstance(padding, int) and padding >= 0
-    require("stem", stem, "(kernel, stride, padding), with kernel and stride at least 1")
-    require("towers", config.towers in (1, 2), "1 or 2")
-    require("towers", config.towers >= config.mesh.tower, "2 with mesh.tower=2: a single tower stays on one device")
-    if problem := widths_problem(config.widths, config.towers):
-        raise ConfigError(f"config.widths={config.widths!r}: {problem}")
-    require("activation", config.activation in ACTIVATIONS, f"one of {', '.join(ACTIVATIONS)}")
-    require("lrn_alpha", 0 <= config.lrn_alpha < math.inf, "a positive number, or 0 for the variant's own")
-    require("pool_window", config.pool_window >= 2, "2 or more")
-    require("dropout", 0 <= config.dropout < 1, "a rate of at least 0 and below 1")
-    std = len(config.kernel_std) in (0, 8) and positive(config.kernel_std, int | float)
-    require("kernel_std", std, "eight positive numbers (conv1 to fc8), or none")
-    bias = len(config.bias) in (0, 8) and all(isinstance(b, int | float) and math.isfinite(b) for b in config.bias)
-    require("bias", bias, "eight numbers (conv1 to fc8), or none")
-    require("drop_at_epochs", positive(config.drop_at_epochs, int | float), "positive numbers of epochs")
+    for name in ("weight_decay", "bias_rate", "bias_decay", "lighting_exponent"):
+        require(name, 0 <= config[name] < math.inf, "0 or more")
+    for name in ("learning_rate", "input_scale", "lighting_divisor"):
+        require(name, 0 < config[name] < math.inf, "a positive number")
+    drops = all(isinstance(epoch, int | float) and 0 < epoch < math.inf for epoch in config.drop_at_epochs)
+    require("drop_at_epochs", drops, "positive numbers of epochs")
 
 
 def check_data(

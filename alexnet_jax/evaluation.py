@@ -36,8 +36,8 @@ class Evaluation(NamedTuple):
 def predict(model: nn.Module, params: Any, images: jax.Array, preprocess: Preprocess, ten_crop: bool) -> jax.Array:
     """Return class probabilities [B, K] of uint8 images [B, H, W, C]: of the center crop, or the mean of ten crops."""
     if not ten_crop:
-        return jax.nn.softmax(model.apply({"params": params}, preprocess.center(images)))
-    crops = preprocess.ten(images)
+        return jax.nn.softmax(model.apply({"params": params}, preprocess.center_crop(images)))
+    crops = preprocess.ten_crop(images)
     logits = model.apply({"params": params}, crops.reshape(-1, *crops.shape[2:]))
     return jax.nn.softmax(logits).reshape(*crops.shape[:2], -1).mean(axis=1)
 
@@ -50,12 +50,11 @@ def jit_forward(function: Callable, **options) -> Callable:
 
 @cache
 def _predict_program():
-    return jit_forward(_predict, static_argnames=("model", "pad", "crop", "resize", "scale", "ten_crop", "mesh"))
+    return jit_forward(_predict, static_argnames=("model", "ten_crop", "mesh"))
 
 
-def _predict(params, images, mean, *, model, pad, crop, resize, scale, ten_crop, mesh):
+def _predict(params, images, preprocess, *, model, ten_crop, mesh):
     sharded_model = model.clone(data_axis=sharding.DATA, tower_axis=sharding.TOWER)
-    preprocess = Preprocess(mean, pad, crop, resize, flip=False, lighting=None, scale=scale)
 
     def predict_part(params, images):  # on each device, its part of the batch
         return lax.pmean(predict(sharded_model, params, images, preprocess, ten_crop), sharding.TOWER)  # equal on both
@@ -111,9 +110,9 @@ def evaluate(
 
     for images, labels in batches:
         predictions = [
-            predict_all(params, images, p.mean, model=model, pad=p.pad, crop=p.crop, resize=p.resize, scale=p.scale,
-                     ten_crop=ten_crop, mesh=mesh) for model, params, p in placed
-        ]  # fmt: skip
+            predict_all(params, images, preprocess, model=model, ten_crop=ten_crop, mesh=mesh)
+            for model, params, preprocess in placed
+        ]
         counts = _count(predictions, labels, mesh=mesh)
         if last is not None:  # the device has its next batch already
             total = add(last)

@@ -32,10 +32,12 @@ def flag_error(error: Exception, argv: Sequence[str]) -> str:
         return "--workdir is missing: expected the run's working directory, as in --workdir runs/"
     if match := re.match(r"flag --config\.([\w.]+)=(.*?): ", message):
         name, text = match.groups()
-        value = functools.reduce(getattr, name.split("."), default.get_config())
-        if type(value) not in _TYPES:
-            return f"config.{name}={text!r}: expected its fields, {', '.join(f'config.{name}.{k}' for k in value)}"
-        return f"config.{name}={text!r}: expected {_TYPES[type(value)]}"
+        *parents, field = name.split(".")
+        config = functools.reduce(getattr, parents, default.get_config())
+        if (field_type := config.get_type(field)) not in _TYPES:
+            fields = ", ".join(f"config.{name}.{k}" for k in config[field])
+            return f"config.{name}={text!r}: expected its fields, {fields}"
+        return f"config.{name}={text!r}: expected {_TYPES[field_type]}"
     if message.startswith(("flag --config=", "Configuration is not available")):
         reason = re.split(r"Error: |path\]: ", message)[-1]  # the last line of a traceback
         configs = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.py") if p.stem not in ("__init__", "default")))

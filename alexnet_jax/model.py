@@ -1,24 +1,23 @@
 """AlexNet as a Flax module: sections 3.1 to 3.5 of Krizhevsky, Sutskever and Hinton (2012).
 
-Between two layers the activations are a list with one NHWC array a tower. A layer that is given the list stays inside
-its towers; a layer that is given `[meet(…)]`, one array of all channels, sees both. That is figure 2 of the paper. One
-device holds both towers; on a mesh with an axis for them each holds one, and `meet` is where the devices communicate.
+Between two layers the activations are a list with one NHWC array per tower. A layer is confined to its towers, except
+conv3 and the fully connected layers, which concatenate them: figure 2 of the paper. One device holds both towers; on a
+mesh with a tower axis each device holds one, and such a layer gathers the other's activations.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.dtypes import Dtype
 from jax import lax
 
-from alexnet_jax.ops import conv, dropout, local_response_norm, max_pool, spatial_response_norm
-from alexnet_jax.variants import Variant, variant_named
+from alexnet_jax.checks import check_images, check_network, check_tower_devices
+from alexnet_jax.ops import OPS, Ops
+from alexnet_jax.variants import ACTIVATIONS, LAYERS, VARIANTS
 
-ACTIVATIONS = {"relu": nn.relu, "tanh": jnp.tanh}
-LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
 OUTPUTS = (
     "conv1", "norm1", "pool1", "conv2", "norm2", "pool2", "conv3", "conv4", "conv5", "pool5", "fc6", "fc7", "fc8"
 )  # fmt: skip
@@ -32,73 +31,103 @@ class Stem(NamedTuple):
     padding: int = 0
 
 
-def join(towers: Sequence[jax.Array]) -> jax.Array:
-    """The towers' activations as one array: the first half of the channels is tower 0, the second tower 1."""
-    return jnp.concatenate(towers, axis=-1)
+def all_gather_towers(towers: Sequence[jax.Array], tower_axis: str | None = None) -> jax.Array:
+    """Return the activations of all towers as one array [..., C], the channels of tower 0 first (section 3.2).
+
+    Args:
+      towers: those of this device.
+      tower_axis: the mesh axis that shares the towers, under `jax.shard_map`; None: this device holds them all.
+    """
+    x = jnp.concatenate(towers, axis=-1)
+    return lax.all_gather(x, tower_axis, axis=-1, tiled=True) if tower_devices(tower_axis) > 1 else x
 
 
-def widths_problem(widths: Sequence[int], towers: int) -> str:
-    """What is wrong with the widths of conv1 … conv5, fc6 and fc7, or ""."""
-    least = (towers,) + (2 if towers == 2 else 0,) * 6
-    if len(widths) == 7 and all(w >= low and w % towers == 0 for w, low in zip(widths, least, strict=True)):
-        return ""
-    takes = "even numbers" if towers == 2 else "numbers, of which 0 leaves out a layer after conv1"
-    return f"expected seven {takes} (conv1 to conv5, fc6, fc7)"
-
-
-def _parts(tower_axis: str | None) -> int:
-    """The number of devices that share the towers: 1 or 2."""
+def tower_devices(tower_axis: str | None) -> int:
+    """Return the number of devices that share the towers: 1 or 2."""
     return lax.axis_size(tower_axis) if tower_axis else 1
 
 
-class TowerConv(nn.Module):
-    """A convolution with bias, over one input that both towers see or over one input per tower."""
+class Conv(nn.Module):
+    """A convolution with bias: a list of inputs [B, H, W, I] to a list of outputs [B, H', W', O], one per tower.
+
+    A single input, the images, is that of all towers.
+
+    Attributes:
+      features: the output channels of both towers together.
+      kernel_size, stride, padding: the side of the square kernel, its stride, and the zeros on every side.
+      ceil_mode: whether the output size is rounded up, by more zeros at the right and bottom edge.
+      gather: whether the kernels take the channels of both towers, or of their own alone.
+      towers, tower_axis, conv: as in `AlexNet`; `conv` is that of its operations.
+      dtype, param_dtype, precision, kernel_init, bias_init: as in `flax.linen.Conv`.
+    """
 
     features: int
-    kernel: int
-    kernel_std: float
-    bias: float
+    kernel_size: int
     stride: int = 1
     padding: int = 0
-    rounds_up: bool = True
-    dtype: Any = jnp.float32
+    ceil_mode: bool = True
+    gather: bool = False
     towers: int = 2
     tower_axis: str | None = None
-    conv: Callable = conv
+    conv: Callable[..., jax.Array] = OPS.conv
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+    precision: lax.PrecisionLike = None
+    kernel_init: nn.initializers.Initializer = nn.initializers.normal(0.01)
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros
 
     @nn.compact
     def __call__(self, inputs: Sequence[jax.Array]) -> list[jax.Array]:
-        here, towers = self.features // _parts(self.tower_axis), self.towers // _parts(self.tower_axis)
-        shape = (self.kernel, self.kernel, inputs[0].shape[-1], here)
-        kernel = self.param("kernel", nn.initializers.normal(self.kernel_std), shape).astype(self.dtype)
-        bias = self.param("bias", nn.initializers.constant(self.bias), (here,)).astype(self.dtype)
-        # Rounding the output size up lets the last window hang over the right and bottom edge.
-        hang = [-(side + 2 * self.padding - self.kernel) % self.stride for side in inputs[0].shape[1:3]]
-        padding = tuple((self.padding, self.padding + self.rounds_up * after) for after in hang)
-        split = partial(jnp.split, indices_or_sections=towers, axis=-1)
+        if self.gather:
+            inputs = [all_gather_towers(inputs, self.tower_axis)]
+        features, towers = (n // tower_devices(self.tower_axis) for n in (self.features, self.towers))
+        shape = (self.kernel_size, self.kernel_size, inputs[0].shape[-1], features)
+        kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype).astype(self.dtype)
+        bias = self.param("bias", self.bias_init, (features,), self.param_dtype).astype(self.dtype)
+        extra_padding = [
+            -(side + 2 * self.padding - self.kernel_size) % self.stride * self.ceil_mode
+            for side in inputs[0].shape[1:3]
+        ]
+        padding = tuple((self.padding, self.padding + extra) for extra in extra_padding)
+
+        def conv(x, kernel):
+            return self.conv(x, kernel, self.stride, padding, self.precision)
+
         if len(inputs) < towers:
-            outputs = split(self.conv(inputs[0], kernel, self.stride, padding))
-        else:
-            outputs = [self.conv(x, k, self.stride, padding) for x, k in zip(inputs, split(kernel), strict=True)]
-        return [x + b for x, b in zip(outputs, split(bias), strict=True)]
+            outputs = jnp.split(conv(inputs[0], kernel), towers, axis=-1)
+        else:  # one convolution per tower, which a CPU computes several times faster than a grouped one
+            outputs = [conv(x, k) for x, k in zip(inputs, jnp.split(kernel, towers, axis=-1), strict=True)]
+        return [x + b for x, b in zip(outputs, jnp.split(bias, towers, axis=-1), strict=True)]
 
 
 class Dense(nn.Module):
-    """A fully connected layer: [B, in] to [B, features], or to this device's half of them."""
+    """A fully connected layer over both towers: a list of inputs [B, ...], one per tower, to [B, features].
+
+    Attributes:
+      features: the units of both towers together; on a mesh each device returns those of its tower.
+      gather_outputs: whether each device returns all of them.
+      tower_axis: as in `AlexNet`.
+      dtype, param_dtype, precision, kernel_init, bias_init: as in `flax.linen.Dense`.
+    """
 
     features: int
-    kernel_std: float
-    bias: float
-    dtype: Any = jnp.float32
+    gather_outputs: bool = False
     tower_axis: str | None = None
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+    precision: lax.PrecisionLike = None
+    kernel_init: nn.initializers.Initializer = nn.initializers.normal(0.01)
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        here = self.features // _parts(self.tower_axis)
-        shape = (x.shape[-1], here)
-        kernel = self.param("kernel", nn.initializers.normal(self.kernel_std), shape).astype(self.dtype)
-        bias = self.param("bias", nn.initializers.constant(self.bias), (here,)).astype(self.dtype)
-        return x @ kernel + bias
+    def __call__(self, inputs: Sequence[jax.Array]) -> jax.Array:
+        x = all_gather_towers(inputs, self.tower_axis)
+        x = x.reshape(x.shape[0], -1)
+        features = self.features // tower_devices(self.tower_axis)
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], features), self.param_dtype).astype(self.dtype)
+        bias = self.param("bias", self.bias_init, (features,), self.param_dtype).astype(self.dtype)
+        x = jnp.matmul(x, kernel, precision=self.precision) + bias
+        return all_gather_towers([x], self.tower_axis) if self.gather_outputs else x
 
 
 class AlexNet(nn.Module):
@@ -106,19 +135,19 @@ class AlexNet(nn.Module):
 
     Attributes:
       num_classes: the number of logits.
-      variant: a name in `VARIANTS`. "caffe" normalizes across the towers, so they cannot lie on two devices.
-      dtype: of the activations; parameters are float32 always.
+      variant: a name in `VARIANTS`. The LRN of "caffe" runs across the towers, so they cannot lie on two devices.
+      dtype, param_dtype, precision: of the activations, of the parameters, and of the products, as in Flax.
       stem: the first convolution; the default is the paper's 11×11, stride 4.
       widths: kernels or units of conv1 … conv5, fc6, fc7, both towers together. With one tower, 0 leaves a layer out.
-      towers: 2, or 1 for a network whose layers all see every channel before them.
-      activation: "relu", or the "tanh" that section 3.1 holds it against.
-      lrn: whether local response normalization stands after conv1 and conv2.
+      towers: 2, or 1 for a network whose layers all take every channel before them.
+      activation: "relu", or the "tanh" that section 3.1 compares it with.
+      lrn: whether local response normalization (LRN) follows conv1 and conv2.
       lrn_alpha: its α; None is the variant's own, meant for images in 0 to 255.
       pool_window: z of section 3.4, where s = 2 always.
       dropout: the rate at fc6 and fc7.
       kernel_std, bias: the initial standard deviation of the eight layers' kernels, and the initial value of their
         biases; None is the variant's own.
-      conv: the convolution; `ops.convolve` where XLA's partitioner is to split it.
+      ops: the operations; `PLAIN` gives XLA's own, which every transformation of JAX works on.
       data_axis, tower_axis: the mesh axes that share the batch and the towers, when the network is applied under
         `jax.shard_map`; its parameters are then this device's part of the output channels.
 
@@ -132,7 +161,7 @@ class AlexNet(nn.Module):
 
     num_classes: int = 1000
     variant: str = "paper"
-    dtype: Any = jnp.float32
+    dtype: Dtype = jnp.float32
     stem: Stem = Stem()
     widths: tuple[int, ...] = (96, 256, 384, 384, 256, 4096, 4096)
     towers: int = 2
@@ -143,129 +172,124 @@ class AlexNet(nn.Module):
     dropout: float = 0.5
     kernel_std: tuple[float, ...] | None = None
     bias: tuple[float, ...] | None = None
-    conv: Callable = conv
+    ops: Ops = OPS
     data_axis: str | None = None
     tower_axis: str | None = None
+    param_dtype: Dtype = jnp.float32
+    precision: lax.PrecisionLike = None
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-        variant = self._check(images)
-        std = dict(zip(LAYERS, self.kernel_std or variant.kernel_std, strict=True))
-        bias = dict(zip(LAYERS, self.bias or variant.bias, strict=True))
-        width = dict(zip(LAYERS, (*self.widths, self.num_classes), strict=True))
-        k, n, alpha, beta = variant.lrn
-        alpha = alpha if self.lrn_alpha is None else self.lrn_alpha
-        lrn = partial(local_response_norm, k=k, n=n, alpha=alpha, beta=beta)
-        f = ACTIVATIONS[self.activation]
+        check_network(self)
+        check_images(self, images.shape)
+        check_tower_devices(self, tower_devices(self.tower_axis))
+        variant = VARIANTS[self.variant]
 
-        outputs = {}
-
-        def see(name, towers):  # section 3.1, where the variant has it
-            outputs[name] = [f(x) for x in towers] if name in variant.activation_after else towers
-            return outputs[name]
-
-        def common(name):
-            return dict(
-                features=width[name], kernel_std=std[name], bias=bias[name], dtype=self.dtype,
-                tower_axis=self.tower_axis, name=name,
-            )  # fmt: skip
-
-        def meet(name, towers):  # section 3.2: all that one tower learns of the other
-            x = join(towers)
-            if _parts(self.tower_axis) > 1:
-                with jax.named_scope(name):
-                    x = lax.all_gather(x, self.tower_axis, axis=-1, tiled=True)
-            return x
-
-        def convolve(name, inputs, kernel, stride=1, padding=0):
-            if not width[name]:
-                return inputs
-            shape = dict(kernel=kernel, stride=stride, padding=padding, rounds_up=variant.rounds_up, conv=self.conv)
-            return see(name, TowerConv(towers=self.towers, **shape, **common(name))(inputs))
-
-        def normalize(name, towers):  # section 3.3
-            if self.lrn and variant.lrn_sees_both_towers:
-                towers = jnp.split(lrn(join(towers)), self.towers, axis=-1)
-            elif self.lrn:
-                towers = [lrn(x) for x in towers]
-            if name in variant.spatial_norm_after:
-                towers = [spatial_response_norm(x, *variant.spatial_norm) for x in towers]
-            return see(name, towers)
-
-        def pool(name, towers):  # section 3.4
-            return see(name, [max_pool(x, window=self.pool_window, stride=2) for x in towers])
-
-        def connect(name, x):
-            if not width[name]:
-                return [x]
-            x = see(name, [f(Dense(**common(name))(x))])[0]
-            # Section 4.2: half of the outputs in training, half of each output in testing.
-            kept = 1 - self.dropout
-            scale = (1 / kept if train else 1.0) if variant.dropout_rescales else (1.0 if train else kept)
-            if not train or not self.dropout:
-                return [x * scale]
-            towers = self.towers // _parts(self.tower_axis)
-            example = lax.axis_index(self.data_axis) * x.shape[0] if self.data_axis else 0
-            tower = lax.axis_index(self.tower_axis) * towers if self.tower_axis else 0
-            with jax.named_scope(name):
-                return [scale * dropout(self.make_rng("dropout"), x, self.dropout, towers, example, tower)]
-
-        # Section 3.5, with the sizes of a 224×224 image.
+        # Section 3.5, with the sizes of a 224×224 image, both towers together.
         x = [images.astype(self.dtype)]
-        x = convolve("conv1", x, *self.stem)  # 55×55×96
-        x = pool("pool1", normalize("norm1", x))  # 27×27×96
-        x = convolve("conv2", x, kernel=5, padding=2)  # 27×27×256, within the towers
-        x = pool("pool2", normalize("norm2", x))  # 13×13×256
-        x = convolve("conv3", [meet("conv3", x)], kernel=3, padding=1)  # 13×13×384, the towers meet
-        x = convolve("conv4", x, kernel=3, padding=1)  # 13×13×384, within the towers
-        x = convolve("conv5", x, kernel=3, padding=1)  # 13×13×256, within the towers
-        x = meet("fc6", pool("pool5", x))  # 6×6×256, the towers meet, here and from here on
-        x = connect("fc6", x.reshape(x.shape[0], -1))  # 4096
-        x = connect("fc7", meet("fc7", x))  # 4096
-        x = meet("fc8", see("fc8", [Dense(**common("fc8"))(meet("fc8", x))]))  # 1000
-        if self.is_mutable_collection("activations") and not self.is_initializing():
-            self.sow("activations", "layers", {name: join(towers) for name, towers in outputs.items()})
-        return x.astype(jnp.float32)
+        x = self._conv("conv1", x, *self.stem, then=variant.conv1)  # 55×55×96; ReLU, LRN, max pooling: 27×27×96
+        x = self._conv("conv2", x, 5, padding=2, then=variant.conv2)  # 27×27×256; ReLU, LRN, max pooling: 13×13×256
+        x = self._conv("conv3", x, 3, padding=1, gather=True, then=variant.conv3)  # from both towers, 13×13×384; ReLU
+        x = self._conv("conv4", x, 3, padding=1, then=variant.conv4)  # 13×13×384; ReLU
+        x = self._conv("conv5", x, 3, padding=1, then=variant.conv5)  # 13×13×256; ReLU, max pooling: 6×6×256
+        x = self._dense("fc6", x, train)  # from both towers, 4096; ReLU, dropout
+        x = self._dense("fc7", x, train)  # from both towers, 4096; ReLU, dropout
+        logits = Dense(gather_outputs=True, **self._fields("fc8"))(x)  # from both towers, 1000
 
-    def _check(self, images: jax.Array) -> Variant:
-        variant = variant_named(self.variant)
-        if self.towers not in (1, 2):
-            raise ValueError(f"towers={self.towers}: expected 1 or 2")
-        if problem := widths_problem(self.widths, self.towers):
-            raise ValueError(f"widths={self.widths}: {problem}")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation={self.activation!r}: expected one of {', '.join(ACTIVATIONS)}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout}: expected a rate of at least 0 and below 1")
-        if self.towers % _parts(self.tower_axis):
-            raise ValueError(f"towers={self.towers}: a single tower cannot lie on two devices")
-        for name, values in (("kernel_std", self.kernel_std), ("bias", self.bias)):
-            if values and len(values) != len(LAYERS):
-                raise ValueError(f"{name}={values}: expected eight numbers, conv1 to fc8")
-        if variant.lrn_sees_both_towers and _parts(self.tower_axis) > 1:
-            raise ValueError(f"variant={self.variant!r}: its normalization sees both towers; keep them on one device")
-        if images.ndim != 4:
-            raise ValueError(f"images of shape {images.shape}: expected [B, H, W, C]")
-        kernel, stride, padding = self.stem
-        if kernel < 1 or stride < 1 or padding < 0:
-            raise ValueError(f"stem={tuple(self.stem)}: expected kernel ≥ 1, stride ≥ 1 and padding ≥ 0")
-        z = self.pool_window
-        if z < 1:
-            raise ValueError(f"pool_window={z}: expected at least 1")
-        size = min(images.shape[1:3])
-        maps = 1 + (size + 2 * padding - kernel + (stride - 1) * variant.rounds_up) // stride
-        for _ in range(3):
-            maps = (maps - z) // 2 + 1
-        if maps < 1:
-            raise ValueError(
-                f"images of {images.shape[1]}×{images.shape[2]}: too small for a {kernel}×{kernel} stem of stride "
-                f"{stride} and three poolings of pool_window={z}, stride 2; use larger images, a smaller stem or window"
-            )
-        return variant
+        self._record("fc8", [logits])
+        return logits.astype(jnp.float32)
+
+    @nn.nowrap
+    def _conv(self, name, x, kernel_size, stride=1, padding=0, gather=False, *, then):
+        """Return the outputs of a convolution and of the operations that follow it, one per tower."""
+        fields = self._fields(name)
+        if not fields["features"]:
+            return self._apply_in_order(name, then.replace("relu", ""), x)
+        shape = dict(kernel_size=kernel_size, stride=stride, padding=padding, gather=gather)
+        layer = Conv(
+            **fields, **shape, ceil_mode=VARIANTS[self.variant].ceil_mode, towers=self.towers, conv=self.ops.conv
+        )
+        x = layer(x)
+        self._record(name, x)
+        return self._apply_in_order(name, then, x)
+
+    @nn.nowrap
+    def _apply_in_order(self, name, order, towers):
+        """Return the towers' activations after the operations of `order`, as `Variant` names them.
+
+        The one place that applies activation, LRN and pooling; it has the whole order, all towers of this device and
+        the operations at hand.
+        """
+        variant, number, activate = VARIANTS[self.variant], name.removeprefix("conv"), ACTIVATIONS[self.activation]
+        for operation in order.split():
+            if operation == "relu":  # section 3.1
+                towers = [activate(x) for x in towers]
+            elif operation == "lrn":  # section 3.3
+                name = f"norm{number}"
+                towers = self._lrn(towers) if self.lrn else towers
+            elif operation == "contrast_norm":
+                towers = [self.ops.spatial_response_norm(x, *variant.contrast_norm) for x in towers]
+            elif operation == "pool":  # section 3.4
+                name = f"pool{number}"
+                towers = [self.ops.max_pool(x, window=self.pool_window, stride=2) for x in towers]
+            self._record(name, towers)
+        return towers
+
+    @nn.nowrap
+    def _lrn(self, towers):
+        variant = VARIANTS[self.variant]
+        k, n, alpha, beta = variant.lrn
+        constants = dict(k=k, n=n, alpha=alpha if self.lrn_alpha is None else self.lrn_alpha, beta=beta)
+        if variant.lrn_across_towers:
+            x = self.ops.local_response_norm(all_gather_towers(towers), **constants)
+            return jnp.split(x, self.towers, axis=-1)
+        return [self.ops.local_response_norm(x, **constants) for x in towers]
+
+    @nn.nowrap
+    def _dense(self, name, x, train):
+        """Return [the outputs of a fully connected layer, its activation and dropout]."""
+        fields = self._fields(name)
+        if not fields["features"]:
+            return x
+        x = ACTIVATIONS[self.activation](Dense(**fields)(x))
+        self._record(name, [x])
+        # Section 4.2: half of the outputs in training, half of each output in testing.
+        kept = 1 - self.dropout
+        train_scale, test_scale = (1 / kept, 1.0) if VARIANTS[self.variant].inverted_dropout else (1.0, kept)
+        if not train or not self.dropout:
+            return [x * (train_scale if train else test_scale)]
+        towers = self.towers // tower_devices(self.tower_axis)
+        first_example = lax.axis_index(self.data_axis) * x.shape[0] if self.data_axis else 0
+        first_tower = lax.axis_index(self.tower_axis) * towers if self.tower_axis else 0
+        with jax.named_scope(name):
+            key = self.make_rng("dropout")
+            return [train_scale * self.ops.dropout(key, x, self.dropout, towers, first_example, first_tower)]
+
+    @nn.nowrap
+    def _fields(self, name):
+        """Return the fields that `Conv` and `Dense` share, for one of `LAYERS`."""
+        variant, i = VARIANTS[self.variant], LAYERS.index(name)
+        return dict(
+            features=(*self.widths, self.num_classes)[i],
+            kernel_init=nn.initializers.normal((self.kernel_std or variant.kernel_std)[i]),
+            bias_init=nn.initializers.constant((self.bias or variant.bias)[i]),
+            tower_axis=self.tower_axis,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            precision=self.precision,
+            name=name,
+        )
+
+    @nn.nowrap
+    def _record(self, name, towers):
+        """Keep an output for `activations`; a later one of the same name takes its place."""
+        if self.is_mutable_collection("activations") and not self.is_initializing():
+            output = {name: jnp.concatenate(towers, axis=-1)}
+            self.sow("activations", "outputs", output, reduce_fn=lambda old, new: old | new, init_fn=dict)
 
 
 def activations(model: AlexNet, params: Any, images: jax.Array) -> dict[str, jax.Array]:
-    """Every layer's output on a batch of images, without dropout.
+    """Return every layer's output on a batch of images, without dropout.
 
     Args:
       params: the model's parameters, as `init(...)["params"]`.
@@ -276,5 +300,5 @@ def activations(model: AlexNet, params: Any, images: jax.Array) -> dict[str, jax
       reads it: after ReLU, except where the variant has none there. fc8 is the logits. The channels of tower 0 come
       before those of tower 1.
     """
-    outputs = model.apply({"params": params}, images, mutable=["activations"])[1]["activations"]["layers"][0]
+    outputs = model.apply({"params": params}, images, mutable=["activations"])[1]["activations"]["outputs"]
     return {name: outputs[name] for name in OUTPUTS if name in outputs}

@@ -6,57 +6,91 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from alexnet_jax.variants import variant_named
-
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Mean softmax cross-entropy of logits [B, K] against integer labels [B] (section 3.5's objective, negated)."""
+    """Return the mean softmax cross-entropy of logits [B, K] against integer labels [B] (section 3.5)."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
 class PaperSgdState(NamedTuple):
+    """The state of `paper_sgd` with a constant learning rate: v, a tree like the parameters."""
+
     velocity: Any
 
 
-def paper_sgd(
-    momentum: float = 0.9, weight_decay: float = 5e-4, variant: str = "paper"
-) -> optax.GradientTransformationExtraArgs:
-    """The update of section 5:  v ← 0.9 v − 0.0005 ε w − ε ∂L/∂w;  w ← w + v.
+class ScheduledPaperSgdState(NamedTuple):
+    """The state of `paper_sgd` with a schedule: v, and the number of updates so far."""
 
-    `update` takes ε as the keyword `learning_rate`, so that a schedule that listens to the validation error can set it.
+    velocity: Any
+    count: jax.Array
+
+
+def paper_sgd(
+    learning_rate: optax.ScalarOrSchedule = 0.01,
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+    bias_rate: float = 1.0,
+    bias_decay: float = 1.0,
+) -> optax.GradientTransformationExtraArgs:
+    """Return the stochastic gradient descent of section 5.
+
+    The update of the parameters w by their gradients g, with the learning rate ε, is
+
+      v ← momentum · v − weight_decay · ε · w − ε · g
+      w ← w + v
+
+    `optax.sgd(ε, momentum)` after `add_decayed_weights` multiplies the whole velocity by ε at the end, so that it drops
+    with ε; here ε is inside v, and earlier steps keep their size. At a constant ε the two are equal.
 
     Args:
-      variant: a name in `VARIANTS`, which may give the leaves called `bias` an ε and a weight decay of their own.
+      learning_rate: ε, or a schedule of the number of updates. A keyword `learning_rate` of `update` overrides it, so
+        that a schedule that depends on the validation error can set ε.
+      momentum: the share of v that remains.
+      weight_decay: relative to ε.
+      bias_rate, bias_decay: factors of ε and of the weight decay, for the leaves called `bias`.
 
-    Raises:
-      ValueError: an unknown variant; from `update`, a call without the parameters.
+    Returns:
+      The transformation, for `optax.apply_updates`; `update` raises ValueError without the parameters.
+
+    >>> import jax.numpy as jnp
+    >>> import optax
+    >>> optimizer = optax.chain(optax.clip_by_global_norm(10.0), paper_sgd(optax.cosine_decay_schedule(0.01, 90)))
+    >>> params = {"kernel": jnp.ones(2), "bias": jnp.ones(1)}
+    >>> updates, state = optimizer.update(params, optimizer.init(params), params)
+    >>> print(optax.apply_updates(params, updates)["bias"])
+    [0.989995]
     """
-    of = variant_named(variant)
-    # `optax.sgd(momentum)` after `add_decayed_weights` accumulates ∂L/∂w + 0.0005 w and multiplies the sum by ε at the
-    # end: when ε drops tenfold, the whole velocity drops with it. Here ε is inside v, and old steps keep their size.
+    scheduled = callable(learning_rate)
 
     def init(params):
-        return PaperSgdState(jax.tree.map(jnp.zeros_like, params))
+        velocity = jax.tree.map(jnp.zeros_like, params)
+        return ScheduledPaperSgdState(velocity, jnp.int32(0)) if scheduled else PaperSgdState(velocity)
 
-    def update(gradients, state, params=None, *, learning_rate, **unused):
+    constant_or_schedule = learning_rate
+
+    def update(gradients, state, params=None, *, learning_rate=None, **unused):
         del unused
         if params is None:
             raise ValueError("paper_sgd: weight decay needs the parameters: call update(gradients, state, params, …)")
+        if learning_rate is None:
+            learning_rate = constant_or_schedule(state.count) if scheduled else constant_or_schedule
 
-        def leaf(path, v, g, w):
-            bias = path[-1] == jax.tree_util.DictKey("bias")
-            rate, decay = (of.bias_rate, of.bias_decay) if bias else (1.0, 1.0)
+        def new_velocity(path, v, g, w):
+            is_bias = path[-1] == jax.tree_util.DictKey("bias")
+            rate, decay = (bias_rate, bias_decay) if is_bias else (1.0, 1.0)
             rate *= learning_rate
             return momentum * v - decay * weight_decay * rate * w - rate * g
 
-        velocity = jax.tree.map_with_path(leaf, state.velocity, gradients, params)
+        velocity = jax.tree.map_with_path(new_velocity, state.velocity, gradients, params)
+        if scheduled:
+            return velocity, ScheduledPaperSgdState(velocity, optax.safe_increment(state.count))
         return velocity, PaperSgdState(velocity)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 class Plateau(NamedTuple):
-    """Where the schedule stands: three scalars that a checkpoint carries."""
+    """The state of the learning-rate decay on plateau: three scalars, part of a checkpoint."""
 
     best_error: jax.Array
     evaluations_since_best: jax.Array
@@ -64,16 +98,17 @@ class Plateau(NamedTuple):
 
 
 def plateau_init() -> Plateau:
-    """The start of section 5's schedule: no error known yet, and no drop made."""
+    """Return the state before the first evaluation."""
     return Plateau(jnp.float32(jnp.inf), jnp.int32(0), jnp.int32(0))
 
 
 def plateau_update(state: Plateau, validation_error: jax.Array, patience: int, max_drops: int = 3) -> Plateau:
-    """Section 5: divide ε by 10 when the validation error stops improving, three times.
+    """Return the state after an evaluation: the learning rate drops when the error stops improving (section 5).
 
     Args:
-      validation_error: of one evaluation.
-      patience: evaluations without a new best error after which ε drops.
+      validation_error: of the evaluation, a scalar.
+      patience: evaluations without a new best error after which the learning rate is divided by 10.
+      max_drops: how often it is divided at most; the paper's three.
     """
     improved = validation_error < state.best_error
     waited = jnp.where(improved, 0, state.evaluations_since_best + 1)
@@ -93,11 +128,16 @@ def learning_rate_at(
     drop_at: tuple[int, ...] = (),
     linear_steps: int = 0,
 ) -> jax.Array:
-    """ε at a step (section 5), a float32 scalar: `base`, ÷ 10 a drop of the plateau.
+    """Return the learning rate of a step (section 5), a float32 scalar: `base`, divided by 10 at each drop.
 
-    Its n-th drop comes at the n-th of the steps `drop_at` at the latest. The plateau alone is the paper's schedule,
-    `drop_at` alone a fixed one. The first `warmup_steps` steps rise linearly to `base`, and with `linear_steps` ε falls
-    linearly, to zero after that many; the paper has neither (0).
+    The paper's schedule is the decay on plateau alone; with `drop_at` alone it is a fixed one.
+
+    Args:
+      step: the number of updates so far.
+      plateau: the state of the decay on plateau; its n-th drop comes at the n-th of `drop_at` at the latest.
+      warmup_steps: steps in which the rate rises linearly to `base`; 0 in the paper.
+      drop_at: steps.
+      linear_steps: steps in which the rate falls linearly to zero; 0 (the paper's) for no such decay.
     """
     drops = jnp.maximum(plateau.drops, sum(jnp.int32(step >= at) for at in drop_at))
     warmup = jnp.minimum(1.0, (step + 1) / max(warmup_steps, 1))

@@ -1,123 +1,130 @@
-"""From stored uint8 images to what the network sees: the mean, augmentation in training, patches in testing."""
+"""From stored uint8 images to the network's inputs: mean subtraction, augmentation in training, crops in testing."""
 
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from alexnet_jax import augment
-from alexnet_jax.variants import VARIANTS
 
 
-class Preprocess(NamedTuple):
-    """How images reach the network: from uint8 [B, H, W, C] to float32, (pixel − mean) × scale.
+@flax.struct.dataclass
+class Preprocess:
+    """The preprocessing of images: from uint8 [B, H, W, C] to float32, (pixel − mean) × scale.
+
+    A pytree whose leaves are `mean` and `lighting`; all other fields are static.
 
     Attributes:
       mean: the training set's mean image [H, W, C] (section 2).
-      pad: rows and columns of mean colour added on every side before cropping.
-      crop: the side of the square patch that is cut out.
-      resize: the side to which a patch is enlarged (bilinear); 0 leaves it as it is.
-      flip: whether training mirrors images at random.
-      lighting: what multiplies α [3], for pixels in 0 to 255, and eigenvectors [3, 3]; or None.
-      scale: what the centred pixels are multiplied by at the end; 1 is the paper's 0 to 255.
-      variant: a name in `VARIANTS`.
-      random_crop: whether training sees a random patch, or the central one.
+      pad: rows and columns of mean color added on every side before cropping.
+      crop: the side of the square crop.
+      resize: the side to which a crop is enlarged (bilinear); 0 leaves it as it is.
+      flip: whether training flips images horizontally at random.
+      lighting: for PCA lighting, the factors of α [3], for pixels in 0 to 255, and eigenvectors [3, 3]; or None.
+      scale: the factor of the centered pixels; 1 is the paper's 0 to 255.
+      random_crop: whether training takes a random crop, or the center crop.
+      crop_group: consecutive images of a batch that share the position of their crop and their flip.
+      crop_last_position: whether a random crop may end at the last row and column, as in `augment.random_crop`.
+      lighting_divisor: by which all pixels are divided after PCA lighting.
     """
 
-    mean: np.ndarray
-    pad: int
-    crop: int
-    resize: int
-    flip: bool
-    lighting: tuple[np.ndarray, np.ndarray] | None
-    scale: float
-    variant: str = "paper"
-    random_crop: bool = True
+    mean: jax.Array | np.ndarray
+    pad: int = flax.struct.field(pytree_node=False)
+    crop: int = flax.struct.field(pytree_node=False)
+    resize: int = flax.struct.field(pytree_node=False)
+    flip: bool = flax.struct.field(pytree_node=False)
+    lighting: tuple[jax.Array | np.ndarray, jax.Array | np.ndarray] | None
+    scale: float = flax.struct.field(pytree_node=False)
+    random_crop: bool = flax.struct.field(pytree_node=False, default=True)
+    crop_group: int = flax.struct.field(pytree_node=False, default=1)
+    crop_last_position: bool = flax.struct.field(pytree_node=False, default=False)
+    lighting_divisor: float = flax.struct.field(pytree_node=False, default=1.0)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """[H, W, C] of what the network sees."""
+        """The [H, W, C] of the network's inputs."""
         side = self.resize or self.crop
         return side, side, self.mean.shape[-1]
 
     def train(self, key: jax.Array, images: jax.Array, first: jax.Array | int = 0) -> jax.Array:
-        """A random patch, its mirror image, its lighting (section 4.1): [B, *image_shape].
+        """Return randomly cropped, flipped and lit images (section 4.1): [B, *image_shape].
 
         Args:
-          first: the place of the first image in the whole batch.
+          first: the index of the first image in the whole batch.
         """
-        variant = VARIANTS[self.variant]
-        chunks = (variant.chunk, variant.chunk, 1)
-        keys = zip(jax.random.split(key, 3), chunks, strict=True)
-        crop_key, flip_key, lighting_key = (augment.example_keys(k, images.shape[0], first, c) for k, c in keys)
-        x = self._centred(images)
+        groups = (self.crop_group, self.crop_group, 1)
+        keys = zip(jax.random.split(key, 3), groups, strict=True)
+        crop_key, flip_key, lighting_key = (augment.example_keys(k, images.shape[0], first, n) for k, n in keys)
+        x = self._center_pixels(images)
         if self.random_crop:
-            x = augment.random_crop(crop_key, x, self.crop, variant.last_place)
+            x = augment.random_crop(crop_key, x, self.crop, self.crop_last_position)
         else:
             x = augment.center_crop(x, self.crop)
         if self.flip:
             x = augment.random_flip(flip_key, x)
         if self.lighting is not None:
-            x = augment.pca_lighting(lighting_key, x, *self.lighting) / variant.lighting_divisor
-        return self._finish(x)
+            x = augment.pca_lighting(lighting_key, x, *self.lighting) / self.lighting_divisor
+        return self._resize_and_scale(x)
 
-    def center(self, images: jax.Array) -> jax.Array:
-        """The central patch: [B, *image_shape]."""
-        return self._finish(augment.center_crop(self._centred(images), self.crop))
+    def center_crop(self, images: jax.Array) -> jax.Array:
+        """Return the center crops: [B, *image_shape]."""
+        return self._resize_and_scale(augment.center_crop(self._center_pixels(images), self.crop))
 
-    def ten(self, images: jax.Array) -> jax.Array:
-        """The ten test patches of section 4.1: [B, 10, *image_shape]."""
-        patches = augment.ten_crop(self._centred(images), self.crop)
-        return self._finish(patches.reshape(-1, *patches.shape[2:])).reshape(*patches.shape[:2], *self.image_shape)
+    def ten_crop(self, images: jax.Array) -> jax.Array:
+        """Return the ten-crops of section 4.1: [B, 10, *image_shape]."""
+        crops = augment.ten_crop(self._center_pixels(images), self.crop)
+        x = self._resize_and_scale(crops.reshape(-1, *crops.shape[2:]))
+        return x.reshape(*crops.shape[:2], *self.image_shape)
 
-    def _centred(self, images):
+    def _center_pixels(self, images):
         margin = ((0, 0), (self.pad, self.pad), (self.pad, self.pad), (0, 0))
         return jnp.pad(images.astype(jnp.float32) - self.mean, margin)
 
-    def _finish(self, x):
+    def _resize_and_scale(self, x):
         if self.resize:
             x = jax.image.resize(x, (x.shape[0], *self.image_shape), "bilinear")
         return x * self.scale
 
 
 class Statistics(NamedTuple):
-    """Of a training set, in float64 and for pixels in 0 to 255."""
+    """The statistics of a training set, in float64 and for pixels in 0 to 255."""
 
     mean_image: np.ndarray  # [H, W, C] (section 2)
-    eigenvalues: np.ndarray | None  # [3], largest first, of the covariance of RGB (section 4.1); None: not asked for
+    eigenvalues: np.ndarray | None  # [3], largest first, of the RGB covariance (section 4.1); None: not computed
     eigenvectors: np.ndarray | None  # [3, 3], a column each
 
 
-def measure(images: Iterable[np.ndarray], colours: bool) -> Statistics:
-    """The statistics of images that come as arrays uint8 [some, H, W, C], read once.
+def measure(images: Iterable[np.ndarray], colors: bool) -> Statistics:
+    """Return the statistics of images that come as arrays uint8 [any, H, W, C], read once.
 
     Args:
-      colours: whether to compute the covariance of RGB.
+      colors: whether to compute the RGB covariance.
 
     Raises:
-      ValueError: `colours` of images without three channels.
+      ValueError: `colors` of images without three channels.
     """
     images, count, total = iter(images), 0, 0
 
     def summed():
         nonlocal count, total
-        for some in images:
-            count, total = count + len(some), total + some.sum(axis=0, dtype=np.int64)
-            yield some
+        for array in images:
+            count, total = count + len(array), total + array.sum(axis=0, dtype=np.int64)
+            yield array
 
-    principal = augment.rgb_pca(summed()) if colours else (None, None)
-    for _ in summed():  # what is left
+    principal = augment.rgb_pca(summed()) if colors else (None, None)
+    for _ in summed():  # all of them, if no covariance was computed
         pass
     return Statistics(total / count, *principal)
 
 
 def read_statistics(path: Path) -> Statistics:
-    """Those that `prepare` computed and stored; raises OSError, ValueError or KeyError if they cannot be read."""
-    with np.load(path) as found:
-        return Statistics(*(found[name] for name in Statistics._fields))
+    """Return the statistics that `prepare` stored; raises OSError, ValueError or KeyError if they cannot be read."""
+    with np.load(path) as arrays:
+        return Statistics(*(arrays[name] for name in Statistics._fields))
 
 
 def fit(
@@ -128,15 +135,21 @@ def fit(
     flip: bool,
     lighting: bool,
     scale: float = 1.0,
-    variant: str = "paper",
     random_crop: bool = True,
+    crop_group: int = 1,
+    crop_last_position: bool = False,
+    lighting_exponent: float = 1.0,
+    lighting_divisor: float = 1.0,
 ) -> Preprocess:
-    """The preprocessing of a training set: its mean image and, for `lighting`, the covariance of its colours.
+    """Return the preprocessing of a training set: its mean image and, for `lighting`, its RGB covariance.
 
     Args:
       images: the training set, uint8 [N, H, W, C], or arrays of it, read once, or its statistics.
-      pad, crop, resize, flip, scale, variant, random_crop: as in `Preprocess`.
-      lighting: whether to vary the colours.
+      lighting: whether training applies PCA lighting.
+      lighting_exponent: PCA lighting adds α times λ to this power, of pixels in [0, 1]; 1 is the paper's formula, and
+        one half gives the standard deviation.
+      pad, crop, resize, flip, scale, random_crop, crop_group, crop_last_position, lighting_divisor: as in
+        `Preprocess`.
 
     Raises:
       ValueError: lighting of images without three channels.
@@ -146,9 +159,20 @@ def fit(
     else:
         statistics = images if isinstance(images, Statistics) else measure(images, lighting)
     mean, eigenvalues, eigenvectors = statistics
-    principal = None
+    factors_and_directions = None
     if lighting:
-        spread = 255 * (eigenvalues / 255**2) ** VARIANTS[variant].lighting_power  # λ is of pixels in 0 to 1
-        principal = spread.astype(np.float32), eigenvectors.astype(np.float32)
-    mean = mean.astype(np.float32)
-    return Preprocess(mean, pad, crop, resize, flip, principal, scale, variant, random_crop)
+        factors = 255 * (eigenvalues / 255**2) ** lighting_exponent
+        factors_and_directions = factors.astype(np.float32), eigenvectors.astype(np.float32)
+    return Preprocess(
+        mean=mean.astype(np.float32),
+        pad=pad,
+        crop=crop,
+        resize=resize,
+        flip=flip,
+        lighting=factors_and_directions,
+        scale=scale,
+        random_crop=random_crop,
+        crop_group=crop_group,
+        crop_last_position=crop_last_position,
+        lighting_divisor=lighting_divisor,
+    )

@@ -69,7 +69,7 @@ class Run:
     def activations(self, images: np.ndarray, layer: str = "fc7") -> np.ndarray:
         """Return one layer's output [N, …] on the center crops of uint8 images [N, H, W, C]."""
         layer_of = evaluation.jit_forward(
-            lambda params, x: activations(self.model, params, self.preprocess.center(x))[layer]
+            lambda params, x: activations(self.model, params, self.preprocess.center_crop(x))[layer]
         )
         return _in_batches(partial(layer_of, self.params), images, AT_A_TIME)
 

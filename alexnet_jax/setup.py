@@ -98,7 +98,12 @@ def setup(config: ml_collections.ConfigDict) -> Setup:
         test_split=config.test_split,
         preprocess=build_preprocess(config, dataset, train_data.host_images()),
         model=model,
-        optimizer=paper_sgd(config.momentum, config.weight_decay, config.variant),
+        optimizer=paper_sgd(
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            bias_rate=config.bias_rate,
+            bias_decay=config.bias_decay,
+        ),
         learning_rate=partial(
             learning_rate_at,
             base=config.learning_rate,
@@ -147,11 +152,11 @@ def build_model(config: ml_collections.ConfigDict, num_classes: int) -> AlexNet:
         towers=config.towers,
         activation=config.activation,
         lrn=config.lrn,
-        lrn_alpha=config.lrn_alpha or None,
+        lrn_alpha=config.lrn_alpha,
         pool_window=config.pool_window,
         dropout=config.dropout,
-        kernel_std=tuple(config.kernel_std) or None,
-        bias=tuple(config.bias) or None,
+        kernel_std=config.kernel_std,
+        bias=config.bias,
     )
 
 
@@ -190,6 +195,16 @@ def build_preprocess(
     elif dataset.builder.name.endswith(f"_{SIDE}"):
         log.warning("%s is missing; the mean image is computed again, from %s", path, config.train_split)
     return fit(
-        source, config.pad, config.image_size, config.resize, config.flip, config.lighting, config.input_scale,
-        config.variant, config.random_crop,
-    )  # fmt: skip
+        source,
+        pad=config.pad,
+        crop=config.image_size,
+        resize=config.resize,
+        flip=config.flip,
+        lighting=config.lighting,
+        scale=config.input_scale,
+        random_crop=config.random_crop,
+        crop_group=config.crop_group,
+        crop_last_position=config.crop_last_position,
+        lighting_exponent=config.lighting_exponent,
+        lighting_divisor=config.lighting_divisor,
+    )

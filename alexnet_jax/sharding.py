@@ -1,8 +1,8 @@
-"""The mesh of devices and what lies where on it: the two GPUs of section 3.2, and data parallelism beside them.
+"""The mesh of devices and the sharding of arrays: the two GPUs of section 3.2, in addition to data parallelism.
 
 Images and labels are split over the axis `data`. Every kernel and bias, its gradient and its velocity are split over
-the axis `tower` along the output channels (units), and are never gathered; `model.AlexNet` gathers activations where
-figure 2 of the paper lets the towers meet.
+the axis `tower` along the output channels (units), and are never gathered; `model.AlexNet` gathers activations, at the
+layers that figure 2 of the paper connects to both towers.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ BATCH = PartitionSpec(DATA)
 
 
 def check_axes(data: int, tower: int, cpu_devices: int) -> None:
-    """Raises ValueError for what no number of devices could make a mesh of `make_mesh`."""
+    """Check the arguments of `make_mesh`; raises ValueError if no number of devices could make such a mesh."""
     if tower not in (1, 2):
         raise ValueError(f"config.mesh.tower={tower}: the network has two towers; expected 1 or 2")
     if data == 0 or data < -1:
@@ -29,7 +29,7 @@ def check_axes(data: int, tower: int, cpu_devices: int) -> None:
 
 
 def make_mesh(data: int = -1, tower: int = 1, cpu_devices: int = 1) -> Mesh:
-    """The devices as [data, tower].
+    """Return the mesh of the devices, [data, tower].
 
     Args:
       data: the number of parts of a batch; −1 takes all devices that `tower` leaves.
@@ -41,10 +41,10 @@ def make_mesh(data: int = -1, tower: int = 1, cpu_devices: int = 1) -> Mesh:
     """
     check_axes(data, tower, cpu_devices)
     if cpu_devices > 1:
-        # A device that waits in a collective holds a thread of XLA's pool. With one thread a core, two devices on two
-        # busy cores waited for each other until XLA gave up and aborted; threads to spare let them go on.
+        # A device that waits in a collective holds a thread of XLA's pool. With only one thread per core two devices
+        # can wait for each other until XLA aborts.
         os.environ.setdefault("PJRT_NPROC", str((os.cpu_count() or 1) + cpu_devices))
-        with contextlib.suppress(RuntimeError):  # the backend runs already (a notebook): its devices serve as well
+        with contextlib.suppress(RuntimeError):  # the backend is running (a notebook): use its devices
             jax.config.update("jax_num_cpu_devices", cpu_devices)
     devices = jax.devices()
     if data == -1 and len(devices) % tower == 0:
@@ -63,29 +63,30 @@ def make_mesh(data: int = -1, tower: int = 1, cpu_devices: int = 1) -> Mesh:
 
 
 def one_device() -> Mesh:
-    """A mesh of the first device alone."""
+    """Return a mesh of the first device alone."""
     return make_mesh(data=1)
 
 
 def tower_specs(params: Any) -> Any:
-    """The partition of a tree of kernels and biases: the last axis of each over `tower`."""
-    return jax.tree.map(lambda x: PartitionSpec(*(None,) * (x.ndim - 1), TOWER), params)
+    """Return the partition of a tree of kernels and biases, and of scalars: the last axis of each over `tower`."""
+    return jax.tree.map(lambda x: PartitionSpec(*(None,) * (x.ndim - 1), TOWER) if x.ndim else REPLICATED, params)
 
 
 def place(tree: Any, mesh: Mesh, specs: Any = REPLICATED) -> Any:
-    """The tree on the mesh; `specs` is one PartitionSpec for all, or a tree of them.
+    """Return the tree on the mesh; `specs` is one PartitionSpec for all, or a tree of them.
 
-    With several processes each holds the whole tree, or arrays that lie on the mesh already.
+    With several processes each holds the whole tree, or arrays that are on the mesh already.
     """
     if isinstance(specs, PartitionSpec):
         specs = jax.tree.map(lambda _: specs, tree)
 
     def put(x, spec):
-        there = NamedSharding(mesh, spec)
-        if there.is_fully_addressable:
-            return jax.device_put(x, there)
-        if isinstance(x, jax.Array) and x.sharding.is_equivalent_to(there, x.ndim):
+        wanted = NamedSharding(mesh, spec)
+        if wanted.is_fully_addressable:
+            return jax.device_put(x, wanted)
+        if isinstance(x, jax.Array) and x.sharding.is_equivalent_to(wanted, x.ndim):
             return x
-        return jax.make_array_from_callback(x.shape, there, lambda index: x[index])  # device_put would compare copies
+        # `device_put` would compare the copies of all processes.
+        return jax.make_array_from_callback(x.shape, wanted, lambda index: x[index])
 
     return jax.tree.map(put, tree, specs)

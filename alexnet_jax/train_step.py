@@ -1,4 +1,4 @@
-"""One update of the parameters (section 5): pure functions, no files."""
+"""The training state and the update of a step (section 5): pure functions."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,26 +12,30 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 
 from alexnet_jax import sharding
-from alexnet_jax.data.batch import Batch
 from alexnet_jax.model import AlexNet
 from alexnet_jax.optimizer import Plateau, cross_entropy, plateau_init
 from alexnet_jax.preprocess import Preprocess
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """Everything that changes in training, and all that a checkpoint needs."""
+    """The state of a training: all that changes, and all that a checkpoint needs."""
 
-    step: jax.Array  # updates done; with the seed it also gives the position in the data
+    step: jax.Array  # updates so far; with the seed it also gives the position in the data
     params: Any
     opt_state: Any
     plateau: Plateau
     key: jax.Array  # raw data of the run's key
 
 
+Batch = tuple[jax.Array, jax.Array]  # images uint8 [B, H, W, C] and labels [B]
+Metrics = dict[str, jax.Array]
+Update = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]
+
+
 def state_specs(state: TrainState) -> TrainState:
-    """Where each array of the state lies: parameters and velocities split over the towers, the rest on every device."""
-    everywhere = jax.tree.map(lambda _: sharding.REPLICATED, state)
-    return everywhere.replace(
+    """Return the partition of the state: parameters and velocities over the towers, the rest on every device."""
+    replicated = jax.tree.map(lambda _: sharding.REPLICATED, state)
+    return replicated.replace(
         params=sharding.tower_specs(state.params), opt_state=sharding.tower_specs(state.opt_state)
     )
 
@@ -43,7 +47,13 @@ def create_state(
     seed: int,
     mesh: Mesh | None = None,
 ) -> TrainState:
-    """The state before the first step, the same on any mesh; `shape` is [H, W, C] of what the network sees."""
+    """Return the state before the first step, the same on any mesh.
+
+    Args:
+      shape: [H, W, C] of the network's inputs.
+      seed: every random number of the training derives from it.
+      mesh: of `sharding.make_mesh`; None for one device.
+    """
 
     def create():
         init_key, run_key = jax.random.split(jax.random.key(seed))
@@ -55,46 +65,78 @@ def create_state(
     return jax.jit(create, out_shardings=jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs))()
 
 
+def apply_gradients(
+    state: TrainState,
+    gradients: Any,
+    optimizer: optax.GradientTransformationExtraArgs,
+    learning_rate: Callable[[jax.Array, Plateau], jax.Array],
+) -> tuple[TrainState, jax.Array]:
+    """Return the state after an update by these gradients, and the learning rate of it."""
+    rate = learning_rate(state.step, state.plateau)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, learning_rate=rate)
+    params = optax.apply_updates(state.params, updates)
+    return state.replace(step=state.step + 1, params=params, opt_state=opt_state), rate
+
+
+def make_update(
+    model: AlexNet,
+    optimizer: optax.GradientTransformationExtraArgs,
+    preprocess: Preprocess,
+    learning_rate: Callable[[jax.Array, Plateau], jax.Array],
+) -> Update:
+    """Return one update as each device computes it: (state, batch, key) to (state, metrics).
+
+    It runs under `jax.shard_map` over a mesh of `sharding.make_mesh`, with this device's part of the state and of the
+    batch, images uint8 [B, H, W, C] and labels [B]. The key is the step's own, the same on all devices; augmentation
+    and dropout draw from it. The metrics are those of the whole batch before the update: `loss`, `error` (top-1), and
+    the `learning_rate`.
+    """
+    axes = (sharding.DATA, sharding.TOWER)
+    model = model.clone(data_axis=sharding.DATA, tower_axis=sharding.TOWER)
+
+    def update(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
+        images, labels = batch
+        image_key, dropout_key = jax.random.split(key)
+        first = lax.axis_index(sharding.DATA) * labels.shape[0]
+        images = lax.pcast(preprocess.train(image_key, images, first), sharding.TOWER, to="varying")
+
+        def loss_fn(params):
+            # The one place where the gradients are summed over `data`: the transpose of this cast.
+            params = jax.tree.map(lambda w: lax.pcast(w, sharding.DATA, to="varying"), params)
+            logits = model.apply({"params": params}, images, train=True, rngs={"dropout": dropout_key})
+            with jax.named_scope("metrics"):
+                # Both towers hold the same logits, so the mean over `tower` halves each one's share of the gradient.
+                return lax.pmean(cross_entropy(logits, labels), axes), logits
+
+        (loss, logits), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        state, rate = apply_gradients(state, gradients, optimizer, learning_rate)
+        with jax.named_scope("metrics"):
+            error = lax.pmean(jnp.mean(jnp.argmax(logits, axis=-1) != labels), axes)
+        return state, {"loss": loss, "error": error, "learning_rate": rate}
+
+    return update
+
+
 def make_train_step(
     model: AlexNet,
     optimizer: optax.GradientTransformationExtraArgs,
     preprocess: Preprocess,
     learning_rate: Callable[[jax.Array, Plateau], jax.Array],
     mesh: Mesh | None = None,
-) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
-    """One update as a jitted function of (state, batch, key); the state is donated.
+) -> Update:
+    """Return `make_update`'s update as a jitted function of whole arrays on the mesh; the state is donated.
 
-    The key is the step's own: augmentation and dropout draw from it. The metrics are those of the batch before the
-    update: loss, top-1 error, and the learning rate. The result is the same on any mesh, up to rounding.
+    The result is the same on any mesh, up to rounding.
+
+    Args:
+      learning_rate: a function of the step and of the state of the decay on plateau, as `optimizer.learning_rate_at`.
+      mesh: of `sharding.make_mesh`; None for one device.
     """
+    update = make_update(model, optimizer, preprocess, learning_rate)
     mesh = mesh or sharding.one_device()
-    both = (sharding.DATA, sharding.TOWER)
-    here = model.clone(data_axis=sharding.DATA, tower_axis=sharding.TOWER)
-
-    def update(state: TrainState, batch: Batch, key: jax.Array):  # on each device, with its part of the arrays
-        image_key, dropout_key = jax.random.split(key)
-        first = lax.axis_index(sharding.DATA) * batch.labels.shape[0]
-        images = lax.pcast(preprocess.train(image_key, batch.images, first), sharding.TOWER, to="varying")
-
-        def loss_fn(params):
-            # The one place where the gradients are summed over `data`: the transpose of this cast.
-            params = jax.tree.map(lambda w: lax.pcast(w, sharding.DATA, to="varying"), params)
-            logits = here.apply({"params": params}, images, train=True, rngs={"dropout": dropout_key})
-            with jax.named_scope("metrics"):
-                # Both towers hold the same logits, so the mean over `tower` halves each one's share of the gradient.
-                return lax.pmean(cross_entropy(logits, batch.labels), both), logits
-
-        (loss, logits), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-        rate = learning_rate(state.step, state.plateau)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, learning_rate=rate)
-        params = optax.apply_updates(state.params, updates)
-        with jax.named_scope("metrics"):
-            error = lax.pmean(jnp.mean(jnp.argmax(logits, axis=-1) != batch.labels), both)
-        state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
-        return state, {"loss": loss, "error": error, "learning_rate": rate}
 
     @partial(jax.jit, donate_argnums=0)
-    def train_step(state: TrainState, batch: Batch, key: jax.Array):
+    def train_step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
         specs = state_specs(state)
         sharded = jax.shard_map(
             update, mesh=mesh, in_specs=(specs, sharding.BATCH, sharding.REPLICATED),

@@ -39,11 +39,12 @@ from alexnet_jax.data import DataError
 from alexnet_jax.evaluate import jit_forward, predict
 from alexnet_jax.huge_pages import use_huge_pages
 from alexnet_jax.main import FLAG_ERRORS, flag_error
+from alexnet_jax.ops import PLAIN
 from alexnet_jax.recipe import ConfigError, build_model
 from alexnet_jax.report import write_json
-from alexnet_jax.train import Interrupted, create_state, make_train_step
+from alexnet_jax.train import Interrupted
+from alexnet_jax.train_step import create_state, make_train_step
 from experiments import benchmark_report, measure
-from experiments.forms import PLAIN, plain
 from experiments.layers import forward_and_backward, layers_of, least_bytes, step_bytes
 from experiments.peer import Peer, differences, network
 from experiments.sharding import Layout
@@ -51,6 +52,7 @@ from experiments.sharding import measure as measure_layout
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("step", "layers", "forms", "growth", "devices", "loop", "stream", "start")
+BY_HAND = ("conv", "max_pool", "local_response_norm")  # the operations that differ from XLA's own
 # By the largest element of an array. Where float32 took another pixel for a pooling window's maximum than float64, a
 # gradient of conv1 changed by 0.003.
 TOLERANCE = {"logits": 1e-5, "gradients": 1e-2}
@@ -160,8 +162,13 @@ def _update(model: AlexNet, setting: Setting) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def with_plain(model: AlexNet, *names: str) -> AlexNet:
+    """Return the network with these of its operations replaced by XLA's own."""
+    return model.clone(ops=model.ops._replace(**{name: getattr(PLAIN, name) for name in names}))
+
+
 def forms(setting: Setting) -> dict[str, Any]:
-    """Seconds of a training step as it is, and with each and all of `PLAIN` in place of our operations, alternating."""
+    """Return the seconds of a step as it is, and with XLA's for each and all of `BY_HAND`, in alternation."""
     compact = build_model(fashion_mnist.get_config(), 10)
     networks = {
         "the paper's": (setting.model, setting.batches[-1], setting.shape),
@@ -170,9 +177,8 @@ def forms(setting: Setting) -> dict[str, Any]:
     records = []
     for network_name, (model, batch, shape) in networks.items():
         steps = {}
-        for names in ((), *((name,) for name in PLAIN), tuple(PLAIN)):
-            with plain(model, *names) as other:
-                steps[names] = training_step(other, batch, shape).run
+        for names in ((), *((name,) for name in BY_HAND), BY_HAND):
+            steps[names] = training_step(with_plain(model, *names), batch, shape).run
         counts = {names: measure.repeats(measure.seconds(run, 2)) for names, run in steps.items()}
         rounds = [{names: measure.seconds(run, counts[names]) for names, run in steps.items()}
                   for _ in range(setting.rounds)]  # fmt: skip

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from alexnet_jax import AlexNet, cross_entropy, paper_sgd
-from alexnet_jax.train import create_state
+from alexnet_jax.train_step import create_state
 
 
 class Peer:

@@ -20,7 +20,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -28,9 +27,10 @@ from jax.sharding import PartitionSpec as P
 from alexnet_jax import AlexNet, activations, cross_entropy, paper_sgd, sharding
 from alexnet_jax.data import Batch
 from alexnet_jax.model import LAYERS
-from alexnet_jax.ops import convolve
+from alexnet_jax.ops import PLAIN
 from alexnet_jax.sharding import DATA, TOWER
-from alexnet_jax.train import TrainState, create_state, device_name, make_train_step
+from alexnet_jax.train import device_name
+from alexnet_jax.train_step import TrainState, apply_gradients, create_state, make_train_step
 from experiments.collectives import Collective, collectives
 from experiments.measure import flops, random_batch
 
@@ -80,7 +80,7 @@ def _param_specs(layout: Layout, params: Any) -> Any:
 
 
 def make_partitioned_step(layout: Layout, model, optimizer, preprocess, learning_rate, mesh):
-    """The train step of `train.make_train_step` with its collectives left to XLA, which follows the layout's rules."""
+    """The step of `train_step.make_train_step` with its collectives left to XLA, which follows the layout's rules."""
     place = lambda x, *spec: lax.with_sharding_constraint(x, NamedSharding(mesh, P(*spec)))  # noqa: E731
 
     def follow_rules(layer, args, kwargs, context):
@@ -113,12 +113,9 @@ def make_partitioned_step(layout: Layout, model, optimizer, preprocess, learning
                 return cross_entropy(logits, batch.labels), logits
 
         (loss, logits), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-        rate = learning_rate(state.step, state.plateau)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, learning_rate=rate)
-        params = optax.apply_updates(state.params, updates)
+        state, rate = apply_gradients(state, gradients, optimizer, learning_rate)
         with jax.named_scope("metrics"):
             error = jnp.mean(jnp.argmax(logits, axis=-1) != batch.labels)
-        state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
         return state, {"loss": loss, "error": error, "learning_rate": rate}
 
     def shardings(state):
@@ -206,7 +203,7 @@ def measure(layout: Layout, model: AlexNet, shape: tuple[int, ...], batch: int, 
     data, preprocess = random_batch(shape, batch, model.num_classes, mesh)
     optimizer, rate, key = paper_sgd(), lambda step, plateau: jnp.float32(0.01), jax.random.key(1)
     if layout.rules:
-        model = model.clone(conv=convolve)
+        model = model.clone(ops=model.ops._replace(conv=PLAIN.conv))
         state = create_state(model, optimizer, shape, 0)
         step, shardings = make_partitioned_step(layout, model, optimizer, preprocess, rate, mesh)
         state = jax.device_put(state, shardings(state))

@@ -163,7 +163,7 @@ class Study:
         c.plateau_patience = 0
         c.drop_at_epochs = (0.64 * b.epochs, 0.86 * b.epochs)
         c.warmup_steps = 100
-        c.kernel_std = ()  # which `train` fills in
+        c.kernel_std = None  # which `train` fills in
         c.update(fields)
         c.widths = tuple(w // b.shrink for w in c.widths)
         return c

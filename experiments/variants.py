@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from alexnet_jax import VARIANTS
+from alexnet_jax.configs.imagenet2012 import TRAINING
 from experiments import study
 from experiments.study import Budget, Claim, Finding, Study
 
@@ -16,6 +17,9 @@ CLAIMS = (
     Claim("source2012", "The authors' code reaches what the paper describes", "40.7 % top-1 (both)"),
     Claim("caffe", "Caffe's replica reaches what the paper describes", "42.9 % top-1 on one patch"),
 )
+# The optimizer's and the augmentation's fields, which each variant sets on its own; the schedule is common.
+FIELDS = ("bias_rate", "bias_decay", "crop_group", "crop_last_position", "lighting", "lighting_exponent",
+          "lighting_divisor")  # fmt: skip
 BUDGETS = {"full": Budget(45_000, 60), "reduced": Budget(15_000, 8)}
 
 
@@ -24,7 +28,8 @@ def run(of: Study) -> dict[str, Any]:
     records = {}
     for name, variant in VARIANTS.items():
         scale = of.config().input_scale
-        config = of.config(variant=name, lighting=variant.lighting, lrn_alpha=variant.lrn[2] / scale**2)
+        training = {field: value for field, value in TRAINING[name].items() if field in FIELDS}
+        config = of.config(variant=name, lrn_alpha=variant.lrn[2] / scale**2, **{"lighting": False} | training)
         arm = "the-whole-network" if name == "paper" else name
         records[name] = [of.train(arm, config, seed) for seed in of.seeds]
     return records

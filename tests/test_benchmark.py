@@ -15,7 +15,6 @@ from conftest import ROOT
 from alexnet_jax import AlexNet
 from alexnet_jax.model import LAYERS, OUTPUTS
 from experiments import benchmark, benchmark_report, layers, measure
-from experiments.forms import PLAIN, plain
 from experiments.peer import Peer, differences
 
 SMALL = AlexNet(num_classes=10, widths=(8, 16, 16, 16, 16, 32, 32))
@@ -100,7 +99,7 @@ def test_the_python_that_is_named_must_have_pytorch(tmp_path):
         benchmark.step(SETTING._replace(batches=(2,), torch_python=str(python)))
 
 
-@pytest.mark.parametrize("names", [*((name,) for name in PLAIN), tuple(PLAIN)], ids=", ".join)
+@pytest.mark.parametrize("names", [*((name,) for name in benchmark.BY_HAND), benchmark.BY_HAND], ids=", ".join)
 def test_the_plain_forms_compute_the_same(names):
     images = np.random.default_rng(3).normal(0, 64, (2, 64, 64, 3)).astype(np.float32)
     params = jax.tree.map(lambda x: 5 * x, SMALL.init(jax.random.key(0), images)["params"])
@@ -109,8 +108,7 @@ def test_the_plain_forms_compute_the_same(names):
         return jax.grad(lambda params: (model.apply({"params": params}, images) ** 2).sum())(params)
 
     expected = gradients(SMALL)
-    with plain(SMALL, *names) as other:
-        found = gradients(other)
+    found = gradients(benchmark.with_plain(SMALL, *names))
     for layer, leaves in expected.items():
         for name, gradient in leaves.items():
             largest = np.abs(gradient).max()

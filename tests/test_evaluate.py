@@ -48,7 +48,7 @@ def test_each_example_is_counted_once(problem, ten_crop, batch_size):
 
 def test_ten_crop_is_the_mean_of_the_softmax(problem):
     params, images, _, preprocess = problem
-    patches = np.asarray(preprocess.ten(images[:4]))
+    patches = np.asarray(preprocess.ten_crop(images[:4]))
     apply = jax.jit(lambda x: MODEL.apply({"params": params}, x))
     logits = [np.asarray(apply(patches[:, i]), np.float64) for i in range(10)]
     softmax = [np.exp(x) / np.exp(x).sum(1, keepdims=True) for x in logits]

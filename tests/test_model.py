@@ -260,7 +260,7 @@ def test_compact_network_takes_small_images(size):
 
 
 @pytest.mark.parametrize("model,size,words", [
-    (AlexNet(variant="alexnet2"), 224, "known variants are paper"),
+    (AlexNet(variant="alexnet2"), 224, "variant='alexnet2': expected one of paper, source2012, caffe"),
     (AlexNet(), 60, "too small"),
     (AlexNet(pool_window=9), 28, "too small.*pool_window=9"),
     (AlexNet(pool_window=0), 224, "pool_window=0"),

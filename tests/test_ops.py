@@ -7,6 +7,7 @@ from absl.testing import parameterized
 from scipy.signal import correlate2d
 
 from alexnet_jax import ops
+from alexnet_jax.ops import lrn
 
 
 def numpy_lrn(a, k, n, alpha, beta):
@@ -206,5 +207,5 @@ def test_both_platforms_windows_are_the_same(axis, side):
         np.take(np.asarray(x, np.float64), range(max(0, i - side // 2), min(x.shape[axis], i + side // 2 + 1)), axis)
         .sum(axis) for i in range(x.shape[axis])
     ], axis)  # fmt: skip
-    for form in (ops._reduce_window_sum, ops._shifted_sum):
-        np.testing.assert_allclose(form(x, axis, side), expected, rtol=1e-5, atol=1e-5)
+    for window_sum in (lrn._reduce_window_sum, lrn._shifted_sum):
+        np.testing.assert_allclose(window_sum(x, axis, side), expected, rtol=1e-5, atol=1e-5)

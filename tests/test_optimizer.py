@@ -57,11 +57,6 @@ def test_weight_decay_needs_the_parameters():
         paper_sgd().update(gradients[0], paper_sgd().init(params), learning_rate=0.1)
 
 
-def test_an_unknown_variant_is_refused():
-    with pytest.raises(ValueError, match="variant='nope'.*paper, source2012, caffe"):
-        paper_sgd(variant="nope")
-
-
 class PlateauTest(chex.TestCase):
     @chex.variants(with_jit=True, without_jit=True)
     def test_drops_three_times_after_patience(self):

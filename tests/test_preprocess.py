@@ -14,7 +14,7 @@ def test_mean_image_is_subtracted_and_the_border_is_mean_colour():
     images = colour_images()
     p = fit(images, pad=2, crop=12, resize=0, flip=False, lighting=False)
     np.testing.assert_allclose(p.mean, images.mean(0), rtol=1e-6)
-    x = np.asarray(p.center(images))
+    x = np.asarray(p.center_crop(images))
     np.testing.assert_allclose(x[:, 2:-2, 2:-2], images - images.mean(0), atol=1e-4)
     assert (x[:, :2] == 0).all() and (x[:, :, -2:] == 0).all()
     np.testing.assert_array_equal(p.train(jax.random.key(0), images), x)  # one place only, nothing else on
@@ -22,14 +22,14 @@ def test_mean_image_is_subtracted_and_the_border_is_mean_colour():
 
 def test_scale_and_enlargement():
     images = colour_images()
-    small = np.asarray(fit(images, 0, 8, 0, False, False, scale=0.5).center(images), np.float64)
+    small = np.asarray(fit(images, 0, 8, 0, False, False, scale=0.5).center_crop(images), np.float64)
     np.testing.assert_allclose(small, (images - images.mean(0)) / 2, atol=1e-4)
     large = fit(images, 0, 8, 32, False, False, scale=0.5)
     assert large.image_shape == (32, 32, 3)
     # Four pixels for one: the centre of pixel 4r lies 5/8 of the way from the centre of r - 1 to that of r.
     weights = np.array([3 / 8, 5 / 8])
     expected = np.einsum("i,j,bijk->bk", weights, weights, small[:, 2:4, 3:5])
-    np.testing.assert_allclose(np.asarray(large.center(images))[:, 12, 16], expected, atol=1e-3)
+    np.testing.assert_allclose(np.asarray(large.center_crop(images))[:, 12, 16], expected, atol=1e-3)
 
 
 def test_training_augments_and_testing_does_not():
@@ -37,15 +37,15 @@ def test_training_augments_and_testing_does_not():
     p = fit(images, pad=0, crop=6, resize=0, flip=True, lighting=True)
     first, second = (np.asarray(p.train(jax.random.key(k), images)) for k in (0, 1))
     assert (first != second).any(axis=(1, 2, 3)).all()  # lighting moves every image
-    np.testing.assert_allclose(p.center(images), (images - images.mean(0))[:, 1:7, 1:7], atol=1e-4)
-    assert p.ten(images).shape == (200, 10, 6, 6, 3)
-    np.testing.assert_array_equal(p.ten(images)[:, 4], p.center(images))
+    np.testing.assert_allclose(p.center_crop(images), (images - images.mean(0))[:, 1:7, 1:7], atol=1e-4)
+    assert p.ten_crop(images).shape == (200, 10, 6, 6, 3)
+    np.testing.assert_array_equal(p.ten_crop(images)[:, 4], p.center_crop(images))
 
 
 def test_without_random_crops_training_sees_the_central_patch():
     images = colour_images()
     p = fit(images, pad=1, crop=6, resize=0, flip=False, lighting=False, random_crop=False)
-    np.testing.assert_array_equal(p.train(jax.random.key(0), images), p.center(images))
+    np.testing.assert_array_equal(p.train(jax.random.key(0), images), p.center_crop(images))
 
 
 def test_lighting_has_the_scale_of_the_pixels():

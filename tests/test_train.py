@@ -135,7 +135,7 @@ def test_an_epoch_is_a_permutation(fashion_mnist):
     (dict(widths=(8, 8, 8, 8, 8, 8, 0)), "config.widths=.*even"),
     (dict(widths=(0, 8, 8, 8, 8, 8, 8), towers=1), "config.widths=.*leaves out a layer after conv1"),
     (dict(towers=3), "config.towers=3: expected 1 or 2"),
-    (dict(towers=1, mesh=dict(tower=2)), "config.towers=1: expected 2 with mesh.tower=2"),
+    (dict(towers=1, mesh=dict(tower=2)), "config.towers=1: expected 2 on two devices"),
     (dict(activation="sigmoid"), "config.activation='sigmoid': expected one of relu, tanh"),
     (dict(lrn_alpha=-1.0), "config.lrn_alpha=-1.0: expected"),
     (dict(pool_window=1), "config.pool_window=1: expected 2 or more"),

@@ -11,7 +11,7 @@ from jax import lax
 from test_model import KERNELS, MAPS, SMALL, images_of, numpy_conv, shapes, small_params
 from test_ops import numpy_lrn, numpy_max_pool, numpy_spatial_norm
 
-from alexnet_jax import AlexNet, Stem, activations, model, paper_sgd, recipe, sharding
+from alexnet_jax import OPS, AlexNet, Stem, activations, paper_sgd, recipe, sharding
 from alexnet_jax.configs import fashion_mnist, imagenet2012
 from alexnet_jax.model import LAYERS
 from alexnet_jax.preprocess import Preprocess, fit
@@ -48,7 +48,7 @@ def numpy_variant(variant, params, images, dropout_scale):
 
 
 @each_variant
-def test_order_normalization_rounding_and_scale_of_dropout_against_numpy(variant, monkeypatch):
+def test_order_normalization_rounding_and_scale_of_dropout_against_numpy(variant):
     network = SMALL.clone(stem=STEM, variant=variant)
     images = images_of(36, batch=2) * 300  # large enough for each normalization to bite
     params = small_params(images, network)
@@ -56,7 +56,7 @@ def test_order_normalization_rounding_and_scale_of_dropout_against_numpy(variant
     scale = {"paper": 0.5, "source2012": 0.5, "caffe": 1.0}[variant]
     exact = numpy_variant(variant, params, images, scale)
     np.testing.assert_allclose(tested, exact, rtol=1e-3, atol=1e-4 * np.abs(exact).max())
-    monkeypatch.setattr(model, "dropout", lambda key, x, *rest: x)  # nothing dropped: the scale alone is left
+    network = network.clone(ops=OPS._replace(dropout=lambda key, x, *rest: x))  # only its scale is left
     trained = network.apply({"params": params}, images, train=True, rngs={"dropout": jax.random.key(0)})
     exact = numpy_variant(variant, params, images, {"paper": 1, "source2012": 1, "caffe": 2}[variant])
     np.testing.assert_allclose(trained, exact, rtol=1e-3, atol=1e-4 * np.abs(exact).max())
@@ -97,7 +97,8 @@ def test_initial_values(variant):
 def test_update(variant):
     rng = np.random.default_rng(0)
     draw = lambda: {"conv1": {"kernel": rng.normal(size=(4, 3)), "bias": rng.normal(size=3)}}  # noqa: E731
-    w, optimizer = draw(), paper_sgd(variant=variant)
+    config = imagenet2012.get_config(variant)
+    w, optimizer = draw(), paper_sgd(bias_rate=config.bias_rate, bias_decay=config.bias_decay)
     params = jax.tree.map(jnp.float32, w)
     state, v = optimizer.init(params), jax.tree.map(np.zeros_like, w)
     for e in (0.1, 0.1, 0.01):
@@ -130,7 +131,11 @@ def places_and_flips(variant, count, first=0):
     """Of each training image: its crop's row, its column, and whether it is mirrored."""
     image = 100 * np.arange(12)[:, None] + np.arange(12)
     images = np.broadcast_to(image[None, :, :, None], (count, 12, 12, 1)).astype(np.float32)
-    preprocess = Preprocess(np.zeros((12, 12, 1)), 0, 8, 0, True, None, 1.0, variant)
+    config = imagenet2012.get_config(variant)
+    preprocess = Preprocess(
+        np.zeros((12, 12, 1)), 0, 8, 0, True, None, 1.0, crop_group=config.crop_group,
+        crop_last_position=config.crop_last_position,
+    )  # fmt: skip
     x = np.asarray(jax.jit(preprocess.train)(jax.random.key(3), images, first))
     corner = np.minimum(x[:, 0, 0, 0], x[:, 0, -1, 0]).astype(int)
     return np.stack([corner // 100, corner % 100, x[:, 0, 0, 0] > x[:, 0, 1, 0]], axis=1)
@@ -155,7 +160,11 @@ def test_lighting(variant):
     rng = np.random.default_rng(0)
     mixing = rng.normal(size=(3, 3)) * 20
     images = np.clip(rng.normal(size=(4000, 4, 4, 3)) @ mixing + 120, 0, 255).astype(np.uint8)
-    preprocess = fit(images, 0, 4, 0, False, True, variant=variant)
+    config = imagenet2012.get_config(variant)
+    preprocess = fit(
+        images, 0, 4, 0, False, True, lighting_exponent=config.lighting_exponent,
+        lighting_divisor=config.lighting_divisor,
+    )  # fmt: skip
     x = np.asarray(jax.jit(preprocess.train)(jax.random.key(0), images), np.float64)
     centred = images - images.mean(0)
     covariance = np.cov(images.reshape(-1, 3).T.astype(np.float64))
@@ -166,7 +175,7 @@ def test_lighting(variant):
     unit = eigenvalues / 255**2  # of pixels in 0 to 1
     expected = 255 * 0.1 * (unit if variant == "paper" else np.sqrt(unit))
     np.testing.assert_allclose((shift[:, 0, 0] @ eigenvectors).std(0), expected, rtol=0.05)
-    np.testing.assert_allclose(preprocess.center(images), centred, atol=1e-3)  # testing is not touched
+    np.testing.assert_allclose(preprocess.center_crop(images), centred, atol=1e-3)  # testing is not touched
 
 
 def test_source2012_on_two_devices():
@@ -184,7 +193,7 @@ def test_source2012_on_two_devices():
 def test_caffe_needs_both_towers_on_one_device():
     config = fashion_mnist.get_config()
     config.variant, config.mesh.tower = "caffe", 2
-    with pytest.raises(recipe.ConfigError, match="config.variant='caffe'.*tower=2"):
+    with pytest.raises(recipe.ConfigError, match="config.variant='caffe'.*two devices"):
         recipe.check_config(config)
     network = SMALL.clone(variant="caffe", tower_axis="tower")
     look = jax.vmap(network.init, in_axes=(None, None), axis_name="tower", axis_size=2)

@@ -8,7 +8,8 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from alexnet_jax import ops, winograd
+from alexnet_jax import PLAIN, ops
+from alexnet_jax.ops import winograd
 
 
 @pytest.mark.parametrize("m,r", [(2, 3), (2, 4), (3, 5), (4, 3)])
@@ -41,7 +42,7 @@ def test_values_and_both_gradients_are_those_of_float64(batch, size, kernel, str
     dw = np.einsum("brcikl,brco->klio", windows, g)
 
     x, w, g = (jnp.float32(array) for array in (x, w, g))
-    y, gradients = jax.vjp(jax.jit(lambda x, w: winograd.convolve(x, w, stride, padding)), x, w)
+    y, gradients = jax.vjp(jax.jit(lambda x, w: winograd.conv(x, w, stride, padding)), x, w)
     for found, right in ((y, expected), *zip(gradients(g), (dx, dw), strict=True)):
         assert found.dtype == jnp.float32 and found.shape == right.shape
         assert np.abs(found - right).max() < 2e-5 * np.abs(right).max()
@@ -65,8 +66,8 @@ def test_bfloat16_stays_so_and_is_computed_in_float32():
     random = np.random.default_rng(2)
     x, w = (jnp.bfloat16(random.standard_normal(shape)) for shape in ((2, 9, 9, 64), (5, 5, 64, 64)))
     padding = ((2, 2), (2, 2))
-    y = winograd.convolve(x, w, 1, padding)
-    expected = ops.convolve(x.astype(jnp.float32), w.astype(jnp.float32), 1, padding)
+    y = winograd.conv(x, w, 1, padding)
+    expected = PLAIN.conv(x.astype(jnp.float32), w.astype(jnp.float32), 1, padding)
     assert y.dtype == jnp.bfloat16
     np.testing.assert_allclose(y.astype(jnp.float32), expected, rtol=2**-8, atol=1e-3)
 
@@ -99,7 +100,7 @@ def test_the_papers_layers_are_the_same_in_both_forms(side, shape, stride, paddi
             )  # fmt: skip
         return jax.jit(all_of)(x, w)
 
-    found, expected = results(ops.conv), results(ops.convolve)
+    found, expected = results(ops.conv), results(PLAIN.conv)
     scaled = jax.tree.map(lambda f, e: f / jnp.abs(e).max(), found, expected)
     chex.assert_trees_all_close(scaled, jax.tree.map(lambda e: e / jnp.abs(e).max(), expected), atol=3e-5)
 
@@ -108,4 +109,4 @@ def test_the_papers_layers_are_the_same_in_both_forms(side, shape, stride, paddi
 def test_an_empty_batch_stays_empty(stride):
     x, kernel = jnp.zeros((0, 24, 24, 8)), jnp.ones((3 * stride, 3 * stride, 8, 4))
     side = 24 // stride - 2
-    assert winograd.convolve(x, kernel, stride, ((0, 0), (0, 0))).shape == (0, side, side, 4)
+    assert winograd.conv(x, kernel, stride, ((0, 0), (0, 0))).shape == (0, side, side, 4)

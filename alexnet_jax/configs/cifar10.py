@@ -1,4 +1,4 @@
-"""The compact AlexNet on CIFAR-10: 28×28 crops of 32×32 images, mirrored, PCA lighting of its own colours."""
+"""The compact AlexNet on CIFAR-10: 28×28 crops of 32×32 images, horizontal flips, PCA lighting."""
 
 from alexnet_jax.configs import fashion_mnist
 
@@ -12,5 +12,5 @@ def get_config():
     c.flip = True
     c.lighting = True
     c.ten_crop = True
-    c.kernel_std = (0.27, *c.kernel_std[1:])  # conv1 sees three channels
+    c.kernel_std = (0.27, *c.kernel_std[1:])  # conv1 takes three channels
     return c

@@ -1,6 +1,7 @@
-"""Every field that a recipe can set, with its type. The other files of this folder change values, never names."""
+"""Every field of a config, with its type and the paper's value; the other configs change values, never names."""
 
 import ml_collections
+from ml_collections import config_dict
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -18,29 +19,33 @@ def get_config() -> ml_collections.ConfigDict:
     c.streaming = False  # read from the disk all along, by worker processes; False: the whole set lies on each device
     c.loader_workers = 0  # the processes that decode what is streamed; 0: one a core, 16 at most
 
-    # What the network sees (section 4.1).
-    c.pad = 0  # mean-coloured border, in pixels, added before cropping
-    c.image_size = 224  # side of the cropped patch, in pixels of the data set
-    c.resize = 0  # side to which the patch is enlarged on the device; 0: not
-    c.random_crop = True  # training sees a random patch; False: the central one
-    c.flip = True
-    c.lighting = False  # PCA lighting; needs three colour channels
-    c.input_scale = 1.0  # the network sees (pixel − mean) × this; 1: the paper's 0 to 255
-    c.ten_crop = True  # test on ten patches; False: on the central one
+    # The inputs of the network (section 4.1).
+    c.pad = 0  # border of mean color, in pixels, added before cropping
+    c.image_size = 224  # side of the crop, in pixels of the data set
+    c.resize = 0  # side to which the crop is enlarged on the device; 0: none
+    c.random_crop = True  # train on random crops; False: on the center crop
+    c.crop_group = 1  # consecutive images of a batch that share the position of their crop and their flip
+    c.crop_last_position = False  # random crops may end at the last row and column: 33² positions of 224 in 256
+    c.flip = True  # horizontal flips, at random
+    c.lighting = False  # PCA lighting; needs three color channels
+    c.lighting_exponent = 1.0  # PCA lighting adds α times λ to this power; 0.5: the standard deviation
+    c.lighting_divisor = 1.0  # all pixels are divided by it after PCA lighting
+    c.input_scale = 1.0  # the inputs are (pixel − mean) × this; 1: the paper's 0 to 255
+    c.ten_crop = True  # test on ten-crops; False: on the center crop
 
     # The network (section 3.5).
-    c.variant = "paper"
+    c.variant = "paper"  # or "source2012", "caffe": the network alone; imagenet2012.py:NAME sets its training too
     c.dtype = "float32"  # of the activations; or "bfloat16". Parameters are float32
     c.stem = (11, 4, 0)  # kernel, stride and padding of conv1
     c.widths = (96, 256, 384, 384, 256, 4096, 4096)  # conv1 … conv5, fc6, fc7; with one tower, 0 leaves a layer out
-    c.towers = 2  # or 1: every layer sees all channels before it
+    c.towers = 2  # or 1: every layer takes all channels before it
     c.activation = "relu"  # or "tanh" (section 3.1)
     c.lrn = True  # local response normalization after conv1 and conv2 (section 3.3)
-    c.lrn_alpha = 0.0  # its α; 0: the variant's own, meant for input_scale 1: another scale s wants α ÷ s²
-    c.pool_window = 3  # z of section 3.4; 2: poolings that do not overlap
+    c.lrn_alpha = config_dict.placeholder(float)  # its α, for input_scale s the paper's ÷ s²; None: the variant's
+    c.pool_window = 3  # z of section 3.4; 2: pooling does not overlap
     c.dropout = 0.5  # rate at fc6 and fc7 (section 4.2); 0: none
-    c.kernel_std = ()  # initial standard deviation of the eight layers' kernels; (): the variant's own
-    c.bias = ()  # initial biases of the eight layers; (): the variant's own
+    c.kernel_std = config_dict.placeholder(tuple)  # initial std of the eight layers' kernels; None: the variant's
+    c.bias = config_dict.placeholder(tuple)  # initial biases of the eight layers; None: the variant's
 
     # Stochastic gradient descent (section 5).
     c.batch_size = 128
@@ -49,14 +54,16 @@ def get_config() -> ml_collections.ConfigDict:
     c.learning_rate = 0.01
     c.momentum = 0.9
     c.weight_decay = 5e-4
+    c.bias_rate = 1.0  # learning rate of the biases, relative to that of the kernels
+    c.bias_decay = 1.0  # weight decay of the biases, relative to that of the kernels
     c.warmup_steps = 0
     c.plateau_patience = 0  # ÷ 10 after this many evaluations without a better validation error, three times; 0: never
-    c.linear_decay = False  # ε falls linearly to zero at the last step; the drops, if any, come on top
-    c.drop_at_epochs = ()  # ÷ 10 at these epochs, unless the plateau's drop came before
+    c.linear_decay = False  # the learning rate falls linearly to zero at the last step, in addition to its drops
+    c.drop_at_epochs = ()  # ÷ 10 at these epochs, unless the decay on plateau came before
 
     # The devices (section 3.2).
     c.mesh = ml_collections.ConfigDict()
-    c.mesh.data = -1  # parts of a batch; -1: all devices that the towers leave
+    c.mesh.data = -1  # parts of a batch; -1: all devices, or all pairs of them with tower=2
     c.mesh.tower = 1  # or 2: each tower on devices of its own
     c.mesh.cpu_devices = 1  # virtual devices that a CPU is split into
 

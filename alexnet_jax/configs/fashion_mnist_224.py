@@ -1,4 +1,4 @@
-"""The whole network of the paper on Fashion-MNIST, enlarged to 224×224 on the device: for a GPU."""
+"""The paper's network on Fashion-MNIST, enlarged to 224×224 on the device: for a GPU."""
 
 from alexnet_jax.configs import default
 

@@ -1,28 +1,47 @@
-"""The paper's whole recipe on ImageNet, as `alexnet_jax.prepare` stores it; `imagenet2012.py:source2012` another form.
+"""The paper's network and training on ImageNet, as `alexnet_jax.prepare` stores it; `imagenet2012.py:NAME` a variant.
 
-The plateau listens to the validation set, as the authors did with ILSVRC-2012, whose test labels are not public.
+The learning rate decays on a plateau of the validation error, as the authors did with ILSVRC-2012, whose test labels
+are not public.
 """
 
 from alexnet_jax.configs import default
 from alexnet_jax.variants import VARIANTS
 
+# What the training of each variant differs in from `default`.
+TRAINING = {
+    "paper": dict(lighting=True, plateau_patience=3),  # evaluations, one an epoch; the paper does not say how many
+    "source2012": dict(
+        bias_rate=2.0,
+        bias_decay=0.0,
+        drop_at_epochs=(25.0, 51.0, 79.0),
+        crop_group=32,
+        crop_last_position=True,
+        lighting=True,
+        lighting_exponent=0.5,
+        lighting_divisor=1.1,
+    ),
+    "caffe": dict(
+        batch_size=256,
+        bias_rate=2.0,
+        bias_decay=0.0,
+        drop_at_epochs=(20.0, 40.0, 60.0, 80.0),  # every 100,000 steps
+        crop_last_position=True,
+        ten_crop=False,
+    ),
+}
+
 
 def get_config(variant="paper"):
-    """Raises ValueError for a form that is none of `VARIANTS`."""
+    """Return the config of a variant; raises ValueError for a name that is not in `VARIANTS`."""
     if variant not in VARIANTS:
         raise ValueError(f"imagenet2012.py:{variant}: expected one of {', '.join(VARIANTS)}")
     c = default.get_config()
-    of = VARIANTS[variant]
     c.dataset = "imagenet2012_256"
     c.train_split = "train"
     c.validation_split = "validation"
     c.test_split = "validation"
     c.streaming = True
     c.variant = variant
-    c.image_size = of.image_size
-    c.lighting = of.lighting
-    c.ten_crop = of.ten_crop
-    c.batch_size = of.batch_size
-    c.drop_at_epochs = of.drop_at_epochs
-    c.plateau_patience = 0 if of.drop_at_epochs else 3  # epochs; the paper does not say how long they waited
+    c.image_size = VARIANTS[variant].image_size
+    c.update(TRAINING[variant])
     return c

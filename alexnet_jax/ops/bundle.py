@@ -1,0 +1,34 @@
+"""The operations as a bundle, which a network takes as one argument."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+
+from alexnet_jax.ops import convolution, lrn, plain, pooling
+from alexnet_jax.ops.dropout import dropout
+
+
+class Ops(NamedTuple):
+    """The operations that `AlexNet(ops=…)` computes with; `OPS._replace(conv=…)` changes one of them.
+
+    Attributes:
+      conv: (x, kernel, stride, padding, precision) to the convolution, as `ops.conv`.
+      max_pool: (x, window, stride) to the maxima, as `ops.max_pool`.
+      local_response_norm: (x, k, n, alpha, beta) to the normalized activations, as `ops.local_response_norm`.
+      spatial_response_norm: (x, size, scale, power, min_div) likewise, as `ops.spatial_response_norm`.
+      dropout: (key, x, rate, towers, first_example, first_tower) to the kept activations, as `ops.dropout`.
+    """
+
+    conv: Callable[..., jax.Array] = convolution.conv
+    max_pool: Callable[..., jax.Array] = pooling.max_pool
+    local_response_norm: Callable[..., jax.Array] = lrn.local_response_norm
+    spatial_response_norm: Callable[..., jax.Array] = lrn.spatial_response_norm
+    dropout: Callable[..., jax.Array] = dropout
+
+
+# Gradients by hand, of reverse mode only, and on a CPU Winograd's convolution.
+OPS = Ops()
+
+# XLA's own operations with autodiff's gradients: `jax.jvp`, `jax.hessian` and XLA's partitioner work on them.
+PLAIN = Ops(plain.conv, plain.max_pool, plain.local_response_norm, plain.spatial_response_norm)

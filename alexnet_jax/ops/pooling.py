@@ -1,0 +1,84 @@
+"""Overlapping max pooling (section 3.4)."""
+
+import functools
+import itertools
+from collections.abc import Iterator
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def _taps(x: jax.Array, window: int, stride: int) -> Iterator[tuple[int, int, jax.Array]]:
+    """Yield (i, j, the elements at position (i, j) of every window), row by row."""
+    height, width = ((size - window) // stride + 1 for size in x.shape[1:3])
+    for i in range(window):
+        for j in range(window):
+            limits = (x.shape[0], i + (height - 1) * stride + 1, j + (width - 1) * stride + 1, x.shape[3])
+            yield i, j, lax.slice(x, (0, i, j, 0), limits, (1, stride, stride, 1))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _max_pool(x, window, stride):
+    # On a CPU this is several times faster than `lax.reduce_window`.
+    return functools.reduce(jnp.maximum, (tap for _, _, tap in _taps(x, window, stride)))
+
+
+def _max_pool_forward(x, window, stride):
+    y = _max_pool(x, window, stride)
+    return y, (x, y)
+
+
+def _max_pool_backward(window, stride, residuals, g):
+    # Each window gives its gradient to the first position that holds its maximum. Input pixel (stride · m + r) lies in
+    # the windows m − a, a = 0, 1, …, at their position r + stride · a; so dx, with an axis for each r, is a sum over
+    # the pairs of a. On a CPU this is several times faster than XLA's select-and-scatter.
+    x, y = residuals
+    batch, height, width, channels = x.shape
+    rows, columns = y.shape[1:3]
+    extra = (window - 1) // stride
+    winner = jnp.full(y.shape, -1, jnp.int32)
+    for i, j, tap in reversed(list(_taps(x, window, stride))):
+        winner = jnp.where(tap == y, i * window + j, winner)
+    edges = ((0, 0, 0), (extra, extra, 0), (extra, extra, 0), (0, 0, 0))
+    winner, g = lax.pad(winner, -1, edges), lax.pad(g, jnp.zeros((), g.dtype), edges)
+    shape = (batch, rows + extra, stride, columns + extra, stride, channels)
+    r, c = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (2, 4))
+
+    def at_pixels(windows, a, b):  # for each pixel, the value of window (m − a, n − b)
+        first, end = (0, extra - a, extra - b, 0), (batch, rows + 2 * extra - a, columns + 2 * extra - b, channels)
+        return lax.broadcast_in_dim(lax.slice(windows, first, end), shape, (0, 1, 3, 5))
+
+    dx = jnp.zeros((), x.dtype)
+    for a, b in itertools.product(range(extra + 1), repeat=2):
+        i, j = r + stride * a, c + stride * b
+        is_maximum = (at_pixels(winner, a, b) == i * window + j) & (j < window)
+        dx += jnp.where(is_maximum, at_pixels(g, a, b), 0)
+    dx = dx.reshape(batch, shape[1] * stride, shape[3] * stride, channels)[:, :height, :width]
+    return (jnp.pad(dx, ((0, 0), (0, height - dx.shape[1]), (0, width - dx.shape[2]), (0, 0))),)
+
+
+_max_pool.defvjp(_max_pool_forward, _max_pool_backward)
+
+
+@partial(jax.jit, static_argnums=(1, 2), static_argnames=("window", "stride"))
+def max_pool(x: jax.Array, window: int = 3, stride: int = 2) -> jax.Array:
+    """Return the overlapping max pooling (section 3.4) with z = window, s = stride.
+
+    The first of equal maxima gets the gradient, which is a `jax.custom_vjp` of reverse mode only.
+
+    Args:
+      x: activations [B, H, W, C].
+
+    Returns:
+      [B, (H − window) // stride + 1, (W − window) // stride + 1, C].
+
+    Raises:
+      ValueError: window or stride is not positive, or x is not 4-D, or smaller than one window.
+    """
+    if window < 1 or stride < 1:
+        raise ValueError(f"max_pool: window={window}, stride={stride}: expected both to be at least 1")
+    if x.ndim != 4 or min(x.shape[1:3]) < window:
+        raise ValueError(f"max_pool: shape {x.shape}: expected [B, H, W, C] with H and W at least {window}")
+    return _max_pool(x, window, stride)
