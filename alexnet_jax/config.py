@@ -7,7 +7,7 @@ from typing import Any
 import ml_collections
 
 from alexnet_jax import sharding
-from alexnet_jax.checks import check_network, check_tower_devices
+from alexnet_jax.checks import check_images, check_network, check_tower_devices
 from alexnet_jax.errors import UserError
 
 
@@ -78,3 +78,8 @@ def check_data(
             f"config.lighting=True: {config.dataset} has {channels} channel(s), and PCA lighting needs three; expected "
             "False for gray images"
         )
+    field = "resize" if config.resize else "image_size"
+    try:
+        check_images(config, (1, config[field], config[field], channels))
+    except ValueError as error:
+        raise ConfigError(f"config.{field}={config[field]}: {error}") from None

@@ -84,8 +84,6 @@ def setup(config: ml_collections.ConfigDict) -> Setup:
             raise data.DataError(f"config.{field}: {error}") from None
     train_data = dataset.training(config.train_split, config.batch_size, mesh)
     check_data(config, train_data.image_shape, train_data.size, dataset.num_classes)
-    model = build_model(config, dataset.num_classes)
-    check_image_size(config, model, train_data.image_shape[2])
     steps_per_epoch = train_data.steps_per_epoch
     num_steps = config.num_train_steps or max(1, round(config.num_epochs * steps_per_epoch))
     validation_batch = batch_size(sizes["validate"], False, mesh)
@@ -97,7 +95,7 @@ def setup(config: ml_collections.ConfigDict) -> Setup:
         validation_data=dataset.batches(config.validation_split, validation_batch, mesh),
         test_split=config.test_split,
         preprocess=build_preprocess(config, dataset, train_data.host_images()),
-        model=model,
+        model=build_model(config, dataset.num_classes),
         optimizer=paper_sgd(
             momentum=config.momentum,
             weight_decay=config.weight_decay,
@@ -158,16 +156,6 @@ def build_model(config: ml_collections.ConfigDict, num_classes: int) -> AlexNet:
         kernel_std=config.kernel_std,
         bias=config.bias,
     )
-
-
-def check_image_size(config: ml_collections.ConfigDict, model: AlexNet, channels: int) -> None:
-    """Raise ConfigError if the network does not take images of the config's size."""
-    side = config.resize or config.image_size
-    try:
-        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, side, side, channels)))
-    except ValueError as error:
-        field = "resize" if config.resize else "image_size"
-        raise ConfigError(f"config.{field}={side}: {error}") from None
 
 
 def build_preprocess(
