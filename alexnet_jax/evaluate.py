@@ -69,7 +69,7 @@ def evaluate_workdirs(workdirs: Sequence[Path], split: str = "", data_dir: str =
         raise RunError(f"--workdir={workdir} has {what}; networks are averaged over one data set")
     networks = [Network(run.model, run.params, run.preprocess) for run in runs]
     examples = first.dataset.size(split)
-    result = {
+    result: dict[str, Any] = {
         "dataset": first.dataset.full_name,
         "split": split,
         "examples": examples,

@@ -36,7 +36,8 @@ class Evaluation(NamedTuple):
 def predict(model: nn.Module, params: Any, images: jax.Array, preprocess: Preprocess, ten_crop: bool) -> jax.Array:
     """Return class probabilities [B, K] of uint8 images [B, H, W, C]: of the center crop, or the mean of ten crops."""
     if not ten_crop:
-        return jax.nn.softmax(model.apply({"params": params}, preprocess.center_crop(images)))
+        logits: Any = model.apply({"params": params}, preprocess.center_crop(images))
+        return jax.nn.softmax(logits)
     crops = preprocess.ten_crop(images)
     logits = model.apply({"params": params}, crops.reshape(-1, *crops.shape[2:]))
     return jax.nn.softmax(logits).reshape(*crops.shape[:2], -1).mean(axis=1)

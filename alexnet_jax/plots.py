@@ -155,8 +155,9 @@ def _show(axis: Axes, image: np.ndarray, title: str, color: str = "black") -> No
     image = np.asarray(image)
     if image.ndim == 3 and image.dtype != np.uint8:
         image = np.clip(image, 0, 255).astype(np.uint8)
-    limits = dict(vmin=0, vmax=255) if image.ndim == 3 else {}
-    axis.imshow(image[..., 0] if image.shape[-1] == 1 else image, cmap="gray", interpolation="nearest", **limits)
+    low, high = (0, 255) if image.ndim == 3 else (None, None)
+    image = image[..., 0] if image.shape[-1] == 1 else image
+    axis.imshow(image, cmap="gray", interpolation="nearest", vmin=low, vmax=high)
     short = title if len(title) <= 24 else f"{title[:10]}…{title[-13:]}"
     axis.set_title(short, fontsize=9, color=color, parse_math=False)
     axis.axis("off")

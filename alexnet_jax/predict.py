@@ -50,7 +50,7 @@ def main() -> None:
         run = open_run(flags.workdir, flags.data_dir)
     except UserError as error:
         sys.exit(f"Error: {error}")
-    mean = run.preprocess.mean
+    mean = np.asarray(run.preprocess.mean)
     images, names, light = [], [], []
     for path in flags.images:
         try:

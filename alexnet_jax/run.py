@@ -78,7 +78,7 @@ class Run:
         return float(np.mean(self.predict(examples.images, ten_crop).argmax(axis=1) != examples.labels))
 
 
-def _in_batches(call: Callable[[jax.Array], jax.Array], images: np.ndarray, size: int) -> np.ndarray:
+def _in_batches(call: Callable[[np.ndarray], jax.Array], images: np.ndarray, size: int) -> np.ndarray:
     size = min(size, len(images))
     outputs = []
     for start in range(0, len(images), size):
@@ -155,8 +155,8 @@ def nearest(queries: np.ndarray, keys: np.ndarray, count: int = 6) -> np.ndarray
     """
     if len(keys) < count:
         raise ValueError(f"nearest: {len(keys)} keys: expected at least {count}")
-    queries, keys = (jnp.asarray(x, jnp.float32).reshape(len(x), -1) for x in (queries, keys))
-    parts = [_nearest(queries[start : start + AT_A_TIME], keys, count) for start in range(0, len(queries), AT_A_TIME)]
+    q, k = (jnp.asarray(x, jnp.float32).reshape(len(x), -1) for x in (queries, keys))
+    parts = [_nearest(q[start : start + AT_A_TIME], k, count) for start in range(0, len(q), AT_A_TIME)]
     return np.concatenate([np.asarray(x) for x in parts])
 
 

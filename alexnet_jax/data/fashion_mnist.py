@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -124,7 +125,7 @@ def find_files(source_dir: str = "") -> dict[str, bytes]:
     )
 
 
-def prepare(data_dir: str | None, source_dir: str = "") -> None:
+def prepare(data_dir: str | Path | None, source_dir: str = "") -> None:
     """Write the TFDS data set `fashion_mnist` below `data_dir`, the complete set or nothing.
 
     TFDS writes into a folder `incomplete.…` and renames it at the end.
@@ -138,7 +139,7 @@ def prepare(data_dir: str | None, source_dir: str = "") -> None:
       OSError, RuntimeError: the folder cannot be written.
     """
     files = find_files(source_dir)
-    official = tfds.builder_cls("fashion_mnist")
+    official: Any = tfds.builder_cls("fashion_mnist")
     with tfds.core.registered.skip_registration():
 
         class FashionMNIST(official):

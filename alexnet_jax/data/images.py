@@ -7,7 +7,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 SIDE = 256
 # Chroma is stored at half resolution, Pillow's default: faster to decode, and at 90 above 36 dB.
@@ -34,8 +35,8 @@ def to_square(file: bytes) -> np.ndarray:
         warnings.simplefilter("ignore")  # of transparency and EXIF data, which are dropped
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            with Image.open(io.BytesIO(file)) as image:
-                image = _eight_bits(image).convert("RGB")
+            with Image.open(io.BytesIO(file)) as opened:
+                image = _eight_bits(opened).convert("RGB")
         except UnidentifiedImageError:
             raise ValueError("not an image") from None
     width, height = (max(SIDE, round(side * SIDE / min(image.size))) for side in image.size)
@@ -76,7 +77,7 @@ def decode(file: bytes, out: np.ndarray) -> None:
         raise ValueError(f"it is {height}×{width}; expected {out.shape[0]}×{out.shape[1]}")
 
 
-def read_image(path: str | Path, shape: tuple[int, int, int], invert: bool = False) -> np.ndarray:
+def read_image(path: str | Path, shape: tuple[int, ...], invert: bool = False) -> np.ndarray:
     """Return an image file in the shape of a data set's images: center crop, then resized.
 
     EXIF orientation is applied, transparent pixels become white, and only the first frame of several is read.
@@ -93,9 +94,9 @@ def read_image(path: str | Path, shape: tuple[int, int, int], invert: bool = Fal
         (32-bit integers and floats), or one of more than 178 million pixels.
     """
     height, width, channels = shape
-    with warnings.catch_warnings(action="ignore"), Image.open(path) as image:  # of many pixels and of unusual metadata
-        ImageOps.exif_transpose(image, in_place=True)
-        image = _eight_bits(image)
+    with warnings.catch_warnings(action="ignore"), Image.open(path) as opened:  # of many pixels and of unusual metadata
+        ImageOps.exif_transpose(opened, in_place=True)
+        image = _eight_bits(opened)
         if "A" in image.getbands() or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -105,11 +106,11 @@ def read_image(path: str | Path, shape: tuple[int, int, int], invert: bool = Fal
     return 255 - pixels if invert else pixels
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
+def _eight_bits(image: ImageFile.ImageFile) -> Image.Image:
     if image.mode in ("I", "F"):
         raise ValueError(f"pixels of Pillow's mode {image.mode} have no known range; expected 8 or 16 bits")
     if image.mode.startswith("I;16"):  # Pillow would clip at 255
-        bits = image.tag_v2[BITS_PER_SAMPLE][0] if image.format == "TIFF" else 16  # Pillow reads 12 as 16
+        bits = image.tag_v2[BITS_PER_SAMPLE][0] if isinstance(image, TiffImageFile) else 16  # Pillow reads 12 as 16
         largest = 2**bits - 1
         return Image.fromarray(((np.asarray(image, np.uint32) * 255 + largest // 2) // largest).astype(np.uint8))
     return image

@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from multiprocessing import resource_tracker, shared_memory
 
@@ -144,7 +144,7 @@ def _start_resource_tracker() -> None:
 
 def decoded_batches(
     steps: range, positions_of: Callable[[int], np.ndarray], decoder: Decoder, workers: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+) -> Generator[tuple[np.ndarray, np.ndarray]]:
     """Decode the batches of some steps, in their order, ahead of time in worker processes.
 
     Args:
@@ -193,7 +193,7 @@ def decoded_batches(
         buffers.close()
 
 
-def _on_devices(host_batches: Iterator[tuple[np.ndarray, np.ndarray]], batch_size: int, mesh: Mesh) -> Iterator[Batch]:
+def _on_devices(host_batches: Generator[tuple[np.ndarray, np.ndarray]], batch_size: int, mesh: Mesh) -> Generator[Batch]:
     """Yield batches split over the mesh, from this process's rows of them; `AHEAD` of them wait on the devices."""
     batch_sharding, rows = NamedSharding(mesh, sharding.BATCH), _rows(mesh, batch_size)
 
@@ -234,7 +234,8 @@ class StreamedData:
         self.steps_per_epoch = self.size // batch_size  # the remainder is dropped, another one each epoch
         self.image_shape = image_shape(builder)
         self._decoder = Decoder(builder, split, _rows(mesh, batch_size))
-        self._next, self._batches = -1, None
+        self._next = -1
+        self._batches: Generator[Batch] | None = None
 
     def batch(self, key: jax.Array, step: int) -> Batch:
         """Return the batch of a step, split over the mesh; consecutive steps are decoded ahead of time.

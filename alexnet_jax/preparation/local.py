@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -185,10 +186,10 @@ def _first_names(undecodable: Sequence[str], file: Path | str) -> str:
 
 def finish(work: Path, shards: Sequence[Shard], infos: Sequence[ShardInfo]) -> None:
     """Write TFDS's metadata and the statistics, and remove all other files of the folder except the shards."""
-    principal = statistics(shard.sums for shard in shards if shard.split == "train")
+    arrays: dict[str, Any] = statistics(shard.sums for shard in shards if shard.split == "train")
     for leftover in set(work.iterdir()) - {shard.path for shard in shards}:
         leftover.unlink()
-    np.savez(work / STATISTICS, **principal)
+    np.savez(work / STATISTICS, **arrays)
     splits = []
     for split, pairs in itertools.groupby(zip(shards, infos, strict=True), lambda pair: pair[0].split):
         group = [info for _, info in pairs]

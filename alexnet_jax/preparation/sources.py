@@ -109,7 +109,7 @@ def _hidden(name: str) -> bool:
 
 def folder_parts(
     files: Iterable[str], folder: Path, size: int, others: Iterable[str] = ()
-) -> tuple[dict[str, list[FolderPart]], tfds.features.ClassLabel | None]:
+) -> tuple[dict[str, list[Part]], tfds.features.ClassLabel | None]:
     """Return the parts of each split, up to `size` images each, and the classes, of files split/class/image.
 
     A line is logged with what is skipped: files in other places, and `others`. Hidden files are ignored.
@@ -130,10 +130,10 @@ def folder_parts(
     if skipped:
         more = f" and {len(skipped) - NAMES_SHOWN:,} more" if len(skipped) > NAMES_SHOWN else ""
         log.info("skipped, not split/class/image: %s%s", ", ".join(sorted(skipped)[:NAMES_SHOWN]), more)
-    classes = sorted({path.split("/")[0] for split in paths.values() for path in split})
-    for split in paths.values():
-        split.sort(key=lambda path: hashlib.sha256(path.encode()).digest())
-    parts = {
+    classes = sorted({path.split("/")[0] for images in paths.values() for path in images})
+    for images in paths.values():
+        images.sort(key=lambda path: hashlib.sha256(path.encode()).digest())
+    parts: dict[str, list[Part]] = {
         split: [FolderPart(folder / split, [images[i] for i in piece], classes) for piece in _pieces(len(images), size)]
         for split, images in sorted(paths.items())
     }
@@ -156,12 +156,13 @@ def find_parts(dataset: str, data_dir: Path, size: int) -> tuple[dict[str, list[
         if info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
             raise PrepareError(f"{folder} is stored as {info.file_format.value}; expected array_record")
         sizes = {split: info.splits[split].num_examples for split in sorted(info.splits)}
-        parts = {
+        parts: dict[str, list[Part]] = {
             split: [TfdsPart(folder, split, piece) for piece in _pieces(count, size)] for split, count in sizes.items()
         }
         label = info.features["label"]
     else:
-        files, others = [], set()
+        files: list[str] = []
+        others: set[str] = set()
         for path in (path for pattern in ("*", "*/*", "*/*/*") for path in data_dir.glob(pattern)):
             (files.append if path.is_file() else others.add)(path.relative_to(data_dir).as_posix())
         for split, name, *image in (file.split("/") for file in files if "/" in file):  # folders that hold an image

@@ -25,7 +25,7 @@ def use_compilation_cache(folder: str | None = None) -> None:
       folder: None is `$JAX_COMPILATION_CACHE_DIR` or else `default_folder()`; "" disables the cache.
     """
     if folder is None:
-        folder = jax.config.jax_compilation_cache_dir or str(default_folder())
+        folder = jax.config.jax_compilation_cache_dir or str(default_folder())  # type: ignore[attr-defined]
     if folder == "":
         jax.config.update("jax_enable_compilation_cache", False)
         return

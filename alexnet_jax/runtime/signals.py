@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -18,7 +19,7 @@ def _in_main_thread() -> bool:
 def collected_signals() -> Iterator[list[int]]:
     """Collect the first SIGINT and SIGTERM of the block into the list that is yielded; a second one acts as before."""
     received: list[int] = []
-    handlers = {}
+    handlers: dict[int, Any] = {}
 
     def handle(number, frame):
         received.append(number)
@@ -27,7 +28,7 @@ def collected_signals() -> Iterator[list[int]]:
         os.write(2, f"\n{name}: saving a checkpoint and exiting; press again to exit immediately\n".encode())
 
     if _in_main_thread():
-        handlers = {number: signal.signal(number, handle) for number in STOP_SIGNALS}
+        handlers.update({number: signal.signal(number, handle) for number in STOP_SIGNALS})
     try:
         yield received
     finally:
@@ -46,7 +47,7 @@ def deferred_signals() -> Iterator[None]:
     try:
         yield
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        for stop, handler in handlers.items():
+            signal.signal(stop, handler)
     for number in received:
         signal.raise_signal(number)
