@@ -36,7 +36,7 @@ class Metrics:
         (workdir / "tensorboard").mkdir(exist_ok=True)
         # Without the thread of tensorboardX's SummaryWriter: an error of a full disk would not reach the run.
         self._events = EventsWriter(str(workdir / "tensorboard" / "events"))
-        if step:  # TensorBoard drops what the previous file holds from here on
+        if step:  # TensorBoard drops later steps of the previous file
             self._events.write_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, step: int, **values: float) -> None:

@@ -125,7 +125,7 @@ def tower_influence(model: AlexNet, params: Any, images: jax.Array) -> dict[str,
     It is 0 in every layer before the towers communicate.
 
     Args:
-      images: [B, H, W, C], as the network sees them.
+      images: the network's inputs [B, H, W, C].
 
     Returns:
       For each layer ‖change‖ / ‖output‖ of tower 1's half of the channels; for fc8, of all logits.

@@ -1,4 +1,4 @@
-"""A config becomes what a run needs: the one place where its fields are read. Nothing below this sees a config."""
+"""A checked config becomes one frozen dataclass, `Setup`; no module below this one reads a config."""
 
 import logging
 from collections.abc import Callable, Iterable
@@ -163,7 +163,7 @@ def build_preprocess(
 ) -> Preprocess:
     """Return the preprocessing of a config, with the statistics that `prepare` wrote next to the data set.
 
-    Those are of the whole split `train`, whatever part of it trains.
+    The statistics are those of the whole split `train`, even if only a part of it is the training set.
 
     Args:
       images: the training set in arrays uint8 [N, H, W, C], to measure if there are no such statistics; None: read it.

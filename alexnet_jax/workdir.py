@@ -56,7 +56,7 @@ def read_result(workdir: Path) -> dict[str, Any] | None:
 
     Raises:
       WorkdirError: the file is not JSON.
-      distributed.DistributedError: only some processes see the file.
+      distributed.DistributedError: only some processes can read the file.
     """
     path = workdir / RESULT
     advice = f"--workdir={workdir} must be a folder that all machines share"
@@ -77,7 +77,7 @@ def claimed(workdir: Path, config: dict[str, Any]) -> Iterator[None]:
       config: the values as JSON's types.
 
     Raises:
-      WorkdirError: it cannot be written, now or in the block; another run holds it; or a process does not see it.
+      WorkdirError: it cannot be written, now or in the block; another run holds it; or a process cannot read it.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -95,7 +95,7 @@ def claimed(workdir: Path, config: dict[str, Any]) -> Iterator[None]:
             missing = not (workdir / CONFIG).exists()
             if process := distributed.maximum(jax.process_index() if missing else 0):
                 raise WorkdirError(
-                    f"--workdir={workdir}: process {process} does not see what process 0 writes to it; name a folder "
+                    f"--workdir={workdir}: process {process} cannot read what process 0 writes to it; name a folder "
                     "that all machines share"
                 )
             yield

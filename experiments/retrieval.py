@@ -34,9 +34,7 @@ def run(of: Study) -> dict[str, Any]:
         if seed == 0:  # the pixels are the same for all
             by_pixels = precision(test.labels, train.labels[nearest(test.images, train.images, COUNT)])
             probabilities = trained.predict(test.images[:SHOWN])
-            plots.plot_retrieval(
-                test, probabilities, train, seen[:SHOWN], trained.names, of.workdir / "neighbours.png"
-            )
+            plots.plot_retrieval(test, probabilities, train, seen[:SHOWN], trained.names, of.workdir / "neighbours.png")
         records["runs"].append({**record, "precision_pixels": by_pixels})
     records["picture"] = str(of.workdir / "neighbours.png")
     return records

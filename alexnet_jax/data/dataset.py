@@ -1,4 +1,4 @@
-"""A prepared data set, in memory or streamed: the one place that knows which."""
+"""A prepared data set, in memory or streamed, with one interface for both."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class Dataset:
 
     Attributes:
       builder: of TFDS, as `data.open_builder` returns it.
-      streaming: read from files all along, by worker processes; False: each split that is used lies on each device.
+      streaming: read from files by worker processes; False: each split that is used lies on every device.
       workers: the processes that decode what is streamed; 0 for one per core, at most 16.
     """
 

@@ -55,7 +55,7 @@ def _from_folder(folder: Path) -> dict[str, bytes]:
     for name in SHA256:
         path = next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
         if path is None:
-            raise FileNotFoundError(f"no {name} or {name}.gz there")
+            raise FileNotFoundError(f"it has no {name} or {name}.gz")
         files[name] = _checked(name, path.read_bytes())
     return files
 

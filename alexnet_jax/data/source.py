@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 class DataError(UserError):
-    """A data set, or a split of one, that is missing, corrupt, or of another form than expected."""
+    """A data set, or a split of one, that is missing, corrupt, or in another format than expected."""
 
 
 @contextlib.contextmanager

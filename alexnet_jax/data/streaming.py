@@ -193,7 +193,9 @@ def decoded_batches(
         buffers.close()
 
 
-def _on_devices(host_batches: Generator[tuple[np.ndarray, np.ndarray]], batch_size: int, mesh: Mesh) -> Generator[Batch]:
+def _on_devices(
+    host_batches: Generator[tuple[np.ndarray, np.ndarray]], batch_size: int, mesh: Mesh
+) -> Generator[Batch]:
     """Yield batches split over the mesh, from this process's rows of them; `AHEAD` of them wait on the devices."""
     batch_sharding, rows = NamedSharding(mesh, sharding.BATCH), _rows(mesh, batch_size)
 
