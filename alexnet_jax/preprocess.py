@@ -27,7 +27,7 @@ class Preprocess:
       lighting: for PCA lighting, the factors of α [3], for pixels in 0 to 255, and eigenvectors [3, 3]; or None.
       scale: the factor of the centered pixels; 1 is the paper's 0 to 255.
       random_crop: whether training takes a random crop, or the center crop.
-      crop_group: consecutive images of a batch that share the position of their crop and their flip.
+      crop_group: how many consecutive images of a batch share the position of their crop and their flip.
       crop_last_position: whether a random crop may end at the last row and column, as in `augment.random_crop`.
       lighting_divisor: by which all pixels are divided after PCA lighting.
     """
