@@ -8,14 +8,12 @@ import pytest
 from runners import CIFAR10, saved_state, tiny_config
 from tensorboardX.proto.event_pb2 import Event
 
-from alexnet_jax import data, paper_sgd, preprocess
+from alexnet_jax import data
 from alexnet_jax.config import ConfigError
 from alexnet_jax.configs import cifar10, fashion_mnist_224
 from alexnet_jax.data import DataError
 from alexnet_jax.metrics import Metrics
-from alexnet_jax.setup import build_model
 from alexnet_jax.train import DivergedError, train_and_evaluate
-from alexnet_jax.train_step import create_state, make_train_step
 
 
 @pytest.fixture(scope="module")
@@ -85,22 +83,6 @@ def test_same_seed_same_parameters_bit_for_bit(fashion_mnist, tmp_path):
     for path, leaf in a.items():
         np.testing.assert_array_equal(leaf, b[path], path)
     assert any((leaf != c[path]).any() for path, leaf in a.items())
-
-
-def test_train_step_is_one_program_with_its_state_donated(fashion_mnist):
-    config = tiny_config()
-    examples = data.load(fashion_mnist, "test[:100]")
-    prepare = preprocess.fit(examples.images, 2, 28, 0, True, False)
-    model, optimizer = build_model(config, 10), paper_sgd()
-    step = make_train_step(model, optimizer, prepare, lambda step, plateau: 0.01)
-    state = create_state(model, optimizer, prepare.image_shape, 0)
-    batch = data.DeviceData(examples, 50).batch(jax.random.key(0), 0)
-    compiled = step.lower(state, batch, jax.random.key(1)).compile()
-    arrays = [x for x in jax.tree.leaves(state.params)]
-    donated = 2 * sum(x.nbytes for x in arrays)  # parameters and velocities
-    assert compiled.memory_analysis().alias_size_in_bytes >= donated
-    step(state, batch, jax.random.key(1))
-    assert all(x.is_deleted() for x in arrays)
 
 
 def test_an_epoch_is_a_permutation(fashion_mnist):
