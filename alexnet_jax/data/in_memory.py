@@ -62,6 +62,7 @@ class DeviceData:
     """A small training set as arrays on each device; an epoch is a permutation of it, without copies from the host."""
 
     def __init__(self, examples: Examples, batch_size: int, mesh: Mesh | None = None):
+        """Copy the examples to each device of a mesh; None for one device."""
         mesh = mesh or sharding.one_device()
         self.images, self.labels = sharding.place(tuple(examples), mesh)
         self._take = jax.jit(_take, static_argnums=4, out_shardings=NamedSharding(mesh, sharding.BATCH))
@@ -90,6 +91,7 @@ class DeviceBatches:
     """A small split as arrays on each device, in its order; the last batch is padded with examples of label −1."""
 
     def __init__(self, examples: Examples, batch_size: int, mesh: Mesh | None = None):
+        """Copy the examples to each device of a mesh; None for one device."""
         mesh = mesh or sharding.one_device()
         self.images, self.labels = sharding.place(tuple(examples), mesh)
         self._next = jax.jit(_next, static_argnums=3, out_shardings=NamedSharding(mesh, sharding.BATCH))

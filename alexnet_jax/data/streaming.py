@@ -81,6 +81,7 @@ class Shuffled:
     """The positions of a step's batch in a split: a permutation each epoch, whose remainder is dropped."""
 
     def __init__(self, size: int, batch_size: int, seed: int):
+        """Take the size of the split, of a batch, and the seed of the permutations."""
         self.size, self.batch_size, self.seed, self.epoch = size, batch_size, seed, -1
 
     def __call__(self, step: int) -> np.ndarray:
@@ -98,6 +99,7 @@ class Decoder:
     """Reads and decodes some rows of a batch; each worker has a copy of this object."""
 
     def __init__(self, builder: tfds.core.DatasetBuilder, split: str, rows: np.ndarray | slice):
+        """Open a split; `rows` are those of each batch."""
         self.records = open_source(builder, split).data_source  # without TFDS's parser, which is slow
         self.name, self.shape, self.rows = f"{builder.data_path}, {split}", image_shape(builder), rows
 
