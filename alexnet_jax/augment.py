@@ -1,8 +1,8 @@
-"""Data augmentation (section 4.1) and the test patches: pure, jittable functions of (key, images).
+"""Data augmentation (section 4.1) and the ten-crop: pure, jittable functions of (key, images).
 
-Images are [B, H, W, C]. Every random choice is drawn once per image. The key is one for the batch, from which each
-image takes its own by its place, or one for each image [B], as `example_keys` gives them; of `jax.random.key` or
-`PRNGKey`, whose draws are the same.
+Images are [B, H, W, C]. Every random choice is drawn once per image. The key is one for the batch, folded with each
+image's index, or one per image [B], as `example_keys` gives them; of `jax.random.key` or `PRNGKey`, whose draws are the
+same.
 """
 
 from collections.abc import Iterable
@@ -14,17 +14,17 @@ import numpy as np
 from jax import lax
 
 
-def example_keys(key: jax.Array, count: int, first: jax.Array | int = 0, chunk: int = 1) -> jax.Array:
-    """A key for each of `count` images [count], the same for `chunk` neighbours.
+def example_keys(key: jax.Array, count: int, first: jax.Array | int = 0, group: int = 1) -> jax.Array:
+    """Return a key for each of `count` images [count], the same for `group` consecutive ones.
 
     Args:
-      first: the place of the first image in the whole batch.
+      first: the index of the first image in the whole batch.
     """
-    return jax.vmap(partial(jax.random.fold_in, key))((first + jnp.arange(count)) // chunk)
+    return jax.vmap(partial(jax.random.fold_in, key))((first + jnp.arange(count)) // group)
 
 
 def _each(key: jax.Array, images: jax.Array) -> jax.Array:
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):  # of `jax.random.PRNGKey`
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):  # from `jax.random.PRNGKey`
         key = jax.random.wrap_key_data(key)
     return key if key.ndim else example_keys(key, images.shape[0])
 
@@ -40,18 +40,18 @@ def _check_size(name: str, images: jax.Array, size: int) -> None:
         raise ValueError(f"{name}: size={size} from images of shape {images.shape}: expected 1 ≤ size ≤ H, W")
 
 
-def random_crop(key: jax.Array, images: jax.Array, size: int, last_place: bool = True) -> jax.Array:
-    """A size×size patch at a random place of each image (section 4.1), in the images' dtype: [B, size, size, C].
+def random_crop(key: jax.Array, images: jax.Array, size: int, last_position: bool = True) -> jax.Array:
+    """Return a random size×size crop of each image (section 4.1), in the images' dtype: [B, size, size, C].
 
     Args:
-      last_place: whether a patch may end at the last row and column. Of 224×224 in 256×256 that makes 33² places;
+      last_position: whether a crop may end at the last row and column. Of 224×224 in 256×256 that makes 33² positions;
         the paper counts 32².
 
     Raises:
-      ValueError: images that are not 4-D, or that size does not fit into.
+      ValueError: images that are not 4-D, or smaller than the crop.
     """
     _check_size("random_crop", images, size)
-    limits = jnp.maximum(jnp.array(images.shape[1:3]) - size + last_place, 1)
+    limits = jnp.maximum(jnp.array(images.shape[1:3]) - size + last_position, 1)
 
     def crop(key, image):
         top, left = jax.random.randint(key, (2,), 0, limits)
@@ -61,7 +61,7 @@ def random_crop(key: jax.Array, images: jax.Array, size: int, last_place: bool =
 
 
 def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
-    """Each image mirrored left to right with probability one half (section 4.1), in the images' shape and dtype.
+    """Return each image, flipped horizontally with probability one half (section 4.1), in the same shape and dtype.
 
     Raises:
       ValueError: images that are not 4-D.
@@ -72,9 +72,15 @@ def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
 
 
 def pca_lighting(
-    key: jax.Array, images: jax.Array, eigenvalues: jax.Array, eigenvectors: jax.Array, stddev: float = 0.1
+    key: jax.Array,
+    images: jax.Array,
+    eigenvalues: jax.Array | np.ndarray,
+    eigenvectors: jax.Array | np.ndarray,
+    stddev: float = 0.1,
 ) -> jax.Array:
-    """Adds [p1 p2 p3][α1 λ1, α2 λ2, α3 λ3]ᵀ to every pixel of an image, αi ~ N(0, stddev²) (section 4.1).
+    """Return the images with PCA lighting (section 4.1).
+
+    It adds [p1 p2 p3][α1 λ1, α2 λ2, α3 λ3]ᵀ to every pixel of an image, with αi ~ N(0, stddev²).
 
     Args:
       images: float [B, H, W, 3].
@@ -83,40 +89,39 @@ def pca_lighting(
         in [0, 1]. For images in 0 to 255 with λ computed from such images, pass λ / 255.
 
     Raises:
-      ValueError: images that are not 4-D, that are integers, whose shift would be cut off, or without three channels;
-        a grey image has no colour to vary.
+      ValueError: images that are not 4-D, of integers, which would truncate the shift, or without three channels.
     """
     _check_images("pca_lighting", images)
     if not jnp.issubdtype(images.dtype, jnp.floating):
-        raise ValueError(f"pca_lighting: images of {images.dtype}: expected floats; integers would cut the shift off")
+        raise ValueError(f"pca_lighting: images of {images.dtype}: expected floats; integers would truncate the shift")
     if images.shape[-1] != 3:
-        raise ValueError(f"pca_lighting: {images.shape[-1]} channel(s): expected 3; grey images have no colour to vary")
+        raise ValueError(f"pca_lighting: {images.shape[-1]} channel(s): expected 3; gray images have no color to vary")
     alpha = stddev * jax.vmap(lambda k: jax.random.normal(k, (3,)))(_each(key, images))
     shift = (alpha * eigenvalues) @ eigenvectors.T
     return images + shift[:, None, None, :].astype(images.dtype)
 
 
 def ten_crop(images: jax.Array, size: int) -> jax.Array:
-    """The paper's test patches (section 4.1): four corners and the centre, then the mirror image of each.
+    """Return the paper's ten crops for testing (section 4.1): four corners and the center, then their horizontal flips.
 
     Returns:
       [B, 10, size, size, C].
 
     Raises:
-      ValueError: images that are not 4-D, or that size does not fit into.
+      ValueError: images that are not 4-D, or smaller than the crop.
     """
     _check_size("ten_crop", images, size)
     bottom, right = images.shape[1] - size, images.shape[2] - size
     corners = [(0, 0), (0, right), (bottom, 0), (bottom, right), (bottom // 2, right // 2)]
-    patches = jnp.stack([images[:, top : top + size, left : left + size] for top, left in corners], axis=1)
-    return jnp.concatenate([patches, patches[:, :, :, ::-1]], axis=1)
+    crops = jnp.stack([images[:, top : top + size, left : left + size] for top, left in corners], axis=1)
+    return jnp.concatenate([crops, crops[:, :, :, ::-1]], axis=1)
 
 
 def center_crop(images: jax.Array, size: int) -> jax.Array:
-    """The central size×size patch, in section 4.1 the fifth of the ten: [B, size, size, C].
+    """Return the center size×size crop, the fifth of the ten in section 4.1: [B, size, size, C].
 
     Raises:
-      ValueError: images that are not 4-D, or that size does not fit into.
+      ValueError: images that are not 4-D, or smaller than the crop.
     """
     _check_size("center_crop", images, size)
     top, left = (images.shape[1] - size) // 2, (images.shape[2] - size) // 2
@@ -124,14 +129,14 @@ def center_crop(images: jax.Array, size: int) -> jax.Array:
 
 
 def rgb_pca(images: np.ndarray | Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Eigenvalues and eigenvectors of the covariance of RGB over all pixels of a data set (section 4.1).
+    """Return the eigenvalues and eigenvectors of the RGB covariance over all pixels of a data set (section 4.1).
 
     Args:
       images: one array [N, H, W, 3] or an iterable of arrays [..., 3], read once; integer or float.
 
     Returns:
-      Eigenvalues [3], largest first, and eigenvectors [3, 3], a column each, in float64. Pixels are taken as they are,
-      so the eigenvalues are in their scale squared.
+      Eigenvalues [3], largest first, and eigenvectors [3, 3], a column each, in float64. The eigenvalues are in the
+      pixels' scale squared.
 
     Raises:
       ValueError: an array without three channels, or fewer than two pixels in all.
@@ -155,10 +160,10 @@ def rgb_pca(images: np.ndarray | Iterable[np.ndarray]) -> tuple[np.ndarray, np.n
 def principal_components(
     count: int, total: np.ndarray, products: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """From sums over pixels p: the covariance [3, 3], its eigenvalues [3], largest first, and eigenvectors [3, 3].
+    """Return the RGB covariance [3, 3], its eigenvalues [3], largest first, and eigenvectors [3, 3].
 
     Args:
-      count, total, products: the number of pixels, Σ p and Σ p pᵀ.
+      count, total, products: the number of pixels p, Σ p and Σ p pᵀ.
     """
     mean = total / count
     covariance = products / count - np.outer(mean, mean)

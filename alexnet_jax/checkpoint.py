@@ -1,9 +1,10 @@
-"""Orbax checkpoints that are whole, verified, and enough to go on exactly where a run stopped."""
+"""Orbax checkpoints: complete, verified, and sufficient to resume exactly where a run stopped."""
 
 import json
 import logging
 import os
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,44 +13,92 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax import lax
 
-from alexnet_jax import distributed
+from alexnet_jax.errors import UserError, one_line
+from alexnet_jax.runtime import distributed
 
 log = logging.getLogger(__name__)
 
 
-class CheckpointError(Exception):
-    """A checkpoint that could not be written or read; one line that says what to do."""
+class CheckpointError(UserError):
+    """A checkpoint that could not be written, or that is corrupt."""
 
 
 @jax.jit
 def fingerprint(tree: Any) -> jax.Array:
-    """A uint32 that any single bit of the tree changes, and other damage but for one case in 2³².
+    """Return a uint32 that every single flipped bit changes, and other corruption except in one case in 2³².
 
-    It is a sum over all elements, modulo 2³², so each device adds up what it holds and the mesh does not matter. Each
-    element's bits count times an odd number that depends on its place and on the names, shape and type of its leaf.
+    It is a sum over all elements, modulo 2³², so each device sums its own elements and the mesh does not matter. Each
+    element's bits are multiplied by an odd number that depends on its position and on its leaf's path, shape and type.
     """
 
     def leaf_sum(path, x):
         bits = lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize])
-        place = jnp.zeros(x.shape, jnp.uint32)
+        position = jnp.zeros(x.shape, jnp.uint32)
         for axis, size in enumerate(x.shape):
-            place = place * jnp.uint32(size) + lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-        for factor in (0x7FEB352D, 0x846CA68B):  # so that the numbers of neighbours have nothing to do with each other
-            place = (place ^ (place >> 16)) * jnp.uint32(factor)
+            position = position * jnp.uint32(size) + lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        for factor in (0x7FEB352D, 0x846CA68B):  # a hash: the numbers of neighbors are unrelated
+            position = (position ^ (position >> 16)) * jnp.uint32(factor)
         name = f"{jax.tree_util.keystr(path)} {x.shape} {x.dtype}"
-        return jnp.sum(bits.astype(jnp.uint32) * (place | 1)) * jnp.uint32(zlib.crc32(name.encode()) | 1)
+        return jnp.sum(bits.astype(jnp.uint32) * (position | 1)) * jnp.uint32(zlib.crc32(name.encode()) | 1)
 
     return sum(leaf_sum(path, x) for path, x in jax.tree_util.tree_leaves_with_path(tree))
 
 
-class Checkpoints:
-    """The checkpoints of one run: a tree of arrays and a dict of plain values a step, the newest `keep` of them.
+def newest_step(folder: Path) -> int | None:
+    """Return the step of the newest complete checkpoint in a folder, or None."""
+    return max((int(path.name) for path in folder.glob("*") if path.name.isdigit()), default=None)
 
-    Orbax writes into a temporary folder and renames it, so a save that was killed leaves the ones before. With several
-    processes every method is called by all of them, and each writes and reads its own part of the arrays.
+
+def read_checkpoint(path: Path, like: Any) -> tuple[Any, dict[str, Any]]:
+    """Return a checkpoint's tree and its dict of plain values.
+
+    Args:
+      path: the folder of one step.
+      like: a tree of arrays with the structure that was saved; the arrays are placed as these are.
+
+    Raises:
+      CheckpointError: it is corrupt.
+    """
+    try:
+        tree, extra = _read(path, _abstract(like))
+        reason = _mismatch(tree, extra)
+    except Exception as error:  # any exception of a corrupt file
+        reason = one_line(error)
+    if reason:
+        raise CheckpointError(
+            f"checkpoint {path} is corrupt ({reason}); remove it to read the one before it, or train again"
+        )
+    return tree, extra
+
+
+def _abstract(like: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+
+
+def _read(path: Path, like: Any) -> tuple[Any, dict[str, Any]]:
+    """Return this process's part of a checkpoint, and its dict; waits for no other process, which may have failed."""
+    process = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=process, active_processes={process})
+    handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
+        tree = reader.restore(path.absolute() / "state", args=ocp.args.StandardRestore(like))
+    return tree, json.loads((path / "extra" / "metadata").read_text())  # as JsonSave writes it
+
+
+def _mismatch(tree: Any, extra: dict[str, Any]) -> str:
+    """Remove the fingerprint from `extra` and return what is wrong with the tree, or ""; equal in all processes."""
+    return "" if extra.pop("fingerprint", None) == int(fingerprint(tree)) else "its fingerprint does not match"
+
+
+class Checkpoints:
+    """The checkpoints of one run: a tree of arrays and a dict of plain values for a step, the newest `keep` of them.
+
+    Orbax writes into a temporary folder and renames it, so a save that was killed leaves the earlier ones. With several
+    processes all of them call every method, and each writes and reads its own part of the arrays.
     """
 
     def __init__(self, folder: Path, keep: int = 3):
+        """Create the folder if necessary; raises CheckpointError if it cannot be written."""
         self.folder = Path(folder).absolute()
         self._writing = 0  # the step of the last save
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
@@ -59,10 +108,10 @@ class Checkpoints:
             raise CheckpointError(f"{self.folder} cannot be written: {error}") from None
 
     def save(self, step: int, tree: Any, extra: dict[str, Any]) -> None:
-        """Starts to write, unless this step is written already; the tree is copied first, so it may be donated next.
+        """Start to write, unless this step exists already; the tree is copied first, so it may be donated next.
 
         Raises:
-          CheckpointError: this save or the one before failed (a full disk, say); older checkpoints stay.
+          CheckpointError: this save or the previous one failed, for example on a full disk; older checkpoints stay.
         """
         if step == self._manager.latest_step():
             return
@@ -74,81 +123,67 @@ class Checkpoints:
         self._guard(lambda: self._manager.save(step, args=args, force=True))
 
     def wait(self) -> None:
-        """Returns when the last save is on the disk; raises as `save` does."""
+        """Wait until the last save is on the disk; raises as `save` does."""
         self._guard(self._manager.wait_until_finished)
 
-    def _guard(self, call) -> None:
+    def _guard(self, call: Callable[[], Any]) -> None:
         try:
             call()
             self._manager.check_for_errors()
         except jax.errors.JaxRuntimeError:  # of the devices or of another process, not of the disk
             raise
         except Exception as error:  # Orbax and TensorStore wrap a full disk in several types
-            good = self.newest()
+            good = newest_step(self.folder)
             kept = "there is no earlier checkpoint" if good is None else f"the last good checkpoint is step {good}"
-            reason = " ".join(str(error).split())[:300]
             raise CheckpointError(
-                f"the checkpoint of step {self._writing} could not be written to {self.folder}: {reason}; {kept}. Free "
-                "some space or make the folder writable, then run the same command again"
+                f"the checkpoint of step {self._writing} could not be written to {self.folder}: "
+                f"{one_line(error, 300)}; {kept}. Free some space or make the folder writable, then run the same "
+                "command again"
             ) from None
 
-    def newest(self) -> int | None:
-        """The step of the newest checkpoint that is written whole, or None."""
-        return max((int(path.name) for path in self.folder.iterdir() if path.name.isdigit()), default=None)
-
     def restore(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
-        """The newest checkpoint that is whole, as (step, tree, extra); None where there is none at all.
+        """Return the newest checkpoint that is not corrupt, as (step, tree, extra); None if there is none at all.
 
-        A damaged one is named in a warning and moved aside, to `NAME.damaged`.
+        A corrupt one is named in a warning and renamed to `STEP.corrupt`.
 
         Args:
-          like: a tree of arrays with the structure that was saved; the arrays that are read lie where these do.
+          like: as of `read_checkpoint`.
 
         Raises:
-          CheckpointError: there are checkpoints, and every one of them is damaged.
+          CheckpointError: there are checkpoints, and all of them are corrupt.
         """
-        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-        damaged = False
-        while (step := distributed.from_first(-1 if (newest := self.newest()) is None else newest)) >= 0:
-            reason, found = "", None
+        like, corrupt = _abstract(like), False
+        while (step := distributed.from_first(-1 if (newest := newest_step(self.folder)) is None else newest)) >= 0:
+            reason, checkpoint = "another process cannot read its part", None
             try:
-                found = self._read(step, like)
-            except Exception as error:  # whatever the damage makes Orbax raise
-                reason = " ".join(str(error).split())[:200] or type(error).__name__
-            if not distributed.highest(found is None):
-                tree, extra = found
-                if extra.pop("fingerprint", None) == int(fingerprint(tree)):  # as of all processes, so all agree
+                checkpoint = _read(self.folder / str(step), like)
+            except Exception as error:  # any exception of a corrupt file
+                reason = one_line(error)
+            if not distributed.maximum(checkpoint is None):
+                tree, extra = checkpoint
+                reason = _mismatch(tree, extra)
+                if not reason:
                     return step, tree, extra
-                reason = "its contents do not match their fingerprint"
-            damaged = True
+            corrupt = True
             if jax.process_index() == 0:
-                self._move_aside(step, reason or "another process cannot read its part")
-            distributed.highest(0)
+                self._rename(step, reason)
+            distributed.barrier()
             self._manager.reload()
-        if damaged or any(self.folder.glob("*.damaged*")):
-            raise CheckpointError(f"every checkpoint in {self.folder} is damaged; remove the folder to start again")
+        if corrupt or any(self.folder.glob("*.corrupt*")):
+            raise CheckpointError(f"every checkpoint in {self.folder} is corrupt; remove the folder to start again")
         return None
 
-    def _read(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
-        """What this process holds of a checkpoint, and its dict; waits for no other, which may have failed."""
-        here = jax.process_index()
-        alone = ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here})
-        handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
-        with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
-            tree = reader.restore(self.folder / str(step) / "state", args=ocp.args.StandardRestore(like))
-        extra = json.loads((self.folder / str(step) / "extra" / "metadata").read_text())  # as JsonSave writes it
-        return tree, extra
-
-    def _move_aside(self, step: int, reason: str) -> None:
-        aside, suffix = self.folder / f"{step}.damaged", 1
-        while aside.exists():
+    def _rename(self, step: int, reason: str) -> None:
+        name, suffix = f"{step}.corrupt", 1
+        while (self.folder / name).exists():
             suffix += 1
-            aside = self.folder / f"{step}.damaged.{suffix}"
-        os.rename(self.folder / str(step), aside)
+            name = f"{step}.corrupt.{suffix}"
+        os.rename(self.folder / str(step), self.folder / name)
         log.warning(
-            "Warning: checkpoint %s is damaged (%s); moved to %s, trying the one before",
-            self.folder / str(step), reason, aside.name,
+            "Warning: checkpoint %s is corrupt (%s); renamed to %s, trying the one before it",
+            self.folder / str(step), reason, name,
         )  # fmt: skip
 
     def close(self) -> None:
+        """Wait for the last save and free Orbax's threads."""
         self._manager.close()

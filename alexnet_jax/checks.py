@@ -1,7 +1,7 @@
 """Checks of a network's fields, which `model.AlexNet` and a config name alike."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 from alexnet_jax.variants import ACTIVATIONS, LAYERS, VARIANTS
@@ -48,7 +48,7 @@ def check_network(network: Any) -> None:
     require("bias", bias is None or _finite(bias), f"eight numbers (conv1 to fc8), {own}")
 
 
-def _finite(values: Iterable[Any]) -> bool:
+def _finite(values: Sequence[Any]) -> bool:
     return len(values) == len(LAYERS) and all(isinstance(v, int | float) and math.isfinite(v) for v in values)
 
 

@@ -1,154 +1,118 @@
-"""Top-1 and top-5 error on the central patch or on the paper's ten (section 4.1), of one network or several averaged.
+"""Test one trained network or the average of several: python -m alexnet_jax.evaluate --workdir RUN [RUN …]"""
 
-python -m alexnet_jax.evaluate is the command of `evaluation`.
-"""
+import argparse
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import cache, partial
-from typing import Any, NamedTuple
+from absl import logging as absl_logging
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
-import ml_collections
-import numpy as np
-from jax import lax
-from jax.sharding import Mesh
+from alexnet_jax import sharding
+from alexnet_jax.data import Batch
+from alexnet_jax.data.dataset import Batches
+from alexnet_jax.errors import UserError
+from alexnet_jax.evaluation import Network, batch_size, evaluate
+from alexnet_jax.progress import Progress
+from alexnet_jax.run import RunError, open_run
+from alexnet_jax.runtime.compilation_cache import use_compilation_cache
+from alexnet_jax.runtime.files import write_json
+from alexnet_jax.tables import table
 
-from alexnet_jax import data, sharding
-from alexnet_jax.data import Batch, DeviceBatches
-from alexnet_jax.preprocess import Preprocess
-from alexnet_jax.stream import StreamedBatches
-
-
-class Network(NamedTuple):
-    """A network with what it learned."""
-
-    model: nn.Module
-    params: Any
-    preprocess: Preprocess
+# Table 2 of the paper, on the validation set of ILSVRC-2012 and ten crops: networks: (top-1, top-5).
+PAPER = {1: (0.407, 0.182), 5: (0.381, 0.164)}
 
 
-class Evaluation(NamedTuple):
-    """Over one set: errors as fractions, and confusion[label, prediction] as counts."""
-
-    loss: float
-    top1_error: float
-    top5_error: float
-    confusion: np.ndarray
-
-
-def predict(model: nn.Module, params: Any, images: jax.Array, preprocess: Preprocess, ten_crop: bool) -> jax.Array:
-    """Class probabilities [B, K] of uint8 images [B, H, W, C]: of the central patch, or the mean over ten."""
-    if not ten_crop:
-        return jax.nn.softmax(model.apply({"params": params}, preprocess.center_crop(images)))
-    crops = preprocess.ten_crop(images)
-    logits = model.apply({"params": params}, crops.reshape(-1, *crops.shape[2:]))
-    return jax.nn.softmax(logits).reshape(*crops.shape[:2], -1).mean(axis=1)
+def _with_progress(batches: Batches, crops: str) -> Iterator[Batch]:
+    """Yield the batches and show the progress through them."""
+    progress, total, started = Progress(len(batches), 0), len(batches), time.monotonic()
+    for done, batch in enumerate(batches, 1):
+        yield batch
+        progress.advance()
+        if done * 10 // total > (done - 1) * 10 // total:
+            seconds = time.monotonic() - started
+            rate = done * batches.batch_size / seconds
+            progress.show(done, seconds * (total / done - 1), crops=crops, images_per_s=f"{rate:.0f}")
+    progress.close()
 
 
-def jit_forward(function: Callable, **options) -> Callable:
-    """`jax.jit` of a forward pass; on a CPU without the kernels of YNNPACK, which XLA takes there by default."""
-    # The whole network at batches of 64 and 8, on two cores: 239 images/s for 231 and 226 for 25 with JAX 0.10.2; with
-    # 0.11.2, and XLA's convolutions, 226 for 215 and 211 for 190. A training step gains nothing.
-    cpu = jax.default_backend() == "cpu"
-    return jax.jit(function, compiler_options={"xla_cpu_experimental_ynn_fusion_type": ""} if cpu else None, **options)
-
-
-@cache
-def _predict_program():
-    return jit_forward(_predict, static_argnames=("model", "ten_crop", "mesh"))
-
-
-def _predict(params, images, preprocess, *, model, ten_crop, mesh):
-    model = model.clone(data_axis=sharding.DATA, tower_axis=sharding.TOWER)
-
-    def predict_part(params, images):  # on each device, its part of the batch
-        return lax.pmean(predict(model, params, images, preprocess, ten_crop), sharding.TOWER)  # equal on both
-
-    return jax.shard_map(
-        predict_part, mesh=mesh, in_specs=(sharding.tower_specs(params), sharding.BATCH), out_specs=sharding.BATCH
-    )(params, images)
-
-
-@partial(jax.jit, static_argnames="mesh")
-def _count(predictions, labels, *, mesh):
-    def count_part(predictions, labels):
-        probabilities = sum(predictions) / len(predictions)
-        weight = (labels >= 0).astype(jnp.int32)
-        labels = jnp.maximum(labels, 0)
-        true = jnp.take_along_axis(probabilities, labels[:, None], axis=1)
-        # An equal probability counts against the network, and so does one that is not a number.
-        rank = jnp.sum(~(probabilities < true), axis=1) - 1
-        classes = probabilities.shape[1]
-        counts = {
-            "examples": jnp.sum(weight),
-            "loss": jnp.sum(-jnp.log(jnp.maximum(true[:, 0], 1e-30)) * weight),
-            "top1": jnp.sum((rank >= 1) * weight),
-            "top5": jnp.sum((rank >= 5) * weight),
-            "confusion": jnp.zeros((classes, classes), jnp.int32)
-            .at[labels, jnp.argmax(probabilities, axis=1)]
-            .add(weight),
-        }
-        return lax.psum(counts, sharding.DATA)
-
-    return jax.shard_map(
-        count_part, mesh=mesh, in_specs=(sharding.BATCH, sharding.BATCH), out_specs=sharding.REPLICATED
-    )(predictions, labels)
-
-
-def evaluate(
-    networks: Sequence[Network], batches: Iterable[Batch], ten_crop: bool = False, mesh: Mesh | None = None
-) -> Evaluation:
-    """Errors over a whole set, each example counted once, of the mean of the networks' softmax (section 6).
+def evaluate_workdirs(workdirs: Sequence[Path], split: str = "", data_dir: str = "") -> dict[str, Any]:
+    """Return both errors of the networks of some runs, averaged, on the center crop and on ten crops; print a table.
 
     Args:
-      batches: of one size, split over the mesh, each example once; those of label −1 are not counted.
-      ten_crop: whether to average the softmax over ten patches.
-      mesh: of `sharding.make_mesh`; None for one device.
+      workdirs: the runs' working directories.
+      split: in TFDS's notation; "" is the first config's validation split.
+      data_dir: where the data set is, if not where it was in training.
+
+    Returns:
+      What is written in the first folder: to `evaluation.json`, or of several networks to `evaluation_averaged.json`.
+
+    Raises:
+      run.RunError: a folder without a run, or given twice, or runs of different data sets.
+      checkpoint.CheckpointError, data.DataError: a corrupt checkpoint; a data set or a split that is missing.
     """
-    mesh = mesh or sharding.one_device()
-    placed = [n._replace(params=sharding.place(n.params, mesh, sharding.tower_specs(n.params))) for n in networks]
-    predict_all, total, last = _predict_program(), None, None
+    folders = [Path(workdir).resolve() for workdir in workdirs]
+    for i, workdir in enumerate(workdirs):
+        if folders[i] in folders[:i]:
+            raise RunError(f"--workdir={workdir} is given twice; networks that are averaged count once each")
+    runs, mesh = [open_run(workdir, data_dir) for workdir in workdirs], sharding.make_mesh()
+    first, split = runs[0], split or runs[0].config.validation_split
+    for workdir, run in zip(workdirs, runs, strict=True):
+        if run.dataset.full_name != first.dataset.full_name:
+            what = f"another data set ({run.dataset.full_name}) than {workdirs[0]} ({first.dataset.full_name})"
+        elif run.names != first.names:
+            what = f"other classes than {workdirs[0]}, though both are of {first.dataset.full_name}"
+        else:
+            continue
+        raise RunError(f"--workdir={workdir} has {what}; networks are averaged over one data set")
+    networks = [Network(run.model, run.params, run.preprocess) for run in runs]
+    examples = first.dataset.size(split)
+    result: dict[str, Any] = {
+        "dataset": first.dataset.full_name,
+        "split": split,
+        "examples": examples,
+        "networks": [{"workdir": str(w), "step": run.step} for w, run in zip(workdirs, runs, strict=True)],
+    }
+    rows = []
+    for crops, ten_crop in (("center", False), ("ten", True)):
+        batches = first.dataset.batches(split, batch_size(examples, ten_crop, mesh), mesh)
+        evaluation = evaluate(networks, _with_progress(batches, crops), ten_crop, mesh)
+        result[crops] = {k: v for k, v in evaluation._asdict().items() if k != "confusion"}
+        row = [crops, f"{100 * evaluation.top1_error:.2f} %", f"{100 * evaluation.top5_error:.2f} %"]
+        if first.config.dataset.startswith("imagenet2012"):
+            paper = PAPER.get(len(networks), ()) if ten_crop and split == "validation" else ()
+            row += [f"{100 * error:.1f} %" for error in paper] or ["", ""]
+            result[crops] |= dict(zip(("paper_top1_error", "paper_top5_error"), paper, strict=False))
+        rows.append(row)
+    header = ("crops", "top-1 error", "top-5 error", "paper, top-1", "paper, top-5")[: len(rows[0])]
+    path = workdirs[0] / ("evaluation.json" if len(workdirs) == 1 else "evaluation_averaged.json")
+    write_json(path, result)
+    steps = ", ".join(f"{w} at step {run.step:,}" for w, run in zip(workdirs, runs, strict=True))
+    print(f"\n{result['dataset']}, {split}, {examples:,} images; {steps}\n\n{table(rows, header)}")
+    print(f"\nWritten to {path}")
+    return result
 
-    def add(counts):
-        counts = jax.tree.map(lambda x: np.asarray(x, np.float64), counts)
-        return counts if total is None else jax.tree.map(np.add, total, counts)
 
-    for images, labels in batches:
-        predictions = [
-            predict_all(params, images, preprocess, model=model, ten_crop=ten_crop, mesh=mesh)
-            for model, params, preprocess in placed
-        ]
-        counts = _count(predictions, labels, mesh=mesh)
-        if last is not None:  # the device has its next batch already
-            total = add(last)
-        last = counts
-    total = add(last)
-    size = total["examples"]
-    return Evaluation(
-        float(total["loss"] / size), float(total["top1"] / size), float(total["top5"] / size),
-        total["confusion"].astype(np.int64),
-    )  # fmt: skip
-
-
-def batch_size(examples: int, ten_crop: bool, mesh: Mesh, patches: int = 500) -> int:
-    """Images to a batch, so that about `patches` go through the network at a time, in equal parts over the mesh."""
-    size, parts = min(patches // 10 if ten_crop else patches, examples), mesh.shape[sharding.DATA]
-    return -(-size // parts) * parts
-
-
-def in_batches(
-    config: ml_collections.ConfigDict, builder: Any, split: str, mesh: Mesh, ten_crop: bool = False
-) -> DeviceBatches | StreamedBatches:
-    """A split for `evaluate`, in memory or streamed as the config says; raises data.DataError."""
-    size = batch_size(data.split_size(builder, split), ten_crop, mesh)
-    if config.streaming:
-        return StreamedBatches(builder, split, size, mesh, config.loader_workers)
-    return DeviceBatches(data.load(builder, split), size, mesh)
+def main() -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(prog="python -m alexnet_jax.evaluate", description="Test trained networks.")
+    parser.add_argument("--workdir", required=True, nargs="+", action="extend", type=Path, help="a run's workdir")
+    parser.add_argument("--split", default="", help="the split to test on (default: the validation split)")
+    parser.add_argument("--data_dir", default="", help="where TFDS keeps the data set, if not where it was")
+    parser.add_argument("--compile_cache", help="the folder of compiled programs, as of alexnet_jax.main")
+    flags = parser.parse_args()
+    use_compilation_cache(flags.compile_cache)
+    absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax logs what it raises
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        evaluate_workdirs(flags.workdir, flags.split, flags.data_dir)
+    except (UserError, OSError) as error:
+        sys.exit(f"Error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":
-    from alexnet_jax import evaluation  # which imports this module
-
-    evaluation.main()
+    main()

@@ -1,112 +1,132 @@
-"""What training left, tested: python -m alexnet_jax.evaluate --workdir DIR [--workdir DIR …]"""
+"""Top-1 and top-5 error on the center crop or on ten crops (section 4.1), of one network or several averaged."""
 
-import argparse
-import signal
-import sys
-import time
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache, partial
+from typing import Any, NamedTuple
 
-from absl import logging as absl_logging
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh
 
-from alexnet_jax import data, report, sharding
-from alexnet_jax.compile_cache import use_compile_cache
-from alexnet_jax.data import Batch, DeviceBatches
-from alexnet_jax.evaluate import Network, evaluate, in_batches
-from alexnet_jax.run import RunError, open_run
-from alexnet_jax.stream import StreamedBatches
-
-# Table 2 of the paper, on the validation set of ILSVRC-2012 and ten patches: networks: (top-1, top-5).
-PAPER = {1: (0.407, 0.182), 5: (0.381, 0.164)}
+from alexnet_jax import sharding
+from alexnet_jax.data.batch import Batch
+from alexnet_jax.preprocess import Preprocess
 
 
-def _shown(batches: DeviceBatches | StreamedBatches, patches: str) -> Iterator[Batch]:
-    """The batches, with the progress through them."""
-    progress, total, started = report.Progress(len(batches), 0), len(batches), time.monotonic()
-    for done, batch in enumerate(batches, 1):
-        yield batch
-        progress.advance()
-        if done * 10 // total > (done - 1) * 10 // total:
-            seconds = time.monotonic() - started
-            rate = done * batches.batch_size / seconds
-            progress.show(done, seconds * (total / done - 1), patches=patches, images_per_s=f"{rate:.0f}")
-    progress.close()
+class Network(NamedTuple):
+    """A network with its parameters and its preprocessing."""
+
+    model: nn.Module
+    params: Any
+    preprocess: Preprocess
 
 
-def evaluate_workdirs(workdirs: Sequence[Path], split: str = "", data_dir: str = "") -> dict[str, Any]:
-    """Both errors of the networks in these folders, averaged, on the central patch and on ten.
+class Evaluation(NamedTuple):
+    """The result over one split: errors as fractions, and confusion[label, prediction] as counts."""
+
+    loss: float
+    top1_error: float
+    top5_error: float
+    confusion: np.ndarray
+
+
+def predict(model: nn.Module, params: Any, images: jax.Array, preprocess: Preprocess, ten_crop: bool) -> jax.Array:
+    """Return class probabilities [B, K] of uint8 images [B, H, W, C]: of the center crop, or the mean of ten crops."""
+    if not ten_crop:
+        logits: Any = model.apply({"params": params}, preprocess.center_crop(images))
+        return jax.nn.softmax(logits)
+    crops = preprocess.ten_crop(images)
+    logits = model.apply({"params": params}, crops.reshape(-1, *crops.shape[2:]))
+    return jax.nn.softmax(logits).reshape(*crops.shape[:2], -1).mean(axis=1)
+
+
+def jit_forward(function: Callable, **options) -> Callable:
+    """Return `jax.jit` of a forward pass; on a CPU without YNNPACK's kernels, which are slow in small batches."""
+    cpu = jax.default_backend() == "cpu"
+    return jax.jit(function, compiler_options={"xla_cpu_experimental_ynn_fusion_type": ""} if cpu else None, **options)
+
+
+@cache
+def _predict_program():
+    return jit_forward(_predict, static_argnames=("model", "ten_crop", "mesh"))
+
+
+def _predict(params, images, preprocess, *, model, ten_crop, mesh):
+    sharded_model = model.clone(data_axis=sharding.DATA, tower_axis=sharding.TOWER)
+
+    def predict_part(params, images):  # on each device, its part of the batch
+        return lax.pmean(predict(sharded_model, params, images, preprocess, ten_crop), sharding.TOWER)  # equal on both
+
+    return jax.shard_map(
+        predict_part, mesh=mesh, in_specs=(sharding.tower_specs(params), sharding.BATCH), out_specs=sharding.BATCH
+    )(params, images)
+
+
+@partial(jax.jit, static_argnames="mesh")
+def _count(predictions, labels, *, mesh):
+    def count_part(predictions, labels):
+        probabilities = sum(predictions) / len(predictions)
+        weight = (labels >= 0).astype(jnp.int32)
+        labels = jnp.maximum(labels, 0)
+        true = jnp.take_along_axis(probabilities, labels[:, None], axis=1)
+        # An equal probability counts against the network, and so does one that is not a number.
+        rank = jnp.sum(~(probabilities < true), axis=1) - 1
+        classes = probabilities.shape[1]
+        counts = {
+            "examples": jnp.sum(weight),
+            "loss": jnp.sum(-jnp.log(jnp.maximum(true[:, 0], 1e-30)) * weight),
+            "top1": jnp.sum((rank >= 1) * weight),
+            "top5": jnp.sum((rank >= 5) * weight),
+            "confusion": jnp.zeros((classes, classes), jnp.int32)
+            .at[labels, jnp.argmax(probabilities, axis=1)]
+            .add(weight),
+        }
+        return lax.psum(counts, sharding.DATA)
+
+    return jax.shard_map(
+        count_part, mesh=mesh, in_specs=(sharding.BATCH, sharding.BATCH), out_specs=sharding.REPLICATED
+    )(predictions, labels)
+
+
+def evaluate(
+    networks: Sequence[Network], batches: Iterable[Batch], ten_crop: bool = False, mesh: Mesh | None = None
+) -> Evaluation:
+    """Return the errors over a split, each example counted once, of the mean of the networks' softmax (section 6).
 
     Args:
-      split: in TFDS's notation; "" is the first config's validation split.
-      data_dir: where the data set is, if not where it was.
-
-    Returns:
-      What is written in the first folder: to `evaluation.json`, or of several networks to `evaluation_averaged.json`.
-
-    Raises:
-      run.RunError: a folder without a run, with a damaged one, or given twice, or runs of different data sets.
-      data.DataError.
+      batches: of one size, split over the mesh, each example once; those of label −1 are not counted.
+      ten_crop: whether to average the softmax over ten crops.
+      mesh: of `sharding.make_mesh`; None for one device.
     """
-    folders = [Path(workdir).resolve() for workdir in workdirs]
-    for i, workdir in enumerate(workdirs):
-        if folders[i] in folders[:i]:
-            raise RunError(f"--workdir={workdir} is given twice; networks that are averaged count once each")
-    runs, mesh = [open_run(workdir, data_dir) for workdir in workdirs], sharding.make_mesh()
-    config, builder, split = runs[0].config, runs[0].builder, split or runs[0].config.validation_split
-    for workdir, run in zip(workdirs, runs, strict=True):
-        names = [b.info.full_name for b in (run.builder, builder)]
-        if names[0] != names[1]:
-            what = f"another data set ({names[0]}) than {workdirs[0]} ({names[1]})"
-        elif run.names != runs[0].names:
-            what = f"other classes than {workdirs[0]}, though both are of {names[0]}"
-        else:
-            continue
-        raise RunError(f"--workdir={workdir} has {what}; networks are averaged over one data set")
-    networks = [Network(run.model, run.params, run.preprocess) for run in runs]
-    result = {
-        "dataset": builder.info.full_name,
-        "split": split,
-        "examples": data.split_size(builder, split),
-        "networks": [{"workdir": str(w), "step": run.step} for w, run in zip(workdirs, runs, strict=True)],
-    }
-    rows = []
-    for patches, ten_crop in (("center", False), ("ten", True)):
-        batches = in_batches(config, builder, split, mesh, ten_crop)
-        found = evaluate(networks, _shown(batches, patches), ten_crop, mesh)
-        result[patches] = {k: v for k, v in found._asdict().items() if k != "confusion"}
-        row = [patches, f"{100 * found.top1_error:.2f} %", f"{100 * found.top5_error:.2f} %"]
-        if config.dataset.startswith("imagenet2012"):
-            paper = PAPER.get(len(networks), ()) if ten_crop and split == "validation" else ()
-            row += [f"{100 * error:.1f} %" for error in paper] or ["", ""]
-            result[patches] |= dict(zip(("paper_top1_error", "paper_top5_error"), paper, strict=False))
-        rows.append(row)
-    header = ("patches", "top-1 error", "top-5 error", "paper, top-1", "paper, top-5")[: len(rows[0])]
-    file = workdirs[0] / ("evaluation.json" if len(workdirs) == 1 else "evaluation_averaged.json")
-    report.write_json(file, result)
-    of = ", ".join(f"{w} at step {run.step:,}" for w, run in zip(workdirs, runs, strict=True))
-    print(f"\n{result['dataset']}, {split}, {result['examples']:,} images; {of}\n\n{report.table(rows, header)}")
-    print(f"\nWritten to {file}")
-    return result
+    mesh = mesh or sharding.one_device()
+    placed = [n._replace(params=sharding.place(n.params, mesh, sharding.tower_specs(n.params))) for n in networks]
+    predict_all, total, last = _predict_program(), None, None
+
+    def add(counts):
+        counts = jax.tree.map(lambda x: np.asarray(x, np.float64), counts)
+        return counts if total is None else jax.tree.map(np.add, total, counts)
+
+    for images, labels in batches:
+        predictions = [
+            predict_all(params, images, preprocess, model=model, ten_crop=ten_crop, mesh=mesh)
+            for model, params, preprocess in placed
+        ]
+        counts = _count(predictions, labels, mesh=mesh)
+        if last is not None:  # the device has its next batch already
+            total = add(last)
+        last = counts
+    total = add(last)
+    size = total["examples"]
+    return Evaluation(
+        float(total["loss"] / size), float(total["top1"] / size), float(total["top5"] / size),
+        total["confusion"].astype(np.int64),
+    )  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m alexnet_jax.evaluate", description="What training left, tested.")
-    parser.add_argument("--workdir", required=True, nargs="+", action="extend", type=Path, help="a training's folder")
-    parser.add_argument("--split", default="", help="the split to test on; by default that of the validation")
-    parser.add_argument("--data_dir", default="", help="where TFDS keeps the data set, if not where it was")
-    parser.add_argument("--compile_cache", help="where compiled programs are kept, as in alexnet_jax.main")
-    flags = parser.parse_args()
-    use_compile_cache(flags.compile_cache)
-    absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax logs what it raises
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    try:
-        evaluate_workdirs(flags.workdir, flags.split, flags.data_dir)
-    except (RunError, data.DataError, OSError) as error:
-        sys.exit(f"Error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
-
-
-if __name__ == "__main__":
-    main()
+def batch_size(examples: int, ten_crop: bool, mesh: Mesh, crops: int = 500) -> int:
+    """Return the images of a batch: about `crops` pass through the network at a time, in equal parts over the mesh."""
+    size, parts = min(crops // 10 if ten_crop else crops, examples), mesh.shape[sharding.DATA]
+    return -(-size // parts) * parts

@@ -22,7 +22,7 @@ class ScheduledPaperSgdState(NamedTuple):
     """The state of `paper_sgd` with a schedule: v, and the number of updates so far."""
 
     velocity: Any
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # also a method of tuples
 
 
 def paper_sgd(

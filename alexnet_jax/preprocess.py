@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from alexnet_jax import augment
+
+Array = jax.Array | np.ndarray
 
 
 @flax.struct.dataclass
@@ -27,17 +29,17 @@ class Preprocess:
       lighting: for PCA lighting, the factors of α [3], for pixels in 0 to 255, and eigenvectors [3, 3]; or None.
       scale: the factor of the centered pixels; 1 is the paper's 0 to 255.
       random_crop: whether training takes a random crop, or the center crop.
-      crop_group: consecutive images of a batch that share the position of their crop and their flip.
+      crop_group: how many consecutive images of a batch share the position of their crop and their flip.
       crop_last_position: whether a random crop may end at the last row and column, as in `augment.random_crop`.
       lighting_divisor: by which all pixels are divided after PCA lighting.
     """
 
-    mean: jax.Array | np.ndarray
+    mean: Array
     pad: int = flax.struct.field(pytree_node=False)
     crop: int = flax.struct.field(pytree_node=False)
     resize: int = flax.struct.field(pytree_node=False)
     flip: bool = flax.struct.field(pytree_node=False)
-    lighting: tuple[jax.Array | np.ndarray, jax.Array | np.ndarray] | None
+    lighting: tuple[Array, Array] | None
     scale: float = flax.struct.field(pytree_node=False)
     random_crop: bool = flax.struct.field(pytree_node=False, default=True)
     crop_group: int = flax.struct.field(pytree_node=False, default=1)
@@ -107,7 +109,8 @@ def measure(images: Iterable[np.ndarray], colors: bool) -> Statistics:
     Raises:
       ValueError: `colors` of images without three channels.
     """
-    images, count, total = iter(images), 0, 0
+    images, count = iter(images), 0
+    total: Any = 0
 
     def summed():
         nonlocal count, total

@@ -103,7 +103,7 @@ def make_update(
         def loss_fn(params):
             # The one place where the gradients are summed over `data`: the transpose of this cast.
             params = jax.tree.map(lambda w: lax.pcast(w, sharding.DATA, to="varying"), params)
-            logits = model.apply({"params": params}, images, train=True, rngs={"dropout": dropout_key})
+            logits: Any = model.apply({"params": params}, images, train=True, rngs={"dropout": dropout_key})
             with jax.named_scope("metrics"):
                 # Both towers hold the same logits, so the mean over `tower` halves each one's share of the gradient.
                 return lax.pmean(cross_entropy(logits, labels), axes), logits

@@ -33,16 +33,16 @@ from ml_collections import config_flags
 from PIL import Image
 
 from alexnet_jax import AlexNet, paper_sgd, sharding
-from alexnet_jax.compile_cache import use_compile_cache
 from alexnet_jax.configs import fashion_mnist
-from alexnet_jax.data import DataError
-from alexnet_jax.evaluate import jit_forward, predict
-from alexnet_jax.huge_pages import use_huge_pages
-from alexnet_jax.main import FLAG_ERRORS, flag_error
+from alexnet_jax.errors import UserError
+from alexnet_jax.evaluation import jit_forward, predict
+from alexnet_jax.flags import FLAG_ERRORS, flag_error
 from alexnet_jax.ops import PLAIN
-from alexnet_jax.recipe import ConfigError, build_model
-from alexnet_jax.report import write_json
-from alexnet_jax.train import Interrupted
+from alexnet_jax.runtime.compilation_cache import use_compilation_cache
+from alexnet_jax.runtime.files import write_json
+from alexnet_jax.runtime.huge_pages import use_huge_pages
+from alexnet_jax.setup import build_model, setup
+from alexnet_jax.train import Interrupted, train_and_evaluate
 from alexnet_jax.train_step import create_state, make_train_step
 from experiments import benchmark_report, measure
 from experiments.layers import forward_and_backward, layers_of, least_bytes, step_bytes
@@ -394,27 +394,26 @@ def _loop(config: ml_collections.ConfigDict, window: int, rounds: int) -> dict[s
     The bare step takes the same state, donated, and one batch that lies on the device. The loop's first window, which
     compiles, is left out; validating and saving, which stop the loop's clock, are not in it.
     """
-    from alexnet_jax import train
-
     config.num_train_steps, config.log_every = 6 * window, window
     bare, looped = [], []
     with tempfile.TemporaryDirectory() as folder:
-        use_compile_cache(f"{folder}/programs")
-        task = train._set_up(config)
+        use_compilation_cache(f"{folder}/programs")
+        task = setup(config)
+        train_step = make_train_step(task.model, task.optimizer, task.preprocess, task.learning_rate, task.mesh)
         state = create_state(task.model, task.optimizer, task.preprocess.image_shape, config.seed, task.mesh)
         key, batch = jax.random.key(0), task.train_data.batch(jax.random.key(0), 0)
         task.train_data.close()
 
         def run():
             nonlocal state
-            state, metrics = task.train_step(state, batch, key)
+            state, metrics = train_step(state, batch, key)
             return state, metrics
 
         measure.seconds(run, window)
         for i in range(rounds):
             bare += [config.batch_size / measure.seconds(run, window) for _ in range(5)]
             workdir = Path(folder) / str(i)
-            train.train_and_evaluate(config, workdir)
+            train_and_evaluate(config, workdir)
             lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
             looped += [line["images_per_s"] for line in lines if "images_per_s" in line][1:]
     ratio = statistics.median(bare) / statistics.median(looped)
@@ -551,7 +550,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         records = _read(flags.workdir)
         (flags.workdir / "benchmark.md").write_text(benchmark_report.markdown(records))
         benchmark_report.plot(records, flags.workdir / "benchmark.png")
-    except (ValueError, ConfigError, DataError, OSError) as error:
+    except (ValueError, UserError, OSError) as error:
         sys.exit(f"Error: {error}")
     except (KeyboardInterrupt, Interrupted) as stop:
         print("Interrupted; the parts that were measured are kept", file=sys.stderr, flush=True)

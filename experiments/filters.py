@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from alexnet_jax import report
+from alexnet_jax import plots
 from experiments import study
 from experiments.study import Budget, Claim, Finding, Study
 
@@ -52,7 +52,7 @@ def run(of: Study) -> dict[str, Any]:
     for seed in of.seeds:
         record = of.train("seven-by-seven", of.config(stem=(7, 1, 3)), seed)
         kernels = np.asarray(of.open(record).params["conv1"]["kernel"])
-        report.plot_filters(kernels, of.results / f"filters-seed{seed}.png")
+        plots.plot_filters(kernels, of.results / f"filters-seed{seed}.png")
         values = colourfulness(kernels)
         difference, chance = specialization(values)
         records["runs"].append({
@@ -86,7 +86,7 @@ def plot(records: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=[1.3, 1])
     for tower, axis in enumerate(left.subplots(2, 1)):
-        axis.imshow(report.tile(towers[tower], min(8, towers[tower].shape[-1])), interpolation="nearest")
+        axis.imshow(plots.tile(towers[tower], min(8, towers[tower].shape[-1])), interpolation="nearest")
         axis.set_title(f"conv1, tower {tower}, seed 0", fontsize=10)
         axis.axis("off")
     axes = right.subplots()

@@ -9,7 +9,6 @@ import contextlib
 import datetime
 import importlib.util
 import multiprocessing
-import os
 import statistics
 import sys
 import time
@@ -24,8 +23,14 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from alexnet_jax import augment, data, prepare, report, sharding, stream
-from alexnet_jax.images import SIDE
+from alexnet_jax import augment, data, sharding
+from alexnet_jax.data import streaming
+from alexnet_jax.data.images import SIDE, decode
+from alexnet_jax.data.source import open_source
+from alexnet_jax.errors import UserError
+from alexnet_jax.preparation.local import VERSION, prepare
+from alexnet_jax.runtime.files import write_json
+from alexnet_jax.runtime.workers import available_cores
 
 DECODER, LOADER, PLACED = "decoder alone", "loader", "loader, onto the device"
 CROPPED, TORCH = "loader, onto the device, crop and flip", "torch DataLoader, Pillow, crop and flip"
@@ -47,7 +52,7 @@ def make_images(folder: Path, count: int = 200) -> None:
 
 def prepare_once(images: Path | None, workdir: Path) -> tuple[Path, list[bytes]]:
     """The data set's folder, and its JPEGs as files."""
-    out = workdir / "loader_256" / prepare.VERSION
+    out = workdir / "loader_256" / VERSION
     if not out.exists():
         root = workdir / "images"
         if images is None and not (root / "train" / "all").exists():
@@ -56,9 +61,9 @@ def prepare_once(images: Path | None, workdir: Path) -> tuple[Path, list[bytes]]
             (root / "train" / "all").mkdir(parents=True, exist_ok=True)
             for path in sorted(p for p in images.rglob("*") if p.is_file()):
                 (root / "train" / "all" / "_".join(path.relative_to(images).parts)).write_bytes(path.read_bytes())
-        prepare.prepare("loader", root, workdir, shard_size=8)  # many files, as a large set has
+        prepare("loader", root, workdir, shard_size=8)  # many files, as a large set has
     builder = tfds.builder_from_directory(out)
-    files = [example["image"] for example in data.open_source(builder, "train")]
+    files = [example["image"] for example in open_source(builder, "train")]
     if len(files) < BATCH_SIZE:
         raise data.DataError(f"{len(files)} images; expected {BATCH_SIZE} or more, and with them a new --workdir")
     (workdir / "jpegs").mkdir(exist_ok=True)
@@ -71,7 +76,7 @@ def _decode_for(seconds: float, files: list[bytes]) -> float:
     out, count, started = np.empty((SIDE, SIDE, 3), np.uint8), 0, time.perf_counter()
     while (spent := time.perf_counter() - started) < seconds:
         for file in files:
-            stream.decode(file, out)
+            decode(file, out)
         count += len(files)
     return count / spent
 
@@ -96,14 +101,15 @@ def rate(batches: Iterator[Any], batch_size: int, workers: int, seconds: float) 
 def loader(folder: Path, batch_size: int, workers: int) -> Iterator[Any]:
     """Batches in memory, as the loader hands them to the devices."""
     builder = tfds.builder_from_directory(folder)
-    order = stream.Shuffled(data.split_size(builder, "train"), batch_size, seed=0)
-    return stream.decoded(range(sys.maxsize), order, stream.Decoder(builder, "train", slice(None)), workers)
+    order = streaming.Shuffled(data.split_size(builder, "train"), batch_size, seed=0)
+    decoder = streaming.Decoder(builder, "train", slice(None))
+    return streaming.decoded_batches(range(sys.maxsize), order, decoder, workers)
 
 
 def placed(folder: Path, batch_size: int, workers: int) -> Iterator[data.Batch]:
     """Batches on the device, as training gets them; what JAX does itself is waited for."""
     builder, key, step = tfds.builder_from_directory(folder), jax.random.key(0), 0
-    streamed = stream.StreamedData(builder, "train", batch_size, sharding.one_device(), workers)
+    streamed = streaming.StreamedData(builder, "train", batch_size, sharding.one_device(), workers)
     with contextlib.closing(streamed):
         while True:
             yield jax.block_until_ready(streamed.batch(key, step))
@@ -174,7 +180,7 @@ def compare(workdir: Path, images: Path | None, workers: int, rounds: int, secon
     medians = {name: statistics.median(found) for name, found in rates.items()}
     return {
         "date": f"{datetime.date.today():%-d %B %Y}",
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": available_cores(),
         "workers": workers,
         "batch_size": BATCH_SIZE,
         "jpeg_bytes": round(sum(map(len, files)) / len(files)),
@@ -212,12 +218,12 @@ def main() -> None:
         sys.exit(f"Error: --images={flags.images}: expected a folder with images")
     if flags.rounds < 1 or flags.seconds <= 0 or flags.workers < 0:
         sys.exit("Error: expected --rounds of at least 1, --seconds above 0 and --workers of 0 or more")
-    workers = flags.workers or len(os.sched_getaffinity(0))
+    workers = flags.workers or available_cores()
     try:
         result = compare(flags.workdir.absolute(), flags.images, workers, flags.rounds, flags.seconds)
-        report.write_json(flags.workdir / "loader.json", result)
+        write_json(flags.workdir / "loader.json", result)
         (flags.workdir / "loader.md").write_text(show(result) + "\n")
-    except (data.DataError, prepare.PrepareError, OSError) as error:
+    except (UserError, OSError) as error:
         sys.exit(f"Error: {error}")
     print(f"\n{show(result)}\n\nWritten to {flags.workdir}")
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from alexnet_jax import report
+from alexnet_jax import plots
 from alexnet_jax.run import nearest, precision
 from experiments import study
 from experiments.study import Budget, Claim, Finding, Study
@@ -34,9 +34,7 @@ def run(of: Study) -> dict[str, Any]:
         if seed == 0:  # the pixels are the same for all
             by_pixels = precision(test.labels, train.labels[nearest(test.images, train.images, COUNT)])
             probabilities = trained.predict(test.images[:SHOWN])
-            report.plot_retrieval(
-                test, probabilities, train, seen[:SHOWN], trained.names, of.workdir / "neighbours.png"
-            )
+            plots.plot_retrieval(test, probabilities, train, seen[:SHOWN], trained.names, of.workdir / "neighbours.png")
         records["runs"].append({**record, "precision_pixels": by_pixels})
     records["picture"] = str(of.workdir / "neighbours.png")
     return records

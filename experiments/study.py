@@ -20,11 +20,16 @@ import ml_collections
 import numpy as np
 from scipy import stats
 
-from alexnet_jax import checkpoint, data, recipe, report, train
-from alexnet_jax.compile_cache import use_compile_cache
 from alexnet_jax.configs import cifar10
+from alexnet_jax.errors import UserError
 from alexnet_jax.model import LAYERS, activations
-from alexnet_jax.run import Run, RunError, open_run
+from alexnet_jax.run import Run, open_run
+from alexnet_jax.runtime.compilation_cache import use_compilation_cache
+from alexnet_jax.runtime.files import write_json
+from alexnet_jax.setup import build_mesh, build_model
+from alexnet_jax.tables import table
+from alexnet_jax.train import Interrupted, train_and_evaluate
+from alexnet_jax.workdir import WorkdirError
 
 NAMES = ("relu_vs_tanh", "ablations", "filters", "retrieval", "variants")
 CLASSES, CHANNELS = 10, 3  # of CIFAR-10
@@ -113,7 +118,7 @@ def kernel_std(config: ml_collections.ConfigDict) -> tuple[float, ...]:
     So every form of the network starts at the same scale, and none suffers from values that were made for another. (The
     logits have 1 too; tanh, which ends at 1, has 0.4, as of a normal distribution.)
     """
-    model, side = recipe.build_model(config, CLASSES), config.resize or config.image_size
+    model, side = build_model(config, CLASSES), config.resize or config.image_size
     images = jax.random.normal(jax.random.key(0), (32, side, side, CHANNELS))
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
     random = np.random.default_rng(0)
@@ -173,7 +178,7 @@ class Study:
 
         It starts from the config's `kernel_std`, or from that of the function `kernel_std`.
 
-        Raises as `train.train_and_evaluate` does.
+        Raises as `train_and_evaluate` does.
         """
         folder = self.workdir / self.label / arm / f"seed{seed}"
         config.seed = seed
@@ -181,11 +186,11 @@ class Study:
             try:
                 self._std[arm] = tuple(json.loads((folder / "config.json").read_text())["kernel_std"])
             except (ValueError, KeyError, TypeError):
-                raise recipe.ConfigError(f"{folder / 'config.json'} is damaged; delete {folder}") from None
+                raise WorkdirError(f"{folder / 'config.json'} is corrupt; delete {folder}") from None
         config.kernel_std = self._std[arm] = self._std.get(arm) or config.kernel_std or kernel_std(config)
         if not (folder / "result.json").exists():
             print(f"\n{arm}, seed {seed}: {self.budget}", flush=True)
-        result = train.train_and_evaluate(config, folder)
+        result = train_and_evaluate(config, folder)
         self.device = result["device"]
         self.seconds += result["seconds"]  # of all calls, if it was interrupted
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -200,7 +205,7 @@ class Study:
         measured = json.loads(path.read_text()) if path.exists() else {}
         if name not in measured:
             measured[name] = call(self.open(record))
-            report.write_json(path, measured)
+            write_json(path, measured)
         record[name] = measured[name]
 
     def open(self, record: dict[str, Any]) -> Run:
@@ -231,19 +236,17 @@ def main(module: Any) -> None:
         parts = flags.only.split(",") if getattr(flags, "only", None) else getattr(module, "PARTS", ())
         if unknown := set(parts) - set(getattr(module, "PARTS", ())):
             raise ValueError(f"--only: unknown part {min(unknown)!r}; the known ones are {', '.join(module.PARTS)}")
-        use_compile_cache()  # one compilation serves all seeds
+        use_compilation_cache()  # one compilation serves all seeds
         study = Study(flags.workdir, budgets[label], label, flags.seeds, flags.data_dir)
         study.results.mkdir(parents=True, exist_ok=True)
-        recipe.build_mesh(study.config())  # before anything starts the backend: a CPU is split into devices
+        build_mesh(study.config())  # before anything starts the backend: a CPU is split into devices
         records = module.run(study, parts) if parts else module.run(study)
         write(module, name, study, records)
     except (ValueError, OSError) as error:
         sys.exit(f"Error: {error}" if str(error).startswith("--") else f"Error: --workdir={flags.workdir}: {error}")
-    except (
-        recipe.ConfigError, data.DataError, checkpoint.CheckpointError, train.DivergedError, RunError,
-    ) as error:  # fmt: skip
+    except UserError as error:
         sys.exit(f"Error: {error}")
-    except train.Interrupted as stop:
+    except Interrupted as stop:
         print(stop, flush=True)
         sys.exit(128 + stop.signal)
 
@@ -262,7 +265,7 @@ def write(module: Any, name: str, study: Study, records: dict[str, Any]) -> None
         "findings": {key: finding._asdict() for key, finding in findings.items()},
         "records": records,
     }
-    report.write_json(study.results / f"{name}.json", document)
+    write_json(study.results / f"{name}.json", document)
     rows = [(c.text, c.paper, *findings[c.key]) for c in module.CLAIMS if c.key in findings]
     text = f"{study.label} budget: {study.budget}; {len(study.seeds)} seeds; {study.device}\n\n"
     text += markdown(("claim", "the paper", "here", "verdict"), rows)
@@ -273,7 +276,7 @@ def write(module: Any, name: str, study: Study, records: dict[str, Any]) -> None
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
+    return table(rows, header, markdown=True)
 
 
 def percent(records: Sequence[dict[str, Any]], key: str = "test_top1_error") -> list[float]:

@@ -1,91 +1,61 @@
+"""The process of the tests, and the data sets that several test files read."""
+
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
-import numpy as np
-import orbax.checkpoint as ocp
 import pytest
+from PIL import Image
+from runners import SHARD, encoded, photograph
 
-ROOT = Path(__file__).parents[1]
-# Compiled programs are shared between the processes of one test session.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+from alexnet_jax import data
+from alexnet_jax.data.fashion_mnist import find_files
+from alexnet_jax.preparation.local import prepare
 
-# Code is compiled in less than half the time, and so is the suite; the program that it is made from is the same.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 DEVICES = 8  # virtual ones, for the meshes of these tests
 os.environ.setdefault("PJRT_NPROC", str(os.cpu_count() + DEVICES))  # as sharding.make_mesh does
 jax.config.update("jax_num_cpu_devices", DEVICES)
 jax.devices()  # started now: the first config that a test trains may ask for fewer
 
-# A network of the same eight layers that trains in seconds, on a part of the real data.
-TINY = (
-    "--config.widths=8,16,16,16,16,32,32",
-    "--config.kernel_std=0.28,0.1,0.12,0.12,0.12,0.3,0.25,0.05",
-    "--config.train_split=train[:1000]",
-    "--config.validation_split=train[1000:1200]",
-    "--config.test_split=test[:200]",
-    "--config.batch_size=50",
-    "--config.num_train_steps=40",
-    "--config.eval_every=10",
-    "--config.log_every=5",
-    "--config.warmup_steps=0",
-    "--config.learning_rate=0.02",
-)
-
-
-def start_main(workdir, *flags, **popen):
-    """`python -m alexnet_jax.main` as a user starts it, its output in a pipe."""
-    command = [sys.executable, "-m", "alexnet_jax.main", "--workdir", str(workdir), *flags]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **popen)
-
-
-def run_main(workdir, *flags, **popen):
-    """Runs it to the end: (exit code, output)."""
-    process = start_main(workdir, *flags, **popen)
-    output, _ = process.communicate(timeout=300)
-    return process.returncode, output
-
-
-def saved_state(workdir, step):
-    """Every array of a checkpoint, by its path in the tree, as Orbax alone reads it."""
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # for what was saved by devices that are not here
-    tree = ocp.Checkpointer(ocp.StandardCheckpointHandler()).restore(
-        Path(workdir).absolute() / "checkpoints" / str(step) / "state",
-        args=ocp.args.StandardRestore(fallback_sharding=here),
-    )
-    leaves = {}
-
-    def collect(path, node):
-        if isinstance(node, dict):
-            for name, child in node.items():
-                collect(f"{path}/{name}", child)
-        elif isinstance(node, list | tuple):
-            for i, child in enumerate(node):
-                collect(f"{path}/{i}", child)
-        else:
-            leaves[path] = np.asarray(node)
-
-    collect("", tree)
-    return leaves
-
 
 @pytest.fixture(scope="session")
 def fashion_mnist():
     """The real data set, prepared on first use where a user has it too."""
-    from alexnet_jax import data
-
     return data.open_builder("fashion_mnist")
 
 
 @pytest.fixture(scope="session")
 def idx_folder(tmp_path_factory):
     """A folder with the four original files, fetched from wherever this machine can get them."""
-    from alexnet_jax.fashion_mnist import find_files
-
     folder = tmp_path_factory.mktemp("idx")
     for name, content in find_files().items():
         (folder / name).write_bytes(content)
     return folder
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory):
+    """60 images to train in three classes, 10 to validate, and three files that are none."""
+    root = tmp_path_factory.mktemp("images")
+    for i in range(70):
+        image = Image.fromarray(photograph(i, 300 + 10 * (i % 5), 280 + i))
+        file = root / ("train" if i < 60 else "validation") / "abc"[i % 3] / f"{i}.JPEG"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if i % 10 == 1:
+            file.write_bytes(encoded(image.convert("L")))
+        elif i % 10 == 2:
+            file.write_bytes(encoded(image.convert("CMYK"), quality=95))
+        elif i % 10 == 3:
+            file.write_bytes(encoded(image.convert("RGBA"), "PNG"))
+        else:
+            file.write_bytes(encoded(image))
+    (root / "train" / "a" / "notes.JPEG").write_text("not an image")
+    (root / "train" / "b" / "half.JPEG").write_bytes((root / "train" / "b" / "4.JPEG").read_bytes()[:3000])
+    (root / "validation" / "c" / "empty.JPEG").write_bytes(b"")
+    (root / "train" / "a" / ".hidden").write_text("ignored")
+    return root
+
+
+@pytest.fixture(scope="session")
+def prepared(image_folder, tmp_path_factory):
+    """The data set that is prepared from `image_folder`."""
+    return prepare("small", image_folder, tmp_path_factory.mktemp("out"), workers=3, shard_size=SHARD)

@@ -10,7 +10,7 @@ import chex
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT
+from runners import ROOT
 
 from alexnet_jax import AlexNet
 from alexnet_jax.model import LAYERS, OUTPUTS

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from runners import corrupt, largest_file
 
 from alexnet_jax import sharding
 from alexnet_jax.checkpoint import CheckpointError, Checkpoints, fingerprint
@@ -18,21 +19,6 @@ def fill(folder, steps):
     for step in steps:
         checkpoints.save(step, {**TREE, "step": jnp.int32(step)}, {"seconds": step / 2})
     checkpoints.close()
-
-
-def largest_file(folder):
-    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-
-
-def damage(path, how):
-    if how == "truncated":
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    elif how == "a bit flipped":
-        content = bytearray(path.read_bytes())
-        content[len(content) // 2] ^= 1
-        path.write_bytes(content)
-    else:
-        path.unlink()
 
 
 def test_round_trip_and_the_newest_are_kept(tmp_path):
@@ -49,24 +35,24 @@ def test_nothing_there(tmp_path):
 
 
 @pytest.mark.parametrize("how", ["truncated", "a bit flipped", "gone"])
-def test_damaged_newest_falls_back_and_is_named(tmp_path, how, caplog):
+def test_a_corrupt_newest_falls_back_and_is_named(tmp_path, how, caplog):
     fill(tmp_path / "c", [1, 2])
-    damage(largest_file(tmp_path / "c" / "2"), how)
+    corrupt(largest_file(tmp_path / "c" / "2"), how)
     with caplog.at_level(logging.WARNING):
         step, tree, _ = Checkpoints(tmp_path / "c").restore(TREE)
     assert step == 1 and int(tree["step"]) == 1
-    assert str(tmp_path / "c" / "2") in caplog.text and "2.damaged" in caplog.text
-    assert (tmp_path / "c" / "2.damaged").exists()
+    assert str(tmp_path / "c" / "2") in caplog.text and "2.corrupt" in caplog.text
+    assert (tmp_path / "c" / "2.corrupt").exists()
 
 
-def test_all_damaged_is_an_error_and_nothing_is_lost(tmp_path):
+def test_all_corrupt_is_an_error_and_nothing_is_lost(tmp_path):
     fill(tmp_path / "c", [1, 2])
     for step in (1, 2):
-        damage(largest_file(tmp_path / "c" / str(step)), "truncated")
+        corrupt(largest_file(tmp_path / "c" / str(step)))
     for _ in range(2):  # the second time there are only those that were moved aside
         with pytest.raises(CheckpointError, match="every checkpoint"):
             Checkpoints(tmp_path / "c").restore(TREE)
-    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["1.damaged", "2.damaged"]
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["1.corrupt", "2.corrupt"]
 
 
 def test_donated_buffers_do_not_reach_the_disk(tmp_path):

@@ -1,54 +1,34 @@
 """Several real processes on this machine as one run: the same training, and an orderly end whatever happens to one."""
 
-import json
 import os
 import signal
-import socket
-import time
 
 import jax
 import numpy as np
 import pytest
-from conftest import TINY, run_main, saved_state, start_main
-from test_checkpoint import damage, largest_file
-from test_main import follow
+from runners import (
+    ENVIRONMENT,
+    TINY,
+    assert_same_state,
+    corrupt,
+    end,
+    follow,
+    largest_file,
+    losses,
+    run_main,
+    saved_state,
+    start_main,
+    start_processes,
+)
 
-from alexnet_jax import distributed
+from alexnet_jax.runtime import distributed
 
 FLAGS = (
     *TINY, "--config.batch_size=48", "--config.num_train_steps=30", "--config.eval_every=15",
     "--config.ten_crop=False",
     "--config.learning_rate=0.005",  # at 0.02 rounding alone is 1e-5 of the loss after 15 steps
 )  # fmt: skip
-# Only process 0 may write to JAX's cache of compiled programs, so the others compile each time: fast code matters less.
-ENVIRONMENT = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
 ONE_DEVICE_EACH = ("--config.mesh.cpu_devices=1", "--config.mesh.tower=2")  # the paper's two GPUs, in two machines
-
-
-def start_processes(workdir, *flags, first=FLAGS, each=((), ()), environments=({}, {})):
-    """Starts processes on a free port, with the same flags and for each some of its own."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    common = (*first, f"--coordinator_address=localhost:{port}", f"--num_processes={len(each)}", *flags)
-    return [
-        start_main(workdir, *common, f"--process_id={i}", *own, env={**ENVIRONMENT, **environment})
-        for i, (own, environment) in enumerate(zip(each, environments, strict=True))
-    ]
-
-
-def end(processes, within=120):
-    """Waits for all: (exit codes, outputs)."""
-    deadline = time.monotonic() + within
-    outputs = [p.communicate(timeout=max(1, deadline - time.monotonic()))[0] for p in processes]
-    # gloo, which carries the CPU's collectives, says on its own what it is connected to
-    outputs = ["".join(x for x in out.splitlines(keepends=True) if not x.startswith("[Gloo]")) for out in outputs]
-    return [p.returncode for p in processes], outputs
-
-
-def losses(workdir):
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [x[k] for x in lines for k in ("train_loss", "validation_loss") if k in x]
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +43,7 @@ def one_process(fashion_mnist, tmp_path_factory):
 def uninterrupted(fashion_mnist, tmp_path_factory):
     """Two processes of one device and one tower each, which nobody stopped."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    codes, outputs = end(start_processes(folder, *ONE_DEVICE_EACH))
+    codes, outputs = end(start_processes(folder, *FLAGS, *ONE_DEVICE_EACH))
     assert codes == [0, 0], outputs
     return folder, outputs
 
@@ -79,7 +59,9 @@ def assert_same_training(folder, one_process):
 
 @pytest.mark.parametrize("data,tower", [(4, 1), (2, 2)])
 def test_two_processes_of_two_devices_train_as_one_device_does(one_process, tmp_path, data, tower):
-    codes, outputs = end(start_processes(tmp_path, "--config.mesh.cpu_devices=2", f"--config.mesh.tower={tower}"))
+    codes, outputs = end(
+        start_processes(tmp_path, *FLAGS, "--config.mesh.cpu_devices=2", f"--config.mesh.tower={tower}")
+    )
     assert codes == [0, 0], outputs
     assert f"mesh {data} data × {tower} tower, 2 processes" in outputs[0]
     assert_same_training(tmp_path, one_process)
@@ -94,9 +76,9 @@ def test_a_tower_in_each_process(one_process, uninterrupted):
     assert {"config.json", "result.json", "filters.png"} < {p.name for p in folder.iterdir()}
 
 
-def test_two_deaths_a_signal_and_a_damaged_checkpoint_later_it_ends_the_same(uninterrupted, tmp_path):
+def test_two_deaths_a_signal_and_a_corrupt_checkpoint_later_it_ends_the_same(uninterrupted, tmp_path):
     for victim, step in ((1, "step 5/"), (0, "step 20/")):  # before and after the first checkpoint
-        processes = start_processes(tmp_path, *ONE_DEVICE_EACH)
+        processes = start_processes(tmp_path, *FLAGS, *ONE_DEVICE_EACH)
         follow(processes[0], step)
         processes[victim].kill()
         codes, outputs = end(processes, within=60)
@@ -104,31 +86,31 @@ def test_two_deaths_a_signal_and_a_damaged_checkpoint_later_it_ends_the_same(uni
         assert codes[1 - victim] != 0
         # Python says it, or XLA does before Python can.
         assert f"process {1 - victim} lost another process" in survivor or "another task died" in survivor, survivor
-    processes = start_processes(tmp_path, *ONE_DEVICE_EACH)
+    processes = start_processes(tmp_path, *FLAGS, *ONE_DEVICE_EACH)
     follow(processes[0], "step 20/")
     processes[1].send_signal(signal.SIGTERM)
     codes, outputs = end(processes)
     assert codes == [143, 143] and "stopped by SIGTERM" in outputs[0], outputs
-    assert outputs[1].strip() == "SIGTERM: saves and stops; once more stops at once"
+    assert outputs[1].strip() == "SIGTERM: saving a checkpoint and exiting; press again to exit immediately"
     newest = max(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
     assert newest > 20
-    damage(largest_file(tmp_path / "checkpoints" / str(newest)), "truncated")
-    codes, outputs = end(start_processes(tmp_path, *ONE_DEVICE_EACH))
+    corrupt(largest_file(tmp_path / "checkpoints" / str(newest)))
+    codes, outputs = end(start_processes(tmp_path, *FLAGS, *ONE_DEVICE_EACH))
     assert codes == [0, 0], outputs
-    assert f"checkpoints/{newest} is damaged" in outputs[0] and "going on after step 15" in outputs[0]
+    assert f"checkpoints/{newest} is corrupt" in outputs[0] and "resuming from the checkpoint of step 15" in outputs[0]
     assert "Traceback" not in outputs[0]
-    ours, theirs = saved_state(tmp_path, 30), saved_state(uninterrupted[0], 30)
-    for path, leaf in theirs.items():
-        np.testing.assert_array_equal(ours[path], leaf, path)
+    assert_same_state(tmp_path, uninterrupted[0], 30)
 
 
 @pytest.mark.parametrize("flags,each,words", [
     ([], [[], ["--config.batch_size=96", "--config.mesh.cpu_devices=3"]],
-     "process 1 differs from process 0 in flags (batch_size: 48 in process 0, 96 there; mesh: "),
+     "process 1 differs from process 0 in flags (batch_size: 48 in process 0, 96 in process 1; mesh: "),
     (["--initialization_timeout=3", "--num_processes=3"], [[], []], "Error: 3 s have passed and not all processes"),
 ])  # fmt: skip
 def test_what_cannot_be_one_run_is_one_line_in_each_process(fashion_mnist, tmp_path, flags, each, words):
-    codes, outputs = end(start_processes(tmp_path / "run", "--config.mesh.cpu_devices=2", *flags, each=each), within=60)
+    codes, outputs = end(
+        start_processes(tmp_path / "run", *FLAGS, "--config.mesh.cpu_devices=2", *flags, each=each), within=60
+    )
     assert codes == [1, 1], outputs
     for output in outputs:
         assert words in output and output.count("\n") == 1, output
@@ -154,7 +136,7 @@ def test_slurms_tasks_are_found_and_a_mesh_without_some_of_their_devices_is_refu
 def test_a_process_that_fails_alone_says_why_and_waits_for_nobody(fashion_mnist, tmp_path):
     (tmp_path / "file").write_text("")
     other, failing = start_processes(
-        tmp_path / "run", *ONE_DEVICE_EACH, environments=({}, {"TFDS_DATA_DIR": str(tmp_path / "file")})
+        tmp_path / "run", *FLAGS, *ONE_DEVICE_EACH, environments=({}, {"TFDS_DATA_DIR": str(tmp_path / "file")})
     )
     codes, outputs = end([failing], within=60)
     other.kill()  # it would end when the heartbeats have stopped for 30 s

@@ -6,15 +6,17 @@ import sys
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, saved_state
-from test_checkpoint import damage, largest_file
-from test_train import tiny_config
+from runners import ROOT, corrupt, largest_file, saved_state, tiny_config
 
-from alexnet_jax import AlexNet, Stem, data, evaluation, recipe, train
+from alexnet_jax import AlexNet, Stem, data
+from alexnet_jax.checkpoint import CheckpointError
 from alexnet_jax.data import DeviceBatches, Examples
-from alexnet_jax.evaluate import Network, evaluate, predict
+from alexnet_jax.evaluate import evaluate_workdirs
+from alexnet_jax.evaluation import Network, evaluate, predict
 from alexnet_jax.preprocess import fit
 from alexnet_jax.run import RunError
+from alexnet_jax.setup import build_model
+from alexnet_jax.train import train_and_evaluate
 
 MODEL = AlexNet(num_classes=7, stem=Stem(5, 2, 2), widths=(4, 4, 4, 4, 4, 8, 8), kernel_std=(0.4,) * 8)
 
@@ -70,7 +72,7 @@ def runs(fashion_mnist, tmp_path_factory):
     """Two trainings that differ in their seed."""
     folders = [tmp_path_factory.mktemp(f"seed{seed}") for seed in (0, 1)]
     for seed, folder in enumerate(folders):
-        train.train_and_evaluate(tiny_config(seed=seed, learning_rate=0.02), folder)
+        train_and_evaluate(tiny_config(seed=seed, learning_rate=0.02), folder)
     return folders
 
 
@@ -89,8 +91,8 @@ def test_the_command_averages_the_softmax_of_several_runs(runs, fashion_mnist):
 
     images, labels = data.load(fashion_mnist, "test[:151]")
     training = data.load(fashion_mnist, "train[:1000]").images
-    model, preprocess = recipe.build_model(tiny_config(), 10), fit(training, 1, 28, 0, False, False, 1 / 70)
-    for patches, ten_crop in (("center", False), ("ten", True)):
+    model, preprocess = build_model(tiny_config(), 10), fit(training, 1, 28, 0, False, False, 1 / 70)
+    for crops, ten_crop in (("center", False), ("ten", True)):
         p = []
         for run in runs:
             state, params = saved_state(run, 6), {}
@@ -100,16 +102,16 @@ def test_the_command_averages_the_softmax_of_several_runs(runs, fashion_mnist):
             p.append(np.asarray(predict(model, params, images, preprocess, ten_crop), np.float64))
         mean = np.mean(p, axis=0)
         assert (mean.argmax(1) != p[0].argmax(1)).any() and (mean.argmax(1) != p[1].argmax(1)).any()
-        assert found[patches]["top1_error"] == pytest.approx((mean.argmax(1) != labels).mean())
+        assert found[crops]["top1_error"] == pytest.approx((mean.argmax(1) != labels).mean())
         fifth = np.sort(mean, axis=1)[:, -5]
-        assert found[patches]["top5_error"] == pytest.approx((mean[np.arange(151), labels] < fifth).mean())
-        assert found[patches]["loss"] == pytest.approx(-np.log(mean[np.arange(151), labels]).mean(), rel=1e-4)
+        assert found[crops]["top5_error"] == pytest.approx((mean[np.arange(151), labels] < fifth).mean())
+        assert found[crops]["loss"] == pytest.approx(-np.log(mean[np.arange(151), labels]).mean(), rel=1e-4)
 
 
 def test_what_cannot_be_evaluated_is_one_line(runs, tmp_path):
     def fails(error, words, *workdirs, **fields):
         with pytest.raises(error, match=words) as raised:
-            evaluation.evaluate_workdirs(workdirs, **fields)
+            evaluate_workdirs(workdirs, **fields)
         assert "\n" not in str(raised.value)
 
     fails(RunError, "no_such holds no run", tmp_path / "no_such")
@@ -118,8 +120,8 @@ def test_what_cannot_be_evaluated_is_one_line(runs, tmp_path):
     fails(RunError, "link is given twice", runs[0], runs[1], tmp_path / "link")
     copy = tmp_path / "copy"
     shutil.copytree(runs[0], copy)
-    damage(largest_file(copy / "checkpoints" / "6"), "truncated")
-    fails(RunError, "checkpoints/6 is damaged.*remove it", copy)
+    corrupt(largest_file(copy / "checkpoints" / "6"))
+    fails(CheckpointError, "checkpoints/6 is corrupt.*remove it", copy)
     shutil.rmtree(copy / "checkpoints" / "6")
     fails(RunError, "holds no checkpoint", copy)
     (copy / "config.json").write_text("{")
@@ -131,5 +133,5 @@ def test_a_relative_data_dir_is_named_in_full(tmp_path, monkeypatch):
     (tmp_path / "run" / "checkpoints" / "6").mkdir(parents=True)
     config = tiny_config(dataset="mine_256", data_dir="sets")
     (tmp_path / "run" / "config.json").write_text(config.to_json_best_effort())
-    with pytest.raises(data.DataError, match=f"config.data_dir='{tmp_path}/sets': no prepared data set"):
-        evaluation.evaluate_workdirs([tmp_path / "run"])
+    with pytest.raises(data.DataError, match=f"config.data_dir='{tmp_path}/sets': it has no prepared data set"):
+        evaluate_workdirs([tmp_path / "run"])

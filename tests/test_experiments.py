@@ -9,13 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
+from runners import CIFAR10, ROOT
 from scipy import stats
 
-from alexnet_jax import VARIANTS, activations, recipe
+from alexnet_jax import VARIANTS, activations
+from alexnet_jax.config import as_json, check_config, check_data
+from alexnet_jax.setup import build_model
+from alexnet_jax.workdir import WorkdirError
 from experiments import ablations, filters, relu_vs_tanh, retrieval, study, summary, variants
 
-CIFAR10 = ROOT.parent / "shared" / "data" / "tfds"
 STUDY = study.Study(Path("unused"), study.QUICK, "quick", 2, "")
 
 
@@ -44,8 +46,8 @@ def test_a_verdict_needs_more_than_the_noise():
 def test_every_form_starts_at_the_same_scale(fields):
     config = STUDY.config(**fields)
     config.kernel_std = study.kernel_std(config)
-    recipe.check_config(config)
-    model = recipe.build_model(config, 10)
+    check_config(config)
+    model = build_model(config, 10)
     images = jax.random.normal(jax.random.key(1), (50, 23, 23, 3))
 
     @jax.jit
@@ -58,21 +60,21 @@ def test_every_form_starts_at_the_same_scale(fields):
 
 
 def test_a_form_changes_its_fields_alone():
-    common = recipe.plain(STUDY.config())
+    common = as_json(STUDY.config())
     for form, fields in ablations.FORMS.items():
-        config = recipe.plain(STUDY.config(**fields))
+        config = as_json(STUDY.config(**fields))
         differing = {k for k in common if config[k] != common[k]}
         assert differing == set(fields), form
     for name in VARIANTS:  # each is a network for these images
         config = STUDY.config(variant=name)
-        recipe.check_config(config)
-        recipe.check_data(config, (32, 32, 3), 1000, 10)
+        check_config(config)
+        check_data(config, (32, 32, 3), 1000, 10)
 
 
 def test_both_pool_windows_make_the_same_maps():
     shapes = []
     for window in (2, 3):
-        model = recipe.build_model(STUDY.config(pool_window=window), 10)
+        model = build_model(STUDY.config(pool_window=window), 10)
         image = jnp.zeros((1, 23, 23, 3))
         params = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
         outputs = jax.eval_shape(lambda p, x, model=model: activations(model, p, x), params, image)
@@ -185,7 +187,7 @@ def test_a_damaged_run_is_named(tmp_path):
     folder = tmp_path / "quick" / "arm" / "seed0"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text('{"a": 1}')
-    with pytest.raises(recipe.ConfigError, match="arm/seed0/config.json is damaged; delete"):
+    with pytest.raises(WorkdirError, match="arm/seed0/config.json is corrupt; delete"):
         study.Study(tmp_path, study.QUICK, "quick", 2, "").train("arm", STUDY.config(), 0)
 
 
@@ -194,7 +196,7 @@ def test_the_error_of_an_epoch_is_its_mean():
     assert relu_vs_tanh.by_epoch(curve) == [(1, pytest.approx(0.7)), (2, pytest.approx(0.4))]
 
 
-@pytest.mark.skipif(not CIFAR10.exists(), reason="no prepared CIFAR-10 beside this repository")
+@pytest.mark.skipif(not CIFAR10.exists(), reason="no prepared CIFAR-10 in $ALEXNET_TEST_DATA")
 def test_it_runs_goes_on_and_reports(tmp_path):
     flags = ["filters", f"--workdir={tmp_path}", "--quick", "--seeds=2", f"--data_dir={CIFAR10}"]
     done = experiment(*flags)

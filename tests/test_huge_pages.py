@@ -1,4 +1,4 @@
-"""A command that starts itself anew, and the pages that the system gives it then."""
+"""A command that re-executes itself, and the pages that the system gives it then."""
 
 import os
 import platform
@@ -7,14 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from runners import ROOT
 
-from alexnet_jax.huge_pages import TUNABLE
+from alexnet_jax.runtime.huge_pages import TUNABLE
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="of Linux alone")
 CODE = """
 import os, sys
-from alexnet_jax.huge_pages import use_huge_pages
+from alexnet_jax.runtime.huge_pages import use_huge_pages
 use_huge_pages()
 memory = bytearray(b"x") * (256 << 20)
 huge = open("/proc/self/smaps_rollup").read().split("AnonHugePages:")[1].split()[0]

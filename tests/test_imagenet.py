@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from conftest import ROOT, saved_state
 from PIL import Image
+from runners import PHOTOGRAPHS, ROOT, assert_same_state
 
-PHOTOGRAPHS = ROOT.parent / "shared" / "data" / "imagenet-samples"
-pytestmark = pytest.mark.skipif(not PHOTOGRAPHS.exists(), reason="no photographs beside this repository")
+from alexnet_jax.data.images import to_square
+
+pytestmark = pytest.mark.skipif(not PHOTOGRAPHS.exists(), reason="no photographs in $ALEXNET_TEST_DATA")
 BUILDER = ("tensorflow", "apache_beam", "mlcroissant")
 needs_builder = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, BUILDER)), reason='TFDS\'s builder needs pip install -e ".[tfds]"'
@@ -104,8 +105,6 @@ def test_from_the_archives_to_the_test_errors(archives, tmp_path):
     for number, synset in enumerate(FIRST_LABELS, 1):
         assert names[found[f"ILSVRC2012_val_{number:08}.JPEG"]["label"]] == synset
     for name in (CMYK, PNG):
-        from alexnet_jax.images import to_square
-
         original = to_square(next(PHOTOGRAPHS.glob(f"{name[:9]}*")).read_bytes())
         assert np.abs(found[name]["image"].astype(int) - original).mean() < 6, name
 
@@ -122,14 +121,12 @@ def test_from_the_archives_to_the_test_errors(archives, tmp_path):
     process.wait()
     output = run(train, **without)
     # From step 20 where the reader of its lines was late.
-    assert re.search("going on after step [12]0", output) and "1000 classes" in output
+    assert re.search("resuming from the checkpoint of step [12]0", output) and "1000 classes" in output
     whole = [word.replace(str(places["RUN"]), str(tmp_path / "whole")) for word in train]
     run(whole, **without)
-    ours, theirs = (saved_state(folder, 30) for folder in (places["RUN"], tmp_path / "whole"))
-    for path, leaf in theirs.items():
-        np.testing.assert_array_equal(ours[path], leaf, path)
+    assert_same_state(places["RUN"], tmp_path / "whole", 30)
     result = json.loads((places["RUN"] / "result.json").read_text())
-    assert result["test_patches"] == 10 and 0 < result["test_top5_error"] <= result["test_top1_error"]
+    assert result["test_crops"] == 10 and 0 < result["test_top5_error"] <= result["test_top1_error"]
 
     output = run(documented("python -m alexnet_jax.evaluate", **places), **without)
     assert re.search("ten .*40.7 %.*18.2 %", output)  # table 2
@@ -156,7 +153,7 @@ def test_the_full_network_learns_photographs_by_heart(tmp_path):
     losses = [m["train_loss"] for m in metrics if "train_loss" in m]
     assert losses[0] == pytest.approx(np.log(8), rel=0.2)  # all classes alike
     last = next(m for m in reversed(metrics) if "validation_loss" in m)
-    assert last["validation_loss"] < 0.5 and last["validation_top1_error"] <= 1 / 8  # on the central patch
+    assert last["validation_loss"] < 0.5 and last["validation_top1_error"] <= 1 / 8  # on the center crop
     result = json.loads((places["RUN"] / "result.json").read_text())
-    assert result["test_patches"] == 10 and result["test_top1_error"] <= 1 / 8
+    assert result["test_crops"] == 10 and result["test_top1_error"] <= 1 / 8
     shutil.rmtree(places["RUN"])  # a checkpoint is half a gigabyte

@@ -1,4 +1,4 @@
-"""The command as a user meets it: real processes, killed, starved and misused."""
+"""The training command: real processes, killed, without space on the disk, and with wrong flags."""
 
 import os
 import resource
@@ -6,36 +6,17 @@ import signal
 import sys
 import time
 
-import numpy as np
 import pytest
-from conftest import TINY, run_main, saved_state, start_main
-from test_checkpoint import damage, largest_file
+from runners import TINY, assert_same_state, corrupt, follow, largest_file, run_main, start_main
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(fashion_mnist, tmp_path_factory):
-    """A run that nobody stopped: (its folder, its output)."""
+    """A run without interruption: (its workdir, its output)."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     code, output = run_main(folder, *TINY)
     assert code == 0, output
     return folder, output
-
-
-def assert_same_end(folder, uninterrupted):
-    ours, theirs = saved_state(folder, 40), saved_state(uninterrupted[0], 40)
-    assert ours.keys() == theirs.keys()
-    for path, leaf in theirs.items():
-        np.testing.assert_array_equal(ours[path], leaf, path)
-
-
-def follow(process, text):
-    """Reads the output until a line begins with `text`."""
-    seen = []
-    for line in process.stdout:
-        seen.append(line)
-        if line.startswith(text):
-            return
-    raise AssertionError(f"{text!r} never came:\n{''.join(seen)}")
 
 
 def test_what_the_user_sees(uninterrupted):
@@ -59,52 +40,55 @@ def test_killed_at_several_points_it_ends_the_same(uninterrupted, tmp_path):
     process.wait()
     assert list((tmp_path / "checkpoints").glob("*tmp*"))
     code, output = run_main(tmp_path, *TINY)
-    assert code == 0 and "going on after step" in output, output
-    assert_same_end(tmp_path, uninterrupted)
+    assert code == 0 and "resuming from the checkpoint of step" in output, output
+    assert_same_state(tmp_path, uninterrupted[0], 40)
 
 
 @pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_a_damaged_checkpoint_falls_back(uninterrupted, tmp_path, number, code):
+def test_a_signal_saves_and_a_corrupt_checkpoint_falls_back(uninterrupted, tmp_path, number, code):
     process = start_main(tmp_path, *TINY)
     follow(process, "step 15/")
     process.send_signal(number)
     output = process.communicate(timeout=60)[0]
-    assert process.returncode == code and "saved; the same command goes on" in output
+    assert process.returncode == code and "checkpoint saved, run the same command to resume" in output
     assert "Traceback" not in output
     newest = max(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
     assert newest >= 15
-    damage(largest_file(tmp_path / "checkpoints" / str(newest)), "truncated")
+    corrupt(largest_file(tmp_path / "checkpoints" / str(newest)))
     code, output = run_main(tmp_path, *TINY)
-    assert code == 0 and f"checkpoints/{newest} is damaged" in output and "Traceback" not in output
-    assert_same_end(tmp_path, uninterrupted)
+    assert code == 0 and f"checkpoints/{newest} is corrupt" in output and "Traceback" not in output
+    assert_same_state(tmp_path, uninterrupted[0], 40)
 
 
 def test_another_config_is_refused_and_a_finished_run_reports(uninterrupted):
     folder, _ = uninterrupted
     code, output = run_main(folder, *TINY, "--config.momentum=0.8")
-    assert code == 1 and "momentum: 0.9 there, 0.8 now" in output and output.count("\n") == 1
+    assert code == 1 and "momentum: 0.9 in the workdir, 0.8 given" in output and output.count("\n") == 1
     code, output = run_main(folder, *TINY)
     assert code == 0 and "is finished" in output and "test top1 error" in output
 
 
-def test_a_second_ctrl_c_stops_at_once_and_another_run_is_kept_out(uninterrupted, tmp_path):
+def test_a_second_ctrl_c_exits_immediately_and_a_second_run_is_refused(uninterrupted, tmp_path):
     process = start_main(tmp_path, *TINY)
     follow(process, "step 5/")
     process.send_signal(signal.SIGSTOP)
     code, output = run_main(tmp_path, *TINY)
-    assert code == 1 and output == f"Error: --workdir={tmp_path}: another process trains there; wait, or stop it\n"
+    assert (
+        code == 1
+        and output == f"Error: --workdir={tmp_path}: another process is training in it; wait for it, or stop it\n"
+    )
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGCONT)
-    follow(process, "SIGINT: saves and stops")
+    follow(process, "SIGINT: saving a checkpoint and exiting")
     process.send_signal(signal.SIGINT)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 130 and "Traceback" not in output
 
 
-def test_a_damaged_result_is_named(uninterrupted, tmp_path):
+def test_a_corrupt_result_is_named(uninterrupted, tmp_path):
     (tmp_path / "result.json").write_text("{")
     code, output = run_main(tmp_path, *TINY)
-    assert code == 1 and output == f"Error: {tmp_path}/result.json is not JSON; delete it to test once more\n"
+    assert code == 1 and output == f"Error: {tmp_path}/result.json is not JSON; delete it to test the network again\n"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the size of a file as Linux does")
@@ -121,7 +105,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(uninterrupted, tmp_path):
     assert "Traceback" not in output and "Free some space" in output
     code, output = run_main(tmp_path, *TINY)
     assert code == 0
-    assert_same_end(tmp_path, uninterrupted)
+    assert_same_state(tmp_path, uninterrupted[0], 40)
 
 
 def test_a_workdir_that_cannot_be_written(fashion_mnist, tmp_path):

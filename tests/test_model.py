@@ -7,7 +7,7 @@ import pytest
 from scipy.signal import correlate2d
 from test_ops import numpy_lrn, numpy_max_pool
 
-from alexnet_jax import AlexNet, Stem, activations
+from alexnet_jax import PLAIN, AlexNet, Stem, activations
 from alexnet_jax.model import LAYERS
 
 KERNELS = {
@@ -280,3 +280,38 @@ def test_what_cannot_be_built_says_so(model, size, words):
 def test_images_need_four_axes():
     with pytest.raises(ValueError, match=r"expected \[B, H, W, C\]"):
         AlexNet().init(jax.random.key(0), jnp.zeros((224, 224, 3)))
+
+
+def test_a_network_of_plain_operations_under_every_transformation():
+    images, model = images_of(29, batch=2), SMALL.clone(ops=PLAIN)
+    params = small_params(images)
+    forward = jax.jit(lambda params: model.apply({"params": params}, images))
+    expected = jax.jit(lambda params: SMALL.apply({"params": params}, images))(params)
+    np.testing.assert_allclose(forward(params), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+
+    direction, g = small_params(images), np.random.default_rng(0).standard_normal((2, 6)).astype(np.float32)
+    _, tangent = jax.jvp(forward, (params,), (direction,))
+    (gradient,) = jax.vjp(forward, params)[1](g)
+    products = jax.tree.map(lambda x, y: float(jnp.vdot(x, y)), gradient, direction)
+    assert float(jnp.vdot(g, tangent)) == pytest.approx(sum(jax.tree.leaves(products)), rel=1e-3)
+
+    def loss(apply, bias):
+        return (apply({**params, "conv1": {**params["conv1"], "bias": bias}}) ** 2).mean()
+
+    bias, step = params["conv1"]["bias"], 1e-2
+    slope = jax.jit(jax.grad(lambda bias: loss(forward, bias)))
+    hessian = jax.jit(jax.hessian(lambda bias: loss(forward, bias)))(bias)
+    np.testing.assert_allclose(hessian, hessian.T, atol=1e-3 * np.abs(hessian).max())
+    differences = np.stack([(slope(bias + e) - slope(bias - e)) / (2 * step) for e in step * np.eye(8)])
+    np.testing.assert_allclose(hessian, differences, atol=0.05 * np.abs(hessian).max())
+    recomputed = jax.jit(jax.grad(lambda bias: loss(jax.checkpoint(forward), bias)))(bias)
+    np.testing.assert_allclose(recomputed, slope(bias), rtol=1e-4, atol=1e-4 * np.abs(recomputed).max())
+
+
+def test_precision_and_param_dtype_reach_the_layers():
+    images, model = images_of(28), SMALL.clone(precision="highest", param_dtype=jnp.bfloat16)
+    params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(params))
+    program = jax.jit(lambda p: model.apply({"params": p}, images)).trace(params).lower(lowering_platforms=("cuda",))
+    products = [line for line in program.as_text().splitlines() if "convolution(" in line or "dot_general" in line]
+    assert len(products) >= len(LAYERS) and all("HIGHEST" in line for line in products), products

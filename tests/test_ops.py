@@ -4,9 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl.testing import parameterized
+from jax.test_util import check_grads
 from scipy.signal import correlate2d
 
-from alexnet_jax import ops
+from alexnet_jax import OPS, PLAIN, ops
 from alexnet_jax.ops import lrn
 
 
@@ -209,3 +210,49 @@ def test_both_platforms_windows_are_the_same(axis, side):
     ], axis)  # fmt: skip
     for window_sum in (lrn._reduce_window_sum, lrn._shifted_sum):
         np.testing.assert_allclose(window_sum(x, axis, side), expected, rtol=1e-5, atol=1e-5)
+
+
+KERNEL = np.random.default_rng(5).standard_normal((3, 3, 6, 4)).astype(np.float32)
+CALLS = {
+    "conv": lambda bundle, x: bundle.conv(x, KERNEL, 2, ((1, 1), (1, 0))),
+    "max_pool": lambda bundle, x: bundle.max_pool(x, window=3, stride=2),
+    "local_response_norm": lambda bundle, x: bundle.local_response_norm(x, k=2.0, n=5, alpha=0.05, beta=0.75),
+    "spatial_response_norm": lambda bundle, x: bundle.spatial_response_norm(x, 3, 0.5, 0.75, 1.0),
+    "dropout": lambda bundle, x: bundle.dropout(jax.random.key(0), x.reshape(len(x), -1), 0.5, 2, 0, 0),
+}
+each_call = pytest.mark.parametrize("name", CALLS)
+each_bundle = pytest.mark.parametrize("bundle", [OPS, PLAIN], ids=["by_hand", "plain"])
+
+
+def distinct(*shape):
+    """Values whose order no small step changes, so that maxima are differentiable."""
+    size = np.prod(shape)
+    return (np.random.default_rng(6).permutation(size).reshape(shape) / size * 6 - 3).astype(np.float32)
+
+
+@each_call
+@each_bundle
+def test_transformations_of_each_operation(name, bundle):
+    call, x = lambda x: CALLS[name](bundle, x), distinct(3, 2, 7, 6, 6)
+    np.testing.assert_allclose(jax.vmap(call)(x), np.stack([call(one) for one in x]), rtol=1e-5, atol=1e-5)
+    check_grads(call, (x[0],), order=1, modes=["rev"], eps=1e-3, rtol=0.02, atol=0.02)
+
+    def loss(f):
+        return lambda x: (f(x) ** 2).sum()
+
+    gradient = jax.grad(loss(call))
+    np.testing.assert_allclose(jax.grad(loss(jax.checkpoint(call)))(x[0]), gradient(x[0]), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        jax.vmap(gradient)(x), np.stack([gradient(one) for one in x]), rtol=1e-5, atol=1e-4
+    )  # fmt: skip
+
+
+@each_call
+def test_plain_operations_compute_the_same_and_have_forward_mode(name):
+    x = distinct(2, 7, 6, 6)
+    by_hand, plain = (lambda x, bundle=bundle: CALLS[name](bundle, x) for bundle in (OPS, PLAIN))
+    np.testing.assert_allclose(by_hand(x), plain(x), rtol=1e-5, atol=1e-5)
+    check_grads(plain, (x,), order=2, modes=["fwd", "rev"], eps=1e-3, rtol=0.05, atol=0.05)
+    if name != "dropout":
+        with pytest.raises(TypeError, match="forward-mode"):
+            jax.jvp(by_hand, (x,), (x,))

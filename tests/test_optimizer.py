@@ -1,3 +1,5 @@
+import doctest
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -6,6 +8,7 @@ import optax
 import pytest
 
 from alexnet_jax import cross_entropy, learning_rate_at, paper_sgd, plateau_init, plateau_update
+from alexnet_jax import optimizer as optimizer_module
 
 RATES = [0.1, 0.1, 0.1, 0.01, 0.01, 0.001]
 
@@ -49,6 +52,41 @@ def test_optax_sgd_differs_once_the_rate_drops():
         updates, state = paper_sgd().update(g, state, p, learning_rate=rate)
         p = optax.apply_updates(p, updates)
     chex.assert_trees_all_close(run(constant, params, gradients), p, rtol=1e-5, atol=1e-6)
+
+
+def test_a_schedule_alone_and_in_a_chain_is_what_the_keyword_sets():
+    params, gradients = problem()
+    schedule = lambda count: jnp.asarray(RATES)[count]  # noqa: E731
+    expected = run(paper_sgd(), params, gradients, paper=True)
+    chex.assert_trees_all_close(run(paper_sgd(schedule), params, gradients), expected, rtol=1e-6)
+    chained = optax.chain(optax.clip_by_global_norm(1e3), paper_sgd(schedule))
+    chex.assert_trees_all_close(run(chained, params, gradients), expected, rtol=1e-6)
+    by_keyword = optax.chain(optax.identity(), paper_sgd())
+    chex.assert_trees_all_close(run(by_keyword, params, gradients, paper=True), expected, rtol=1e-6)
+
+
+def test_a_constant_rate_is_the_keyword_and_adds_nothing_to_the_state():
+    params, gradients = problem()
+    updates, state = paper_sgd(0.3).update(gradients[0], paper_sgd(0.3).init(params), params)
+    expected, expected_state = paper_sgd().update(gradients[0], paper_sgd().init(params), params, learning_rate=0.3)
+    chex.assert_trees_all_equal((updates, state), (expected, expected_state))
+    assert jax.tree.structure(state.velocity) == jax.tree.structure(params)
+    assert len(jax.tree.leaves(state)) == len(jax.tree.leaves(params))
+    scheduled = paper_sgd(lambda count: 0.3)
+    assert int(scheduled.update(gradients[0], scheduled.init(params), params)[1].count) == 1
+
+
+def test_biases_have_a_rate_and_a_decay_of_their_own():
+    params, gradients = problem()
+    optimizer = paper_sgd(0.1, bias_rate=2.0, bias_decay=0.0)
+    updates, _ = optimizer.update(gradients[0], optimizer.init(params), params)
+    chex.assert_trees_all_close(updates["bias"], -0.2 * gradients[0]["bias"], rtol=1e-6)
+    kernel = -0.1 * gradients[0]["kernel"] - 0.1 * 5e-4 * params["kernel"]
+    chex.assert_trees_all_close(updates["kernel"], kernel, rtol=1e-5)
+
+
+def test_the_doctest():
+    assert doctest.testmod(optimizer_module).failed == 0
 
 
 def test_weight_decay_needs_the_parameters():

@@ -3,23 +3,21 @@ import json
 import numpy as np
 import pytest
 
-from alexnet_jax import report
+from alexnet_jax import plots
 
 
 @pytest.fixture
 def kept(monkeypatch):
     figures = []
-    monkeypatch.setattr(report, "_save", lambda figure, path: figures.append(figure))
-    yield figures
-    for figure in figures:
-        report.plt.close(figure)
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    return figures
 
 
 @pytest.mark.parametrize("count,marker", [(1, "o"), (10, "o"), (11, "")])
 def test_few_points_are_marked_and_steps_are_whole(tmp_path, kept, count, marker):
     lines = [dict(step=20 + i, train_loss=2.3, train_error=0.9, learning_rate=0.01) for i in range(count)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    report.plot_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+    plots.plot_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
     for axis in kept[0].axes:
         assert [line.get_marker() for line in axis.lines] == [marker]
         ticks = axis.get_xticks()
@@ -27,12 +25,12 @@ def test_few_points_are_marked_and_steps_are_whole(tmp_path, kept, count, marker
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_white_kernels_stand_out_from_the_ground(tmp_path, kept, channels):
+def test_white_kernels_stand_out_from_the_background(tmp_path, kept, channels):
     kernel = np.ones((2, 2, channels, 3))
     kernel[0, 0] = 0  # black; the rest is white
-    report.plot_filters(kernel, tmp_path / "filters.png", towers=1)
+    plots.plot_filters(kernel, tmp_path / "filters.png", towers=1)
     picture = np.asarray(kept[0].axes[0].images[0].get_array())
     assert picture.shape == (4, 10, 3)
-    grey = (picture == picture[..., :1]).all(-1)  # the ground alone has a colour
+    grey = (picture == picture[..., :1]).all(-1)  # only the background has a color
     np.testing.assert_array_equal(grey, [[0] * 10, *[[0, 1, 1] * 3 + [0]] * 2, [0] * 10])
     assert (picture[2, 1:3] == 1).all() and (picture[1, 1] == 0).all()

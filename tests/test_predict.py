@@ -7,21 +7,20 @@ import sys
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, saved_state
 from PIL import Image
-from test_checkpoint import damage, largest_file
-from test_train import tiny_config
+from runners import ROOT, corrupt, largest_file, saved_state, tiny_config
 
-from alexnet_jax import AlexNet, activations, run, train
-from alexnet_jax.images import read_image
-
-GREY, COLOUR = (28, 28, 1), (32, 32, 3)
+from alexnet_jax import AlexNet, activations, run
+from alexnet_jax.checkpoint import CheckpointError
+from alexnet_jax.data.images import read_image
+from alexnet_jax.summary import layer_summary
+from alexnet_jax.train import train_and_evaluate
 
 
 @pytest.fixture(scope="module")
 def folder(fashion_mnist, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    train.train_and_evaluate(tiny_config(num_train_steps=40, eval_every=20, learning_rate=0.02), folder)
+    train_and_evaluate(tiny_config(num_train_steps=40, eval_every=20, learning_rate=0.02), folder)
     return folder
 
 
@@ -48,7 +47,7 @@ def test_a_run_opens_as_it_was_saved(folder, opened):
 
 
 def test_its_error_is_the_one_that_training_found(folder, opened):
-    result = train.train_and_evaluate(tiny_config(num_train_steps=40, eval_every=20, learning_rate=0.02), folder)
+    result = train_and_evaluate(tiny_config(num_train_steps=40, eval_every=20, learning_rate=0.02), folder)
     assert opened.error(opened.load("test[:200]")) == pytest.approx(result["test_top1_error"])
     p = opened.predict(opened.load("test[:7]").images)
     assert p.shape == (7, 10)
@@ -57,7 +56,7 @@ def test_its_error_is_the_one_that_training_found(folder, opened):
 
 def test_activations_in_parts_are_those_of_the_whole(opened, monkeypatch):
     images = opened.load("test[:23]").images
-    exact = activations(opened.model, opened.params, opened.preprocess.center(images))
+    exact = activations(opened.model, opened.params, opened.preprocess.center_crop(images))
     monkeypatch.setattr(run, "AT_A_TIME", 10)  # the last part is filled up
     np.testing.assert_allclose(opened.activations(images), exact["fc7"], rtol=1e-4, atol=1e-5)
     assert opened.activations(images, "conv4").shape == exact["conv4"].shape
@@ -80,14 +79,14 @@ def test_files_of_any_kind(folder, opened, tmp_path):
     for name in ("text.png", "half.png", "none.gif"):
         assert f"Error: {tmp_path / name}: " in done.stderr
     assert done.stderr.count("Error") == 3
-    large = read_image(tmp_path / "large.webp", GREY)
+    large = read_image(tmp_path / "large.webp", (28, 28, 1))
     assert np.abs(large.astype(float) - test.images[1]).mean() < 12  # resized there and back
     for name, image in (("boot.png", test.images[0]), ("large.webp", large)):
         p = opened.predict(image[None])[0]
         shown = done.stdout.split(f"\n{name}\n")[1].splitlines()[2:7]
         for line, place in zip(shown, np.argsort(-p)[:5], strict=True):
             assert line.startswith(opened.names[place]) and f"{100 * p[place]:.1f} %" in line
-    assert "transparent.png: on a light ground" in done.stdout and "boot.png: on" not in done.stdout
+    assert "transparent.png: on a light background" in done.stdout and "boot.png: on" not in done.stdout
     assert Image.open(tmp_path / "out.png").size[0] > 300
 
 
@@ -102,10 +101,10 @@ def test_no_run_is_one_line(tmp_path):
     assert done.returncode == 1 and "holds no run" in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
-def test_a_damaged_checkpoint_is_named_and_left_alone(folder, tmp_path):
+def test_a_corrupt_checkpoint_is_named_and_left_alone(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
-    damage(largest_file(copy / "checkpoints" / "40"), "truncated")
-    with pytest.raises(run.RunError, match="checkpoints/40 is damaged") as error:
+    corrupt(largest_file(copy / "checkpoints" / "40"))
+    with pytest.raises(CheckpointError, match="checkpoints/40 is corrupt") as error:
         run.open_run(copy)
     assert "\n" not in str(error.value) and (copy / "checkpoints" / "40").exists()
 
@@ -120,43 +119,6 @@ def test_a_folder_that_holds_no_run_to_read(fashion_mnist, tmp_path, content, wo
         run.open_run(tmp_path)
 
 
-def test_grey_and_colour_become_each_other(tmp_path):
-    colours = np.zeros((32, 32, 3), np.uint8)
-    colours[:] = (255, 0, 0)
-    Image.fromarray(colours).save(tmp_path / "red.bmp")
-    np.testing.assert_array_equal(read_image(tmp_path / "red.bmp", COLOUR), colours)
-    assert (read_image(tmp_path / "red.bmp", GREY) == 76).all()  # 0.299 of 255
-    assert (read_image(tmp_path / "red.bmp", GREY, invert=True) == 179).all()
-    grey = np.arange(32 * 32, dtype=np.uint8).reshape(32, 32)
-    Image.fromarray(grey).save(tmp_path / "grey.png")
-    np.testing.assert_array_equal(read_image(tmp_path / "grey.png", COLOUR), grey[..., None].repeat(3, axis=2))
-
-
-def test_the_shorter_side_and_the_centre_count(tmp_path):
-    wide = np.zeros((64, 256), np.uint8)
-    wide[:, 96:160] = 200  # the central square
-    Image.fromarray(wide).save(tmp_path / "wide.png")
-    assert (read_image(tmp_path / "wide.png", GREY)[:, 1:-1] > 190).all()
-    Image.new("L", (3, 1), 70).save(tmp_path / "tiny.png")
-    assert (read_image(tmp_path / "tiny.png", GREY) == 70).all()
-
-
-def test_sixteen_bits_transparency_and_the_camera(tmp_path):
-    Image.fromarray(np.full((28, 28), 257 * 100, np.uint16)).save(tmp_path / "deep.png")
-    assert (read_image(tmp_path / "deep.png", GREY) == 100).all()
-    palette = Image.new("P", (28, 28))
-    palette.putpalette([10, 20, 30] + [0] * 765)
-    palette.save(tmp_path / "clear.gif", transparency=0)
-    assert (read_image(tmp_path / "clear.gif", COLOUR) == 255).all()
-    upper = np.zeros((32, 32), np.uint8)
-    upper[:16] = 255
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turned a quarter clockwise
-    Image.fromarray(upper).save(tmp_path / "turned.png", exif=exif)
-    turned = read_image(tmp_path / "turned.png", (32, 32, 1))[..., 0]
-    np.testing.assert_array_equal(turned, np.rot90(upper, -1))
-
-
 def test_nearest_against_numpy(monkeypatch):
     rng = np.random.default_rng(0)
     queries, keys = rng.normal(size=(25, 3, 4)), rng.normal(size=(60, 3, 4))
@@ -169,13 +131,13 @@ def test_nearest_against_numpy(monkeypatch):
 
 
 def test_the_layers_of_the_paper_as_a_table():
-    lines = run.layer_summary(AlexNet(), (224, 224, 3)).splitlines()
+    lines = layer_summary(AlexNet(), (224, 224, 3)).splitlines()
     assert lines[2].split() == ["conv1", "55×55×96", "11×11×3×96", "34,944"]
     assert lines[-1].split() == ["total", "60,965,224"]
 
 
 def test_the_towers_influence_each_other_from_conv3_on(opened):
-    images = opened.preprocess.center(opened.load("test[:5]").images)
+    images = opened.preprocess.center_crop(opened.load("test[:5]").images)
     influence = run.tower_influence(opened.model, opened.params, images)
     assert {name for name, change in influence.items() if change == 0} == {
         "conv1", "norm1", "pool1", "conv2", "norm2", "pool2"

@@ -60,3 +60,12 @@ def test_lighting_has_the_scale_of_the_pixels():
 def test_grey_images_have_no_lighting():
     with pytest.raises(ValueError, match="expected"):
         fit(colour_images()[..., :1], 0, 8, 0, False, lighting=True)
+
+
+def test_it_passes_whole_to_a_jitted_program():
+    images = colour_images()
+    p = fit(images, pad=1, crop=6, resize=0, flip=True, lighting=True, scale=0.5)
+    assert len(jax.tree.leaves(p)) == 3  # the mean image, and the factors and directions of PCA lighting
+    np.testing.assert_allclose(jax.jit(lambda p, x: p.ten_crop(x))(p, images), p.ten_crop(images), atol=1e-4)
+    key = jax.random.key(0)
+    np.testing.assert_allclose(jax.jit(lambda p, x: p.train(key, x))(p, images), p.train(key, images), atol=1e-4)

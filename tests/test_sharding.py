@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, saved_state
-from test_train import tiny_config
+from runners import ROOT, saved_state, tiny_config
 
-from alexnet_jax import AlexNet, Stem, evaluate, preprocess, sharding, train
+from alexnet_jax import AlexNet, Stem, evaluation, paper_sgd, preprocess, sharding
 from alexnet_jax.data import DeviceBatches, DeviceData, load
 from alexnet_jax.model import all_gather_towers
+from alexnet_jax.train import train_and_evaluate
+from alexnet_jax.train_step import create_state, make_train_step
 from experiments import sharding as harness
 
 MESHES = [(1, 1), (1, 2), (4, 1), (2, 2), (4, 2)]
@@ -24,16 +25,16 @@ MODEL = AlexNet(num_classes=10, stem=Stem(5, 2, 2), widths=(8, 16, 24, 24, 16, 3
 
 
 def twenty_steps(mesh, examples):
-    optimizer, prepare = train.paper_sgd(), preprocess.fit(examples.images, 2, 28, 0, True, False, 1 / 70)
-    state = train.create_state(MODEL, optimizer, prepare.image_shape, 0, mesh)
-    step = train.make_train_step(MODEL, optimizer, prepare, lambda step, plateau: jnp.float32(0.02), mesh)
+    optimizer, prepare = paper_sgd(), preprocess.fit(examples.images, 2, 28, 0, True, False, 1 / 70)
+    state = create_state(MODEL, optimizer, prepare.image_shape, 0, mesh)
+    step = make_train_step(MODEL, optimizer, prepare, lambda step, plateau: jnp.float32(0.02), mesh)
     data = DeviceData(examples, 32, mesh)
     losses = []
     for i in range(20):
         state, metrics = step(state, data.batch(jax.random.key(5), i), jax.random.key(i))
         losses.append(float(metrics["loss"]))
-    network = evaluate.Network(MODEL, state.params, prepare)
-    tested = evaluate.evaluate([network], DeviceBatches(examples, 48, mesh), mesh=mesh)
+    network = evaluation.Network(MODEL, state.params, prepare)
+    tested = evaluation.evaluate([network], DeviceBatches(examples, 48, mesh), mesh=mesh)
     return state, losses, tested
 
 
@@ -93,7 +94,7 @@ def test_a_checkpoint_goes_on_on_any_other_mesh(fashion_mnist, tmp_path):
     def run(folder, data, tower):
         config = tiny_config(num_train_steps=8, batch_size=48, eval_every=4)
         config.mesh.data, config.mesh.tower = data, tower
-        return train.train_and_evaluate(config, folder)
+        return train_and_evaluate(config, folder)
 
     run(tmp_path / "first", 2, 2)
     for data, tower in ((1, 1), (1, 2), (8, 1)):

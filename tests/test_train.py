@@ -5,24 +5,15 @@ import resource
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, saved_state
+from runners import CIFAR10, saved_state, tiny_config
 from tensorboardX.proto.event_pb2 import Event
 
-from alexnet_jax import data, preprocess, recipe, report, train
+from alexnet_jax import data
+from alexnet_jax.config import ConfigError
 from alexnet_jax.configs import cifar10, fashion_mnist_224
-from alexnet_jax.configs import fashion_mnist as fashion_mnist_config
-
-
-def tiny_config(**fields):
-    config = fashion_mnist_config.get_config()
-    config.widths = (8, 16, 16, 16, 16, 32, 32)
-    config.kernel_std = (0.28, 0.1, 0.12, 0.12, 0.12, 0.3, 0.25, 0.05)
-    config.train_split, config.validation_split, config.test_split = "train[:1000]", "train[1000:1200]", "test[:200]"
-    config.num_train_steps, config.batch_size, config.warmup_steps = 6, 50, 0
-    config.linear_decay = False
-    config.mesh.data = 1
-    config.update(fields)
-    return config
+from alexnet_jax.data import DataError
+from alexnet_jax.metrics import Metrics
+from alexnet_jax.train import DivergedError, train_and_evaluate
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +25,7 @@ def learned(fashion_mnist, tmp_path_factory):
         batch_size=64, learning_rate=0.05, warmup_steps=100, drop_at_epochs=(3.0,), plateau_patience=0,
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("learned")
-    return folder, train.train_and_evaluate(config, folder)
+    return folder, train_and_evaluate(config, folder)
 
 
 def test_it_learns_fashion_mnist(learned):
@@ -77,37 +68,21 @@ def test_finished_folder_reports_its_result(learned, caplog):
     config = tiny_config(**json.loads((folder / "config.json").read_text()))
     before = sorted((p, p.stat().st_mtime_ns) for p in folder.rglob("*"))
     with caplog.at_level(logging.INFO):
-        assert train.train_and_evaluate(config, folder) == result
+        assert train_and_evaluate(config, folder) == result
     config.mesh.tower = 3
-    with pytest.raises(recipe.ConfigError, match="config.mesh.tower=3"):
-        train.train_and_evaluate(config, folder)
+    with pytest.raises(ConfigError, match="config.mesh.tower=3"):
+        train_and_evaluate(config, folder)
     assert "is finished" in caplog.text
     assert before == sorted((p, p.stat().st_mtime_ns) for p in folder.rglob("*"))
 
 
 def test_same_seed_same_parameters_bit_for_bit(fashion_mnist, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        train.train_and_evaluate(tiny_config(seed=seed), tmp_path / name)
+        train_and_evaluate(tiny_config(seed=seed), tmp_path / name)
     a, b, c = (saved_state(tmp_path / name, 6) for name in "abc")
     for path, leaf in a.items():
         np.testing.assert_array_equal(leaf, b[path], path)
     assert any((leaf != c[path]).any() for path, leaf in a.items())
-
-
-def test_train_step_is_one_program_with_its_state_donated(fashion_mnist):
-    config = tiny_config()
-    examples = data.load(fashion_mnist, "test[:100]")
-    prepare = preprocess.fit(examples.images, 2, 28, 0, True, False)
-    model, optimizer = recipe.build_model(config, 10), train.paper_sgd()
-    step = train.make_train_step(model, optimizer, prepare, lambda step, plateau: 0.01)
-    state = train.create_state(model, optimizer, prepare.image_shape, 0)
-    batch = data.DeviceData(examples, 50).batch(jax.random.key(0), 0)
-    compiled = step.lower(state, batch, jax.random.key(1)).compile()
-    arrays = [x for x in jax.tree.leaves(state.params)]
-    donated = 2 * sum(x.nbytes for x in arrays)  # parameters and velocities
-    assert compiled.memory_analysis().alias_size_in_bytes >= donated
-    step(state, batch, jax.random.key(1))
-    assert all(x.is_deleted() for x in arrays)
 
 
 def test_an_epoch_is_a_permutation(fashion_mnist):
@@ -151,20 +126,20 @@ def test_an_epoch_is_a_permutation(fashion_mnist):
     (dict(test_split="exam"), "split 'exam'"),
 ])  # fmt: skip
 def test_a_config_that_cannot_work_is_one_line(fashion_mnist, tmp_path, fields, words):
-    with pytest.raises((recipe.ConfigError, data.DataError), match=words) as error:
-        train.train_and_evaluate(tiny_config(**fields), tmp_path / "run")
+    with pytest.raises((ConfigError, DataError), match=words) as error:
+        train_and_evaluate(tiny_config(**fields), tmp_path / "run")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(fashion_mnist, tmp_path):
-    with pytest.raises(train.DivergedError, match=r"step \d+, with learning rate 1e\+06"):
-        train.train_and_evaluate(tiny_config(learning_rate=1e6, num_train_steps=30), tmp_path)
+    with pytest.raises(DivergedError, match=r"step \d+, with learning rate 1e\+06"):
+        train_and_evaluate(tiny_config(learning_rate=1e6, num_train_steps=30), tmp_path)
     assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
 
 
 def test_a_full_disk_is_said_by_the_write_and_not_by_the_close(tmp_path):
-    metrics, limits = report.Metrics(tmp_path, 0), resource.getrlimit(resource.RLIMIT_FSIZE)
+    metrics, limits = Metrics(tmp_path, 0), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))
     try:
         with pytest.raises(OSError, match="too large"):
@@ -175,23 +150,22 @@ def test_a_full_disk_is_said_by_the_write_and_not_by_the_close(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_full_size_recipe_runs(fashion_mnist, tmp_path):
+def test_full_size_config_runs(fashion_mnist, tmp_path):
     config = fashion_mnist_224.get_config()
     config.mesh.data = 1
     config.update(train_split="train[:8]", validation_split="train[8:12]", test_split="test[:4]", batch_size=4,
                   num_train_steps=2, ten_crop=False)  # fmt: skip
-    result = train.train_and_evaluate(config, tmp_path)
+    result = train_and_evaluate(config, tmp_path)
     assert result["steps"] == 2
     state = saved_state(tmp_path, 2)
     assert sum(v.size for k, v in state.items() if k.startswith("/params/")) == 60_965_224 - 2 * 121 * 96 - 990 * 4097
 
 
-def test_cifar10_recipe_runs_with_lighting(tmp_path):
-    folder = ROOT.parent / "shared" / "data" / "tfds"
-    if not folder.exists():
-        pytest.skip("no prepared CIFAR-10 beside this repository")
+def test_cifar10_config_runs_with_lighting(tmp_path):
+    if not CIFAR10.exists():
+        pytest.skip("no prepared CIFAR-10 in $ALEXNET_TEST_DATA")
     config = cifar10.get_config()
     config.mesh.data = 1
-    config.update(data_dir=str(folder), train_split="train[:500]", validation_split="train[500:600]",
+    config.update(data_dir=str(CIFAR10), train_split="train[:500]", validation_split="train[500:600]",
                   test_split="test[:100]", batch_size=50, num_train_steps=5)  # fmt: skip
-    assert train.train_and_evaluate(config, tmp_path)["steps"] == 5
+    assert train_and_evaluate(config, tmp_path)["steps"] == 5

@@ -11,7 +11,8 @@ from jax import lax
 from test_model import KERNELS, MAPS, SMALL, images_of, numpy_conv, shapes, small_params
 from test_ops import numpy_lrn, numpy_max_pool, numpy_spatial_norm
 
-from alexnet_jax import OPS, AlexNet, Stem, activations, paper_sgd, recipe, sharding
+from alexnet_jax import OPS, AlexNet, Stem, activations, paper_sgd, sharding
+from alexnet_jax.config import ConfigError, check_config
 from alexnet_jax.configs import fashion_mnist, imagenet2012
 from alexnet_jax.model import LAYERS
 from alexnet_jax.preprocess import Preprocess, fit
@@ -119,7 +120,7 @@ def test_update(variant):
 ])  # fmt: skip
 def test_recipe(variant, batch, drops, patience, lighting, ten_crop):
     c = imagenet2012.get_config(variant)
-    recipe.check_config(c)
+    check_config(c)
     assert (c.batch_size, c.drop_at_epochs, c.plateau_patience) == (batch, drops, patience)
     assert (c.lighting, c.ten_crop, c.flip, c.variant) == (lighting, ten_crop, True, variant)
     assert (c.learning_rate, c.momentum, c.weight_decay, c.num_epochs) == (0.01, 0.9, 5e-4, 90)
@@ -193,8 +194,8 @@ def test_source2012_on_two_devices():
 def test_caffe_needs_both_towers_on_one_device():
     config = fashion_mnist.get_config()
     config.variant, config.mesh.tower = "caffe", 2
-    with pytest.raises(recipe.ConfigError, match="config.variant='caffe'.*two devices"):
-        recipe.check_config(config)
+    with pytest.raises(ConfigError, match="config.variant='caffe'.*two devices"):
+        check_config(config)
     network = SMALL.clone(variant="caffe", tower_axis="tower")
     look = jax.vmap(network.init, in_axes=(None, None), axis_name="tower", axis_size=2)
     with pytest.raises(ValueError, match="both towers"):

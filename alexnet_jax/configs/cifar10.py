@@ -1,9 +1,12 @@
 """The compact AlexNet on CIFAR-10: 28×28 crops of 32×32 images, horizontal flips, PCA lighting."""
 
+import ml_collections
+
 from alexnet_jax.configs import fashion_mnist
 
 
-def get_config():
+def get_config() -> ml_collections.ConfigDict:
+    """Return the config."""
     c = fashion_mnist.get_config()
     c.dataset = "cifar10"
     c.train_split = "train[:45000]"

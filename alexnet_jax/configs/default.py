@@ -5,6 +5,7 @@ from ml_collections import config_dict
 
 
 def get_config() -> ml_collections.ConfigDict:
+    """Return the config."""
     c = ml_collections.ConfigDict()
 
     c.seed = 0  # every random number of a run comes from it

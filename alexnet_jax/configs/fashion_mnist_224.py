@@ -1,9 +1,12 @@
 """The paper's network on Fashion-MNIST, enlarged to 224×224 on the device: for a GPU."""
 
+import ml_collections
+
 from alexnet_jax.configs import default
 
 
-def get_config():
+def get_config() -> ml_collections.ConfigDict:
+    """Return the config."""
     c = default.get_config()
     c.pad = 2
     c.image_size = 28

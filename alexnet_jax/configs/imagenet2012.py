@@ -4,6 +4,8 @@ The learning rate decays on a plateau of the validation error, as the authors di
 are not public.
 """
 
+import ml_collections
+
 from alexnet_jax.configs import default
 from alexnet_jax.variants import VARIANTS
 
@@ -31,7 +33,7 @@ TRAINING = {
 }
 
 
-def get_config(variant="paper"):
+def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
     """Return the config of a variant; raises ValueError for a name that is not in `VARIANTS`."""
     if variant not in VARIANTS:
         raise ValueError(f"imagenet2012.py:{variant}: expected one of {', '.join(VARIANTS)}")

@@ -30,8 +30,9 @@ def _conv_backward(stride, padding, precision, residuals, g):
     def gradients(implementation):
         return lambda x, kernel, g: jax.vjp(partial(implementation, stride=stride, padding=padding), x, kernel)[1](g)
 
-    implementations = _by_platform(*residuals, stride, precision)
-    return lax.platform_dependent(*residuals, g, **{name: gradients(f) for name, f in implementations.items()})
+    x, kernel = residuals
+    implementations = _by_platform(x, kernel, stride, precision)
+    return lax.platform_dependent(x, kernel, g, **{name: gradients(f) for name, f in implementations.items()})
 
 
 _conv.defvjp(_conv_forward, _conv_backward)

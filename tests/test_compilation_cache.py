@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, run_main, saved_state
+from runners import ROOT, TINY, run_main, saved_state
 
 # Without the settings of these tests.
 USERS = {name: value for name, value in os.environ.items() if "CACHE" not in name}
@@ -34,8 +34,8 @@ def test_the_second_start_compiles_nothing_and_ends_the_same(fashion_mnist, tmp_
 
 COMPILE = """
 import sys, jax
-from alexnet_jax.compile_cache import use_compile_cache
-use_compile_cache(eval(sys.argv[1]))
+from alexnet_jax.runtime.compilation_cache import use_compilation_cache
+use_compilation_cache(eval(sys.argv[1]))
 print(jax.jit(lambda x: x + 1)(1))
 """
 
@@ -56,7 +56,7 @@ def test_where_programs_are_kept(tmp_path, folder, environment, written):
     assert done.stdout == "2\n", done.stderr
     assert {str(p.parent.relative_to(tmp_path)) for p in tmp_path.rglob("jit_*-cache")} == ({written} - {None})
     if folder == "{}/file/cache":
-        warning = f"--compile_cache={tmp_path}/file/cache: Not a directory; programs are compiled anew\n"
+        warning = f"--compile_cache={tmp_path}/file/cache: Not a directory; programs are not cached\n"
         assert done.stderr == warning
     else:
         assert not done.stderr

@@ -12,15 +12,27 @@ import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from conftest import ROOT, run_main, saved_state, start_main
 from PIL import Image
-from test_distributed import ENVIRONMENT, end, losses, start_processes
-from test_main import follow
+from runners import (
+    ENVIRONMENT,
+    ROOT,
+    assert_same_state,
+    end,
+    follow,
+    losses,
+    run_main,
+    start_main,
+    start_processes,
+)
 
-from alexnet_jax import AlexNet, Stem, evaluate, evaluation, prepare, preprocess, recipe, sharding, stream
+from alexnet_jax import AlexNet, Stem, evaluation, preprocess, sharding
 from alexnet_jax.configs import imagenet2012
-from alexnet_jax.data import DataError
+from alexnet_jax.data import DataError, streaming
+from alexnet_jax.data.dataset import Dataset
+from alexnet_jax.evaluate import evaluate_workdirs
+from alexnet_jax.preparation.local import prepare
 from alexnet_jax.run import RunError
+from alexnet_jax.setup import build_preprocess
 
 TRAIN, VALIDATION = 62, 23
 # A small network on 28×28 crops of the 256×256 images.
@@ -43,7 +55,7 @@ def folder(tmp_path_factory):
         file = root / ("train" if i < TRAIN else "validation") / "abc"[i % 3] / f"{i}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(file, compress_level=0)
-    return prepare.prepare("small", root, tmp_path_factory.mktemp("out"), workers=1, shard_size=25)
+    return prepare("small", root, tmp_path_factory.mktemp("out"), workers=1, shard_size=25)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +78,7 @@ def test_a_batch_is_a_function_of_key_and_step_whatever_the_number_of_workers(bu
     known = dict(zip(which(images), zip(images, labels, strict=True), strict=True))
     assert len(known) == TRAIN
     mesh, key = sharding.one_device(), jax.random.key(3)
-    one = stream.StreamedData(builder, "train", 20, mesh, workers=1)
+    one = streaming.StreamedData(builder, "train", 20, mesh, workers=1)
     assert one.steps_per_epoch == 3
     batches = [one.batch(key, step) for step in range(6)]
     for images, labels in batches:
@@ -76,7 +88,7 @@ def test_a_batch_is_a_function_of_key_and_step_whatever_the_number_of_workers(bu
     epochs = [sum((which(b.images) for b in batches[start : start + 3]), []) for start in (0, 3)]
     assert [len(set(epoch)) for epoch in epochs] == [60, 60] and epochs[0] != epochs[1]
     assert epochs[0] != sorted(epochs[0])
-    two = stream.StreamedData(builder, "train", 20, mesh, workers=2)
+    two = streaming.StreamedData(builder, "train", 20, mesh, workers=2)
     for step in (2, 3, 4):  # from the middle on, over the end of an epoch
         for ours, theirs in zip(two.batch(key, step), batches[step], strict=True):
             np.testing.assert_array_equal(ours, theirs)
@@ -88,8 +100,8 @@ def test_a_batch_is_a_function_of_key_and_step_whatever_the_number_of_workers(bu
 def test_a_set_in_order_has_each_example_once_and_is_evaluated_as_in_memory(builder):
     images, labels = records(builder, "validation")
     mesh = sharding.make_mesh(4, 2)
-    assert evaluate.batch_size(VALIDATION, True, mesh, patches=100) == 12
-    batches = list(stream.StreamedBatches(builder, "validation", 12, mesh, workers=2))
+    assert evaluation.batch_size(VALIDATION, True, mesh, crops=100) == 12
+    batches = list(streaming.StreamedBatches(builder, "validation", 12, mesh, workers=2))
     assert [len(b.labels) for b in batches] == [12, 12]
     assert batches[0].images.sharding.spec == sharding.BATCH and not batches[0].images.is_fully_replicated
     np.testing.assert_array_equal(np.concatenate([b.images for b in batches])[:VALIDATION], images)
@@ -98,11 +110,14 @@ def test_a_set_in_order_has_each_example_once_and_is_evaluated_as_in_memory(buil
     model = AlexNet(num_classes=3, stem=Stem(3, 1, 1), widths=(4,) * 5 + (8, 8), kernel_std=(0.4,) * 8)
     model = model.clone(num_classes=4)  # even, for two towers
     params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 28, 28, 3), np.float32))["params"]
-    network = evaluate.Network(model, params, preprocess.fit(np.stack(images), 0, 28, 0, False, False, 0.01))
-    before = evaluate._predict_program()._cache_size(), evaluate._count._cache_size()
-    streamed = evaluate.evaluate([network], batches, True, mesh)
-    assert (evaluate._predict_program()._cache_size(), evaluate._count._cache_size()) == (before[0] + 1, before[1] + 1)
-    p = np.asarray(evaluate.predict(model, params, np.stack(images), network.preprocess, True), np.float64)
+    network = evaluation.Network(model, params, preprocess.fit(np.stack(images), 0, 28, 0, False, False, 0.01))
+    before = evaluation._predict_program()._cache_size(), evaluation._count._cache_size()
+    streamed = evaluation.evaluate([network], batches, True, mesh)
+    assert (evaluation._predict_program()._cache_size(), evaluation._count._cache_size()) == (
+        before[0] + 1,
+        before[1] + 1,
+    )
+    p = np.asarray(evaluation.predict(model, params, np.stack(images), network.preprocess, True), np.float64)
     assert streamed.confusion.sum() == VALIDATION
     assert streamed.top1_error == pytest.approx((p.argmax(1) != labels).mean())
     assert streamed.loss == pytest.approx(-np.log(p[np.arange(VALIDATION), labels]).mean(), rel=1e-4)
@@ -110,35 +125,20 @@ def test_a_set_in_order_has_each_example_once_and_is_evaluated_as_in_memory(buil
 
 def test_a_process_reads_its_rows_alone():
     mesh = sharding.make_mesh(4, 2)
-    np.testing.assert_array_equal(stream._rows(mesh, 24), np.arange(24))
-    assert stream._rows(sharding.one_device(), 5).tolist() == [0, 1, 2, 3, 4]
+    np.testing.assert_array_equal(streaming._rows(mesh, 24), np.arange(24))
+    assert streaming._rows(sharding.one_device(), 5).tolist() == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("grey", [False, True])
-@pytest.mark.parametrize("file_format", ["JPEG", "PNG"])
-def test_what_can_be_decoded_and_what_cannot(grey, file_format):
-    small = np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    image = Image.fromarray(small).resize((40, 30)).convert("L" if grey else "RGB")
-    file = io.BytesIO()
-    image.save(file, file_format)
-    out = np.empty((30, 40, 1 if grey else 3), np.uint8)
-    stream.decode(file.getvalue(), out)
-    np.testing.assert_array_equal(out, np.asarray(Image.open(file)).reshape(out.shape))
-    for broken in (b"", b"not an image", file.getvalue()[: len(file.getvalue()) // 2]):
-        with pytest.raises(ValueError):
-            stream.decode(broken, out)
-    with pytest.raises(ValueError, match="30×40; expected 30×41"):
-        stream.decode(file.getvalue(), np.empty((30, 41, out.shape[2]), np.uint8))
-
-
-def test_a_damaged_record_is_named_in_one_line(folder, tmp_path):
+def test_a_corrupt_record_is_named_in_one_line(folder, tmp_path):
     copy = tmp_path / "small_256" / "1.0.0"
     shutil.copytree(folder, copy)
     file = sorted(copy.glob("*train*"))[1]
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    batches = stream.StreamedBatches(tfds.builder_from_directory(copy), "train", 20, sharding.one_device(), workers=1)
+    batches = streaming.StreamedBatches(
+        tfds.builder_from_directory(copy), "train", 20, sharding.one_device(), workers=1
+    )
     with pytest.raises(DataError, match=r"small_256/1.0.0, train: example \d\d cannot be read") as error:
         list(batches)
     assert "\n" not in str(error.value)
@@ -148,20 +148,20 @@ def test_the_statistics_beside_the_data_set_are_used_and_measured_where_there_ar
     copy = tmp_path / "small_256" / "1.0.0"
     shutil.copytree(folder, copy)
     builder, config = tfds.builder_from_directory(copy), imagenet2012.get_config()
-    images = stream.images(builder, "train", 1)
+    dataset = Dataset(builder, streaming=True, workers=1)
     stored = dict(np.load(copy / "statistics.npz"))
-    prepared = recipe.build_preprocess(config, builder, images)
+    prepared = build_preprocess(config, dataset)
     np.testing.assert_allclose(prepared.mean, stored["mean_image"], rtol=1e-6)
     np.testing.assert_allclose(prepared.lighting[0], stored["eigenvalues"] / 255, rtol=1e-6)
     (copy / "statistics.npz").unlink()
-    measured = recipe.build_preprocess(config, builder, images)
+    measured = build_preprocess(config, dataset)
     pixels = np.stack(records(builder, "train")[0]).astype(np.float64)
     np.testing.assert_allclose(measured.mean, pixels.mean(0), rtol=1e-6)
     values = np.linalg.eigvalsh(np.cov(pixels.reshape(-1, 3).T, bias=True))[::-1]
     np.testing.assert_allclose(measured.lighting[0], values / 255, rtol=1e-5)
     (copy / "statistics.npz").write_bytes(b"PK")
-    with pytest.raises(DataError, match="statistics.npz is damaged"):
-        recipe.build_preprocess(config, builder, images)
+    with pytest.raises(DataError, match="statistics.npz is corrupt"):
+        build_preprocess(config, dataset)
 
 
 def workers_of(process):
@@ -191,13 +191,6 @@ def flags(folder, workers):
     return (*FLAGS, f"--config.data_dir={folder.parents[1]}", f"--config.loader_workers={workers}")
 
 
-def assert_same_end(folder, uninterrupted):
-    ours, theirs = saved_state(folder, 12), saved_state(uninterrupted, 12)
-    assert ours.keys() == theirs.keys()
-    for path, leaf in theirs.items():
-        np.testing.assert_array_equal(ours[path], leaf, path)
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(folder, tmp_path_factory):
     run = tmp_path_factory.mktemp("uninterrupted")
@@ -217,7 +210,9 @@ def test_after_a_dead_worker_and_a_kill_it_ends_the_same_with_other_workers(fold
     process.send_signal(signal.SIGCONT)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 1, output
-    assert output.splitlines()[-1].startswith("Error: a process that decodes images died (killed"), output
+    assert output.splitlines()[-1].startswith("Error: a process that decodes images died: killed (out of memory?)"), (
+        output
+    )
     assert "Traceback" not in output
 
     process = start_main(tmp_path, *flags(folder, 3), env=ENVIRONMENT)
@@ -228,8 +223,8 @@ def test_after_a_dead_worker_and_a_kill_it_ends_the_same_with_other_workers(fold
     assert workers and are_gone(workers)
 
     code, output = run_main(tmp_path, *flags(folder, 1), env=ENVIRONMENT)
-    assert code == 0 and "going on after step" in output and "Traceback" not in output, output
-    assert_same_end(tmp_path, uninterrupted)
+    assert code == 0 and "resuming from the checkpoint of step" in output and "Traceback" not in output, output
+    assert_same_state(tmp_path, uninterrupted, 12)
 
 
 @pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -239,14 +234,16 @@ def test_a_signal_to_the_whole_group_saves_and_leaves_no_process(folder, tmp_pat
     workers = workers_of(process)
     os.killpg(process.pid, number)
     output = process.communicate(timeout=60)[0]
-    assert process.returncode == code and output.splitlines()[-1].endswith("saved; the same command goes on"), output
+    assert process.returncode == code and output.splitlines()[-1].endswith(
+        "checkpoint saved, run the same command to resume"
+    ), output
     assert "Traceback" not in output and "Warning" not in output
     assert workers and are_gone(workers)
 
 
 def test_two_processes_read_the_batches_of_one(folder, uninterrupted, tmp_path):
     own = (*flags(folder, 1), "--config.mesh.data=2")
-    processes = start_processes(tmp_path, *own, first=())
+    processes = start_processes(tmp_path, *own)
     codes, outputs = end(processes)
     assert codes == [0, 0], outputs
     np.testing.assert_allclose(losses(tmp_path), losses(uninterrupted), rtol=1e-5)
@@ -275,5 +272,5 @@ def test_runs_of_different_data_sets_are_not_averaged(folder, uninterrupted, tmp
         shutil.copytree(uninterrupted, run)
         (run / "config.json").write_text(json.dumps(config | {"dataset": name, "data_dir": str(tmp_path)}))
         with pytest.raises(RunError, match=words) as error:
-            evaluation.evaluate_workdirs([uninterrupted, run])
+            evaluate_workdirs([uninterrupted, run])
         assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""Several processes as one run: how they find each other, what they must agree on, and how one of them leaves."""
+"""Several processes as one run: how they connect, what they must agree on, and how one of them exits."""
 
 import json
 import os
@@ -11,12 +11,14 @@ import numpy as np
 from jax._src import distributed as _jax_distributed  # JAX has no public name for its key-value store
 from jax.experimental import multihost_utils
 
-HEARTBEAT_S = 30  # a process that has been silent for so long is dead, and ends the others
-LEAVE_S = 5  # how long a process that ends on an error waits for others that end on the same one
+from alexnet_jax.errors import UserError, one_line
+
+HEARTBEAT_S = 30  # a process that has been silent for this long is dead, and ends the others
+EXIT_TIMEOUT_S = 5  # how long a process that exits on an error waits for others that exit on the same one
 
 
-class DistributedError(Exception):
-    """Processes that cannot be one run; one line that says why."""
+class DistributedError(UserError):
+    """Processes that cannot be one run."""
 
 
 def start(
@@ -25,30 +27,30 @@ def start(
     process_id: int | None = None,
     timeout_s: int = 300,
 ) -> None:
-    """Joins the processes of a run: those given, or those that JAX detects; with neither, this process is alone.
+    """Connect the processes of a run: those of the arguments, or those that JAX detects; otherwise this process alone.
 
-    Must come before anything that starts JAX's backend.
+    Call it before anything that starts JAX's backend.
 
     Args:
-      coordinator_address: HOST:PORT of process 0, at which all meet.
+      coordinator_address: HOST:PORT of process 0, to which all connect.
       num_processes: how many there are; 1 alone asks for a run of one process on a cluster that JAX would detect.
       process_id: 0 to num_processes − 1, a different one in each process.
-      timeout_s: for how long each waits for the rest; then it says so and ends this process.
+      timeout_s: for how long each waits for the rest; then it prints an error and exits.
 
     Raises:
       DistributedError: some of the three without the rest, or what JAX finds wrong with them or with the cluster.
     """
-    given = {
+    flags = {
         "--coordinator_address": coordinator_address,
         "--num_processes": num_processes,
         "--process_id": process_id,
     }
-    missing = [flag for flag, value in given.items() if value is None]
+    missing = [flag for flag, value in flags.items() if value is None]
     if num_processes == 1 and coordinator_address is None and not process_id:
         return
-    if 0 < len(missing) < len(given):
+    if 0 < len(missing) < len(flags):
         raise DistributedError(
-            f"{' and '.join(missing)} is missing: give all of {', '.join(given)}, or none of them on Slurm, Kubernetes "
+            f"{' and '.join(missing)} is missing: give all of {', '.join(flags)}, or none of them on Slurm, Kubernetes "
             "or a TPU pod"
         )
     if not missing and not 0 <= process_id < num_processes:
@@ -59,15 +61,15 @@ def start(
         raise DistributedError(f"--coordinator_address={coordinator_address}: expected HOST:PORT")
 
     def give_up():  # JAX would abort, with a stack trace
-        where = coordinator_address or "the address that JAX detected"
+        address = coordinator_address or "the address that JAX detected"
         print(
-            f"Error: {timeout_s} s have passed and not all processes of this run have met at {where}; start all of "
-            "them, with the same flags but for --process_id (--initialization_timeout is how long they wait)",
+            f"Error: {timeout_s} s have passed and not all processes of this run have connected to {address}; start "
+            "all of them, with the same flags except --process_id (--initialization_timeout is how long they wait)",
             flush=True,
         )
         os._exit(1)
 
-    # Signals are this program's own: it agrees on the step at which all stop.
+    # This program handles signals itself: it agrees on the step at which all processes stop.
     jax.config.update("jax_enable_preemption_service", False)
     waiting = threading.Timer(timeout_s, give_up)
     waiting.daemon = True
@@ -81,36 +83,37 @@ def start(
     except Exception as error:  # each cluster has errors of its own
         if missing and isinstance(error, ValueError) and "coordinator_address" in str(error):
             return  # no flags, no cluster
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise DistributedError(
-            f"the processes of this run cannot be joined: {reason} (--num_processes=1 trains in this process alone)"
+            f"the processes of this run cannot connect: {one_line(error, 300)} (--num_processes=1 trains in this "
+            "process alone)"
         ) from None
     finally:
         waiting.cancel()
 
 
 def process_id() -> int:
-    """This process's number, before the backend has started too; 0 without others."""
+    """Return this process's number, before the backend has started too; 0 without others."""
     return _jax_distributed.global_state.process_id
 
 
-def differences(there: dict[str, Any], here: dict[str, Any], words: tuple[str, str]) -> str:
-    """The names whose values differ, with both values and a word for each; "" if none does."""
+def differences(first: dict[str, Any], second: dict[str, Any], labels: tuple[str, str]) -> str:
+    """Return the names whose values differ, with both values and a label for each; "" if none does."""
     return "; ".join(
-        f"{name}: {there.get(name)!r} {words[0]}, {here.get(name)!r} {words[1]}"
-        for name in sorted({*there, *here})
-        if there.get(name) != here.get(name)
+        f"{name}: {first.get(name)!r} {labels[0]}, {second.get(name)!r} {labels[1]}"
+        for name in sorted({*first, *second})
+        if first.get(name) != second.get(name)
     )
 
 
 def require_same(what: str, values: dict[str, Any], advice: str) -> None:
-    """Returns if every process gives the same values, plain ones; uses no device, so a mesh need not fit yet.
+    """Return if every process gives the same JSON values; uses no device, so the mesh is not needed.
 
     Args:
       what: names this comparison, the same in every process.
+      advice: the end of the error message.
 
     Raises:
-      DistributedError: they differ; the same line in every process, naming one that differs from process 0.
+      DistributedError: they differ; the same message in every process, naming one that differs from process 0.
     """
     state = _jax_distributed.global_state
     if state.client is None or state.num_processes == 1:
@@ -121,7 +124,8 @@ def require_same(what: str, values: dict[str, Any], advice: str) -> None:
         verdict = ""
         for other in range(1, state.num_processes):
             theirs = json.loads(state.client.blocking_key_value_get(f"{key}/{other}", milliseconds))
-            if different := differences(json.loads(json.dumps(values)), theirs, ("in process 0", "there")):
+            labels = ("in process 0", f"in process {other}")
+            if different := differences(json.loads(json.dumps(values)), theirs, labels):
                 verdict = f"process {other} differs from process 0 in {what} ({different}); {advice}"
                 break
         state.client.key_value_set(f"{key}/verdict", verdict)
@@ -129,31 +133,37 @@ def require_same(what: str, values: dict[str, Any], advice: str) -> None:
         raise DistributedError(verdict)
 
 
-def highest(number: int) -> int:
-    """The highest of the numbers that the processes give; every one must call it, and none goes on before all have."""
+def maximum(number: int) -> int:
+    """Return the maximum of the numbers that the processes give; a barrier that every process must call."""
     if not jax.distributed.is_initialized():
         return number
     return int(multihost_utils.process_allgather(np.int32(number)).max())
 
 
+def barrier() -> None:
+    """Wait until every process has called this."""
+    maximum(0)
+
+
 def from_first(number: int) -> int:
-    """The number that process 0 gives; every process must call it."""
+    """Return the number that process 0 gives; every process must call it."""
     if not jax.distributed.is_initialized():
         return number
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
-def leave(code: int) -> NoReturn:
-    """Ends this process with an exit code, and without waiting long for others that may never end.
+def exit_process(code: int) -> NoReturn:
+    """Exit with a code, without waiting long for other processes that may never exit.
 
-    Those that end on the same error meet here, so that process 0 does not pull the coordinator from under them.
+    Processes that exit on the same error wait for each other here, so that process 0 does not end the coordinator
+    before the others have printed theirs.
     """
     client = _jax_distributed.global_state.client
     if client is None:
         sys.exit(code)
     try:
-        client.wait_at_barrier("alexnet_jax/leave", 1000 * LEAVE_S)
+        client.wait_at_barrier("alexnet_jax/exit", 1000 * EXIT_TIMEOUT_S)
         jax.distributed.shutdown()
     except jax.errors.JaxRuntimeError:
         pass
-    os._exit(code)  # JAX's own shutdown, at a usual exit, would wait for all and then abort
+    os._exit(code)  # JAX's own shutdown at interpreter exit would wait for all and then abort

@@ -1,4 +1,4 @@
-"""Prepares Fashion-MNIST as a TFDS data set in ArrayRecord, without TensorFlow, from the first source that has it."""
+"""Fashion-MNIST, prepared as a TFDS data set in ArrayRecord without TensorFlow, from the first source that has it."""
 
 import gzip
 import hashlib
@@ -12,10 +12,13 @@ import zlib
 from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
+
+from alexnet_jax.errors import UserError, one_line
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +35,8 @@ MIRROR = "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master
 DOWNLOAD_TIMEOUT_S = 20
 
 
-class NoSourceError(Exception):
-    """Nobody has the data set; one line that lists who was asked, and what to do."""
+class NoSourceError(UserError):
+    """No source has the data set; the message lists the sources that were tried."""
 
 
 def _checked(name: str, content: bytes) -> bytes:
@@ -52,12 +55,14 @@ def _from_folder(folder: Path) -> dict[str, bytes]:
     for name in SHA256:
         path = next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
         if path is None:
-            raise FileNotFoundError(f"no {name} or {name}.gz there")
+            raise FileNotFoundError(f"it has no {name} or {name}.gz")
         files[name] = _checked(name, path.read_bytes())
     return files
 
 
 def from_url(base: str) -> dict[str, bytes]:
+    """Return the four files, downloaded from the folder `base`; raises OSError, HTTPException or ValueError."""
+
     def fetch(name):
         with urllib.request.urlopen(f"{base}{name}.gz", timeout=DOWNLOAD_TIMEOUT_S) as response:
             return _checked(name, response.read())
@@ -66,7 +71,7 @@ def from_url(base: str) -> dict[str, bytes]:
 
 
 def from_apt() -> dict[str, bytes]:
-    """Downloads and unpacks Debian's package with apt's state in a temporary folder, so that it needs no root."""
+    """Return the four files of Debian's package; apt's state is in a temporary folder, so no root is needed."""
     if not shutil.which("apt-get") or not shutil.which("dpkg"):
         raise FileNotFoundError("this machine has no apt-get")
     with tempfile.TemporaryDirectory() as folder:
@@ -87,10 +92,10 @@ def from_apt() -> dict[str, bytes]:
 
 
 def find_files(source_dir: str = "") -> dict[str, bytes]:
-    """The four uncompressed IDX files, by name, from the first source that has them; each attempt is logged.
+    """Return the four uncompressed IDX files by name, from the first source that has them; each attempt is logged.
 
     Args:
-      source_dir: a folder of the user's with the four files, gzipped or not; "" for none.
+      source_dir: a folder with the four files, gzipped or not; "" for none.
 
     Raises:
       NoSourceError: no source had them; the message lists what was tried.
@@ -109,10 +114,10 @@ def find_files(source_dir: str = "") -> dict[str, bytes]:
         try:
             files = read()
         except (OSError, HTTPException, ValueError, subprocess.TimeoutExpired) as error:
-            tried.append(f"{name}: {' '.join(str(error).split())}")
-            log.info("Fashion-MNIST not from %s", tried[-1])
+            tried.append(f"{name}: {one_line(error, 500)}")
+            log.info("Fashion-MNIST: no files from %s", tried[-1])
         else:
-            log.info("Fashion-MNIST from %s", name)
+            log.info("Fashion-MNIST: files from %s", name)
             return files
     raise NoSourceError(
         "Fashion-MNIST was not found. Tried: " + "; ".join(tried) + ". Put the four IDX files (gzipped or not) into a "
@@ -120,21 +125,25 @@ def find_files(source_dir: str = "") -> dict[str, bytes]:
     )
 
 
-def prepare(data_dir: str | None, source_dir: str = "") -> None:
-    """Writes the TFDS data set `fashion_mnist` below data_dir (None: TFDS's own default), all of it or nothing.
+def prepare(data_dir: str | Path | None, source_dir: str = "") -> None:
+    """Write the TFDS data set `fashion_mnist` below `data_dir`, the complete set or nothing.
 
     TFDS writes into a folder `incomplete.…` and renames it at the end.
+
+    Args:
+      data_dir: None is TFDS's default.
+      source_dir: as of `find_files`.
 
     Raises:
       NoSourceError: no source has the files.
       OSError, RuntimeError: the folder cannot be written.
     """
     files = find_files(source_dir)
-    official = tfds.builder_cls("fashion_mnist")
+    official: Any = tfds.builder_cls("fashion_mnist")
     with tfds.core.registered.skip_registration():
 
         class FashionMNIST(official):
-            """TFDS's builder, fed from memory; its own extraction and PNG encoding need TensorFlow."""
+            """TFDS's builder with files in memory; its own extraction and PNG encoding need TensorFlow."""
 
             def _split_generators(self, dl_manager):
                 return {"train": self._generate_examples("train"), "test": self._generate_examples("t10k")}

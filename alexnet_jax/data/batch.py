@@ -1,0 +1,12 @@
+"""What training and evaluation receive, from memory or from files."""
+
+from typing import NamedTuple
+
+import jax
+
+
+class Batch(NamedTuple):
+    """Some examples, split over the mesh."""
+
+    images: jax.Array  # uint8 [B, H, W, C]
+    labels: jax.Array  # int32 [B]; −1 for the padding of the last batch of a split

@@ -1,0 +1,137 @@
+"""Data sets of TFDS in ArrayRecord: uint8 images and integer labels. TensorFlow is never imported."""
+
+import contextlib
+import fcntl
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from alexnet_jax.data import fashion_mnist
+from alexnet_jax.errors import UserError, one_line
+
+STATISTICS = "statistics.npz"  # the mean image and the RGB covariance, which `prepare` writes into a data set's folder
+
+log = logging.getLogger(__name__)
+
+
+class DataError(UserError):
+    """A data set, or a split of one, that is missing, corrupt, or in another format than expected."""
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Hold the lock of a preparation; the system releases it when the process dies."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".fashion_mnist.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def how_to_build(name: str, data_dir: Path) -> tuple[str, str]:
+    """Return the command with which TFDS prepares one of its own data sets, and TFDS's note on manual downloads.
+
+    The command needs TensorFlow. ARCHIVES in it is the folder of the files that only the data set's owner gives out.
+
+    Raises:
+      tfds.core.registered.DatasetNotFoundError: TFDS has no such data set.
+    """
+    instructions = " ".join((tfds.builder_cls(name).MANUAL_DOWNLOAD_INSTRUCTIONS or "").split())
+    command = f'pip install -e ".[tfds]" && tfds build {name} --file_format=array_record --data_dir={data_dir}'
+    return (f"{command} --manual_dir=ARCHIVES", f" ({instructions})") if instructions else (command, "")
+
+
+def _how_to_prepare(name: str, folder: Path) -> str:
+    """Return the commands that make a data set of TFDS, or of `alexnet_jax.prepare` from one; "" if there are none."""
+    original = name.removesuffix("_256")
+    commands, note, source = [], "", str(folder)
+    try:
+        command, note = how_to_build(original, folder)
+        commands.append(command)
+    except tfds.core.registered.DatasetNotFoundError:
+        source, note = "IMAGES", " (IMAGES is a folder split/class/image)"
+    if any((folder / original).glob("**/dataset_info.json")):
+        commands, note, source = [], "", str(folder)
+    if original == name:
+        return commands[0] + note if commands else ""
+    commands.append(f"python -m alexnet_jax.prepare --dataset {original} --data_dir {source} --out {folder}")
+    return " && ".join(commands) + note
+
+
+def open_builder(name: str, data_dir: str = "", source_dir: str = "") -> tfds.core.DatasetBuilder:
+    """Return the TFDS builder of a prepared data set; Fashion-MNIST is prepared first if necessary.
+
+    Args:
+      name: a TFDS name.
+      data_dir: where TFDS keeps prepared data sets; "" is TFDS's default, ~/tensorflow_datasets.
+      source_dir: where the original files of Fashion-MNIST are, if the user has them.
+
+    Raises:
+      DataError: an unknown name, or a data set that is neither prepared nor can be prepared here.
+    """
+    folder = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser().absolute()
+    try:
+        builder = tfds.builder(name, data_dir=folder)
+        if not builder.info.splits and name == "fashion_mnist":
+            with _lock(folder):
+                if not tfds.builder(name, data_dir=folder).info.splits:
+                    start = time.monotonic()
+                    fashion_mnist.prepare(folder, source_dir)
+                    log.info("Prepared %s in %.0f s", builder.data_path, time.monotonic() - start)
+            builder = tfds.builder(name, data_dir=folder)
+        if builder.info.splits:
+            return builder
+    except tfds.core.registered.DatasetNotFoundError:
+        pass
+    except fashion_mnist.NoSourceError as error:
+        raise DataError(f"config.dataset={name!r}: {error}") from None
+    except (OSError, RuntimeError) as error:  # ArrayRecord's, of a full disk
+        reason = one_line(error, 300)
+        raise DataError(f"config.data_dir={str(folder)!r} cannot be read or written: {reason}") from None
+    if commands := _how_to_prepare(name, folder):
+        raise DataError(
+            f"config.data_dir={str(folder)!r}: it has no prepared data set {name!r}; name the folder that has it, or "
+            f"prepare it once: {commands}"
+        )
+    raise DataError(f"config.dataset={name!r}: TFDS has no such data set, and {folder} contains none")
+
+
+def split_size(builder: tfds.core.DatasetBuilder, split: str) -> int:
+    """Return the number of examples of a split, in TFDS's notation.
+
+    Raises:
+      DataError: no such split, or an empty one.
+    """
+    try:
+        size = builder.info.splits[split].num_examples
+    except (ValueError, KeyError, AssertionError):
+        splits = ", ".join(f"{k} ({v.num_examples:,})" for k, v in builder.info.splits.items())
+        raise DataError(f"split {split!r} of {builder.name}: it has {splits}; write train[:1000] for a part") from None
+    if not size:
+        raise DataError(f"split {split!r} of {builder.name} is empty")
+    return size
+
+
+def image_shape(builder: tfds.core.DatasetBuilder) -> tuple[int, int, int]:
+    """Return [H, W, C] of every image; raises DataError if the data set's images have several shapes."""
+    shape = builder.info.features["image"].shape
+    if None in shape:
+        raise DataError(
+            f"{builder.name}: images of several sizes; python -m alexnet_jax.prepare --dataset {builder.name} makes a "
+            "data set of one size from it"
+        )
+    return shape
+
+
+def open_source(builder: tfds.core.DatasetBuilder, split: str) -> Any:
+    """Return TFDS's random access to a split's examples, images as files; raises DataError if not in ArrayRecord."""
+    try:
+        return builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    except NotImplementedError:
+        raise DataError(
+            f"config.data_dir: {builder.data_path} is stored as {builder.info.file_format}; training reads "
+            "ArrayRecord: prepare it with file_format=array_record"
+        ) from None

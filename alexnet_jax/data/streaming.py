@@ -1,0 +1,290 @@
+"""Streaming input pipeline for data sets larger than memory: ArrayRecord files, decoded by Grain's worker processes."""
+
+import contextlib
+import itertools
+import math
+import re
+import resource
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from functools import partial
+from multiprocessing import resource_tracker, shared_memory
+
+import cv2
+import grain
+import jax
+import numpy as np
+import tensorflow_datasets as tfds
+from absl.flags import FLAGS
+from jax.sharding import Mesh, NamedSharding
+from tensorflow_datasets.proto import tf_example_pb2
+
+from alexnet_jax import sharding
+from alexnet_jax.data.batch import Batch
+from alexnet_jax.data.images import decode
+from alexnet_jax.data.source import DataError, image_shape, open_source, split_size
+from alexnet_jax.errors import one_line
+from alexnet_jax.runtime.workers import available_cores, start_worker
+
+AHEAD = 2  # batches on the devices beyond the one that is requested
+MAX_WORKERS = 16
+
+
+class _Buffers:
+    """A ring of shared memory for a few batches of images.
+
+    With new memory for each batch the system would zero and map all of its pages, in the worker and in this process.
+    """
+
+    def __init__(self, shape: tuple[int, ...], count: int, name: str | None = None):
+        """Create `count` buffers of one batch each; `name` is that of the memory if it exists."""
+        header = count * np.dtype(np.int64).itemsize
+        self._memory = shared_memory.SharedMemory(name, name is None, header + count * math.prod(shape))
+        self._free_for = np.ndarray(count, np.int64, self._memory.buf)  # the batch that each buffer is free for
+        self._images = np.ndarray((count, *shape), np.uint8, self._memory.buf, header)
+        if name is None:
+            self._free_for[:] = np.arange(count)
+
+    def __reduce__(self):
+        return _Buffers, (self._images.shape[1:], len(self._free_for), self._memory.name)
+
+    def __getitem__(self, batch: int) -> np.ndarray:
+        """Return the memory of a batch, uint8 [rows, H, W, C]."""
+        return self._images[batch % len(self._images)]
+
+    def wait(self, batch: int) -> np.ndarray:
+        """Return the memory of a batch as soon as the previous batch in it has been used."""
+        while self._free_for[batch % len(self._free_for)] < batch:
+            time.sleep(0.005)
+        return self[batch]
+
+    def free(self, batch: int) -> None:
+        """Release the memory of a batch for the next one."""
+        self._free_for[batch % len(self._free_for)] = batch + len(self._free_for)
+
+    def release(self) -> None:
+        """End the waiting of every worker."""
+        self._free_for[:] = np.iinfo(np.int64).max
+
+    def close(self) -> None:
+        """Unlink the memory; the system frees it when the last reference is gone."""
+        self._free_for = self._images = None
+        self._memory.unlink()
+        with contextlib.suppress(BufferError):
+            self._memory.close()
+
+
+class Shuffled:
+    """The positions of a step's batch in a split: a permutation each epoch, whose remainder is dropped."""
+
+    def __init__(self, size: int, batch_size: int, seed: int):
+        """Take the size of the split, of a batch, and the seed of the permutations."""
+        self.size, self.batch_size, self.seed, self.epoch = size, batch_size, seed, -1
+
+    def __call__(self, step: int) -> np.ndarray:
+        epoch, batch = divmod(step, self.size // self.batch_size)
+        if epoch != self.epoch:  # Grain's own shuffle takes half as long as decoding
+            self.epoch, self.order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.size)
+        return self.order[batch * self.batch_size : (batch + 1) * self.batch_size]
+
+
+def _in_order(batch_size: int, step: int) -> np.ndarray:
+    return np.arange(step * batch_size, (step + 1) * batch_size)
+
+
+class Decoder:
+    """Reads and decodes some rows of a batch; each worker has a copy of this object."""
+
+    def __init__(self, builder: tfds.core.DatasetBuilder, split: str, rows: np.ndarray | slice):
+        """Open a split; `rows` are those of each batch."""
+        self.records = open_source(builder, split).data_source  # without TFDS's parser, which is slow
+        self.name, self.shape, self.rows = f"{builder.data_path}, {split}", image_shape(builder), rows
+
+    def __call__(
+        self, buffers: _Buffers, positions_of: Callable[[int], np.ndarray], batch: int, step: int
+    ) -> np.ndarray:
+        """Fill the buffer of a batch and return labels int32 [rows]; the padding is black and has label −1."""
+        positions = positions_of(step)[self.rows].tolist()
+        images, labels = buffers.wait(batch), np.full(len(positions), -1, np.int32)
+        for image, i, position in zip(images, range(len(positions)), positions, strict=True):
+            if position < len(self.records):
+                try:
+                    feature = tf_example_pb2.Example.FromString(self.records[position]).features.feature
+                    decode(feature["image"].bytes_list.value[0], image)
+                    labels[i] = feature["label"].int64_list.value[0]
+                except Exception as error:  # any exception of a corrupt file
+                    raise DataError(
+                        f"{self.name}: example {position} cannot be read ({one_line(error)}); restore its file, or "
+                        "delete the folder and prepare the data set again"
+                    ) from None
+            else:
+                image[:] = 0
+        return labels
+
+
+def _start_worker(index: int, count: int) -> None:
+    """Leave signals to the parent, which may be in the same process group, and exit when the parent does."""
+    start_worker()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    cv2.setNumThreads(1)
+    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))  # ImageNet has 1,252 files, all of them open
+
+
+def _start_resource_tracker() -> None:
+    """Start Python's tracker of shared memory so that it frees what a killed process left without a warning."""
+    options = sys.warnoptions.copy()
+    sys.warnoptions.append("ignore::UserWarning:multiprocessing.resource_tracker")  # the tracker's process inherits it
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        sys.warnoptions[:] = options
+
+
+def decoded_batches(
+    steps: range, positions_of: Callable[[int], np.ndarray], decoder: Decoder, workers: int
+) -> Generator[tuple[np.ndarray, np.ndarray]]:
+    """Decode the batches of some steps, in their order, ahead of time in worker processes.
+
+    Args:
+      positions_of: gives the positions in the split of a step's batch.
+      workers: processes; 0 for one per core, at most `MAX_WORKERS`.
+
+    Yields:
+      Images uint8 [rows, H, W, C], in memory that is overwritten after the next batch is requested, and labels.
+
+    Raises:
+      DataError: an example that cannot be read, or a worker that died.
+    """
+    workers = min(workers or min(available_cores(), MAX_WORKERS), len(steps))
+    if len(steps) == 1:  # one batch is decoded sooner than a process starts
+        workers = 0
+    for name in FLAGS:
+        if name.startswith("grain_"):  # Grain reads its own flags, which nobody may have parsed
+            FLAGS[name].present = True
+    _start_resource_tracker()
+    read_options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    worker_options = grain.MultiprocessingOptions(num_workers=workers)
+    rows = len(positions_of(steps[0])[decoder.rows])
+    buffers = _Buffers((rows, *decoder.shape), max(1, 2 * workers))
+    dataset = grain.MapDataset.range(steps.start, steps.stop).map_with_index(partial(decoder, buffers, positions_of))
+    iterator = iter(dataset.to_iter_dataset(read_options).mp_prefetch(worker_options, _start_worker))
+    try:
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))  # workers inherit it
+        try:
+            first = next(iterator)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for batch, labels in enumerate(itertools.chain([first], iterator)):
+            yield buffers[batch], labels
+            buffers.free(batch)
+    except RuntimeError as error:
+        if not (code := re.search(r"exit code (-?\d+)", str(error))):
+            raise
+        reason = {-7: "/dev/shm is full", -9: "killed (out of memory?)"}.get(int(code[1]), code[0])
+        raise DataError(
+            f"a process that decodes images died: {reason}; run the same command again to resume from the last "
+            f"checkpoint (config.loader_workers below {workers} needs less memory)"
+        ) from None
+    finally:
+        buffers.release()
+        iterator.close()
+        buffers.close()
+
+
+def _on_devices(
+    host_batches: Generator[tuple[np.ndarray, np.ndarray]], batch_size: int, mesh: Mesh
+) -> Generator[Batch]:
+    """Yield batches split over the mesh, from this process's rows of them; `AHEAD` of them wait on the devices."""
+    batch_sharding, rows = NamedSharding(mesh, sharding.BATCH), _rows(mesh, batch_size)
+
+    def place(array):
+        shape, parts = (batch_size, *array.shape[1:]), []
+        for device, (index, *_) in batch_sharding.addressable_devices_indices_map(shape).items():
+            part = np.arange(batch_size)[index]
+            first = np.searchsorted(rows, part[0])
+            parts.append(jax.device_put(array[first : first + len(part)], device, may_alias=False))
+        return jax.make_array_from_single_device_arrays(shape, batch_sharding, parts)
+
+    waiting: deque[Batch] = deque()
+    with contextlib.closing(host_batches):
+        for images, labels in host_batches:
+            waiting.append(jax.block_until_ready(Batch(place(images), place(labels))))
+            if len(waiting) > AHEAD:
+                yield waiting.popleft()
+        yield from waiting
+
+
+def _rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Return the rows of a batch that lie on devices of this process."""
+    parts = NamedSharding(mesh, sharding.BATCH).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for (index,) in parts]))
+
+
+class StreamedData:
+    """A large training set with the interface of `data.DeviceData`: each epoch in another order.
+
+    A batch is a function of the run's key and the step alone: the step of a checkpoint is the position in the data, and
+    the number of workers or processes changes nothing.
+    """
+
+    def __init__(self, builder: tfds.core.DatasetBuilder, split: str, batch_size: int, mesh: Mesh, workers: int = 0):
+        """Open a split; `workers` are the processes that decode, 0 for one per core and at most `MAX_WORKERS`."""
+        self.builder, self.split, self.workers = builder, split, workers
+        self.size, self.batch_size, self.mesh = split_size(builder, split), batch_size, mesh
+        self.steps_per_epoch = self.size // batch_size  # the remainder is dropped, another one each epoch
+        self.image_shape = image_shape(builder)
+        self._decoder = Decoder(builder, split, _rows(mesh, batch_size))
+        self._next = -1
+        self._batches: Generator[Batch] | None = None
+
+    def batch(self, key: jax.Array, step: int) -> Batch:
+        """Return the batch of a step, split over the mesh; consecutive steps are decoded ahead of time.
+
+        Raises:
+          DataError: an example that cannot be read, or a worker that died.
+        """
+        if step != self._next:
+            self.close()
+            positions_of = Shuffled(self.size, self.batch_size, int(jax.random.bits(key)))
+            batches = decoded_batches(range(step, sys.maxsize), positions_of, self._decoder, self.workers)
+            self._batches = _on_devices(batches, self.batch_size, self.mesh)
+        self._next = step + 1
+        return next(self._batches)
+
+    def host_images(self) -> Iterator[np.ndarray]:
+        """Yield all images in arrays uint8 [N, H, W, C] on the host."""
+        return images(self.builder, self.split, self.workers)
+
+    def close(self) -> None:
+        """End the workers."""
+        if self._batches is not None:
+            self._batches.close()
+        self._next, self._batches = -1, None
+
+
+class StreamedBatches:
+    """A large split in its order with the interface of `data.DeviceBatches`; the last batch is padded, label −1."""
+
+    def __init__(self, builder: tfds.core.DatasetBuilder, split: str, batch_size: int, mesh: Mesh, workers: int = 0):
+        """Open a split; `workers` as of `StreamedData`."""
+        self.size, self.batch_size, self.mesh, self.workers = split_size(builder, split), batch_size, mesh, workers
+        self._decoder = Decoder(builder, split, _rows(mesh, batch_size))
+
+    def __len__(self) -> int:
+        return -(-self.size // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches = decoded_batches(range(len(self)), partial(_in_order, self.batch_size), self._decoder, self.workers)
+        return _on_devices(batches, self.batch_size, self.mesh)
+
+
+def images(builder: tfds.core.DatasetBuilder, split: str, workers: int = 0) -> Iterator[np.ndarray]:
+    """Yield all images of a split in their order, in arrays uint8 [N, H, W, C]."""
+    decoder = Decoder(builder, split, slice(None))
+    steps = range(-(-split_size(builder, split) // 128))
+    for part, labels in decoded_batches(steps, partial(_in_order, 128), decoder, workers):
+        yield part[labels >= 0]

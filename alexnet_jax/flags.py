@@ -1,0 +1,55 @@
+"""What is wrong with the flags --config=FILE and --config.FIELD=VALUE, in one line."""
+
+import difflib
+import functools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+
+from alexnet_jax.configs import default
+from alexnet_jax.errors import one_line
+
+CONFIGS = Path(__file__).parent / "configs"
+FLAG_ERRORS = (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError)
+_TYPES = {
+    int: "a whole number", float: "a number", bool: "True or False", str: "text", tuple: "values separated by commas"
+}  # fmt: skip
+
+
+def flag_error(error: Exception, argv: Sequence[str]) -> str:
+    """Return the text of an error of absl or ml_collections on one line, with what was expected.
+
+    Args:
+      error: one of `FLAG_ERRORS`.
+      argv: the command line that raised it.
+    """
+    if isinstance(error, AttributeError | KeyError):
+        return _unknown_field(error, argv)
+    message = one_line(error, 1000)
+    if message.startswith("flag --workdir=None"):
+        return "--workdir is missing: expected the run's working directory, as in --workdir runs/"
+    if match := re.match(r"flag --config\.([\w.]+)=(.*?): ", message):
+        name, text = match.groups()
+        *parents, field = name.split(".")
+        config = functools.reduce(getattr, parents, default.get_config())
+        if (field_type := config.get_type(field)) not in _TYPES:
+            fields = ", ".join(f"config.{name}.{k}" for k in config[field])
+            return f"config.{name}={text!r}: expected its fields, {fields}"
+        return f"config.{name}={text!r}: expected {_TYPES[field_type]}"
+    if message.startswith(("flag --config=", "Configuration is not available")):
+        reason = re.split(r"Error: |path\]: ", message)[-1]  # the last line of a traceback
+        configs = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.py") if p.stem not in ("__init__", "default")))
+        return f"--config: {reason} (the configs in {CONFIGS} are {configs})"
+    return message
+
+
+def _unknown_field(error: Exception, argv: Sequence[str]) -> str:
+    config = default.get_config()
+    fields = sorted({*config, *(f"mesh.{name}" for name in config.mesh)} - {"mesh"})
+    names = [name for name in re.findall(r"--config\.([\w.]+)", " ".join(argv)) if name not in fields]
+    name = names[0] if names else re.search(r"\w+|$", str(error)).group()
+    similar = difflib.get_close_matches(name, fields, n=1)
+    suggestion = f" Did you mean config.{similar[0]}?" if similar else ""
+    return f"config.{name}: no such field.{suggestion} The fields are {', '.join(fields)}"

@@ -1,0 +1,1 @@
+"""The process and the system that it runs on."""

@@ -1,0 +1,45 @@
+"""JAX's persistent compilation cache: compiled programs are kept from one start to the next."""
+
+import logging
+import os
+import tempfile
+from pathlib import Path
+
+import jax
+
+log = logging.getLogger(__name__)
+
+
+def default_folder() -> Path:
+    """Return `alexnet_jax` in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "alexnet_jax"
+
+
+def use_compilation_cache(folder: str | None = None) -> None:
+    """Read compiled programs from a folder, and write what JAX compiles from now on there.
+
+    A program is reused only with the same shapes, devices and JAX, so what it computes does not change. If the folder
+    cannot be written, a warning is logged and programs are compiled as without a cache.
+
+    Args:
+      folder: None is `$JAX_COMPILATION_CACHE_DIR` or else `default_folder()`; "" disables the cache.
+    """
+    if folder is None:
+        folder = jax.config.jax_compilation_cache_dir or str(default_folder())  # type: ignore[attr-defined]
+    if folder == "":
+        jax.config.update("jax_enable_compilation_cache", False)
+        return
+    if "://" not in folder:  # a bucket is JAX's own affair
+        path = Path(folder).expanduser().absolute()
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path):
+                pass
+        except OSError as error:
+            log.warning("--compile_cache=%s: %s; programs are not cached", path, error.strerror)
+            jax.config.update("jax_enable_compilation_cache", False)
+            return
+        folder = str(path)
+    jax.config.update("jax_compilation_cache_dir", folder)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # JAX's own default skips all below a second

@@ -1,0 +1,25 @@
+"""Files that appear complete or not at all."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Yield a temporary path next to `path`; it replaces `path` when the block ends without an exception."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    yield temporary
+    temporary.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, the complete file or nothing; raises OSError."""
+    with replaced(path) as temporary, open(temporary, "w") as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())

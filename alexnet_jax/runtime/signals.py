@@ -1,0 +1,53 @@
+"""SIGINT and SIGTERM: collected while training, and deferred while worker processes start."""
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def _in_main_thread() -> bool:
+    """Return whether this thread may set signal handlers; a notebook's worker thread may not."""
+    return threading.current_thread() is threading.main_thread()
+
+
+@contextlib.contextmanager
+def collected_signals() -> Iterator[list[int]]:
+    """Collect the first SIGINT and SIGTERM of the block into the list that is yielded; a second one acts as before."""
+    received: list[int] = []
+    handlers: dict[int, Any] = {}
+
+    def handle(number, frame):
+        received.append(number)
+        signal.signal(number, handlers[number])
+        name = signal.Signals(number).name
+        os.write(2, f"\n{name}: saving a checkpoint and exiting; press again to exit immediately\n".encode())
+
+    if _in_main_thread():
+        handlers.update({number: signal.signal(number, handle) for number in STOP_SIGNALS})
+    try:
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def deferred_signals() -> Iterator[None]:
+    """Deliver SIGINT and SIGTERM at the end of the block: a worker that is half started dies with a traceback."""
+    if not _in_main_thread():
+        yield
+        return
+    received: list[int] = []
+    handlers = {n: signal.signal(n, lambda number, _: received.append(number)) for n in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for stop, handler in handlers.items():
+            signal.signal(stop, handler)
+    for number in received:
+        signal.raise_signal(number)

@@ -1,0 +1,198 @@
+"""A checked config becomes one frozen dataclass, `Setup`; no module below this one reads a config."""
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from alexnet_jax import data, sharding
+from alexnet_jax.config import ConfigError, check_data
+from alexnet_jax.data.dataset import Batches, Dataset, TrainData
+from alexnet_jax.data.images import SIDE
+from alexnet_jax.errors import one_line
+from alexnet_jax.evaluation import batch_size
+from alexnet_jax.model import AlexNet, Stem
+from alexnet_jax.optimizer import Plateau, learning_rate_at, paper_sgd
+from alexnet_jax.preprocess import Preprocess, Statistics, fit, read_statistics
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a config and its data set define.
+
+    Attributes:
+      mesh: the devices.
+      dataset: the data set.
+      sizes: the examples of its splits: to train, to validate, to test.
+      train_data, validation_data: two of the splits, in batches.
+      test_split: the third, in TFDS's notation.
+      preprocess, model, optimizer: the functions that a train step is made of.
+      learning_rate: the schedule, as a function of the step and of `optimizer.Plateau`.
+      seed: the source of every random number of the run.
+      batch_size: images of a step, over all devices.
+      num_steps: steps of the run.
+      eval_every, log_every: steps between two validations, each with a checkpoint, and between two lines of metrics.
+      plateau_patience: validations without a lower error until the learning rate decays; 0 for never.
+      ten_crop: whether to test on ten crops or on the center crop.
+    """
+
+    mesh: Mesh
+    dataset: Dataset
+    sizes: dict[str, int]
+    train_data: TrainData
+    validation_data: Batches
+    test_split: str
+    preprocess: Preprocess
+    model: AlexNet
+    optimizer: optax.GradientTransformationExtraArgs
+    learning_rate: Callable[[jax.Array, Plateau], jax.Array]
+    seed: int
+    batch_size: int
+    num_steps: int
+    eval_every: int
+    log_every: int
+    plateau_patience: int
+    ten_crop: bool
+
+
+def setup(config: ml_collections.ConfigDict) -> Setup:
+    """Return what a config defines; its data set is opened, and the training set is read if it is not streamed.
+
+    Args:
+      config: of `alexnet_jax.configs`, checked with `config.check_config`.
+
+    Raises:
+      config.ConfigError: a value that does not fit the devices or the data set.
+      data.DataError: a data set or a split that is missing or cannot be read.
+    """
+    mesh = build_mesh(config)
+    dataset = open_dataset(config)
+    sizes = {}
+    for use, field in {"train": "train_split", "validate": "validation_split", "test": "test_split"}.items():
+        try:
+            sizes[use] = dataset.size(config[field])
+        except data.DataError as error:
+            raise data.DataError(f"config.{field}: {error}") from None
+    train_data = dataset.training(config.train_split, config.batch_size, mesh)
+    check_data(config, train_data.image_shape, train_data.size, dataset.num_classes)
+    steps_per_epoch = train_data.steps_per_epoch
+    num_steps = config.num_train_steps or max(1, round(config.num_epochs * steps_per_epoch))
+    validation_batch = batch_size(sizes["validate"], False, mesh)
+    return Setup(
+        mesh=mesh,
+        dataset=dataset,
+        sizes=sizes,
+        train_data=train_data,
+        validation_data=dataset.batches(config.validation_split, validation_batch, mesh),
+        test_split=config.test_split,
+        preprocess=build_preprocess(config, dataset, train_data.host_images()),
+        model=build_model(config, dataset.num_classes),
+        optimizer=paper_sgd(
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            bias_rate=config.bias_rate,
+            bias_decay=config.bias_decay,
+        ),
+        learning_rate=partial(
+            learning_rate_at,
+            base=config.learning_rate,
+            warmup_steps=config.warmup_steps,
+            drop_at=tuple(round(epoch * steps_per_epoch) for epoch in config.drop_at_epochs),
+            linear_steps=num_steps * config.linear_decay,
+        ),
+        seed=config.seed,
+        batch_size=config.batch_size,
+        num_steps=num_steps,
+        eval_every=config.eval_every or steps_per_epoch,
+        log_every=config.log_every,
+        plateau_patience=config.plateau_patience,
+        ten_crop=config.ten_crop,
+    )
+
+
+def build_mesh(config: ml_collections.ConfigDict) -> Mesh:
+    """Return the mesh of a config; raises ConfigError if it does not fit the devices or does not divide the batch."""
+    try:
+        mesh = sharding.make_mesh(**config.mesh)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if config.batch_size % mesh.shape[sharding.DATA]:
+        raise ConfigError(
+            f"config.batch_size={config.batch_size}: the mesh splits a batch into {mesh.shape[sharding.DATA]} parts; "
+            "expected a multiple of that (or another config.mesh.data)"
+        )
+    return mesh
+
+
+def open_dataset(config: ml_collections.ConfigDict, data_dir: str = "") -> Dataset:
+    """Return the data set of a config, in the folder `data_dir` if that is given; raises data.DataError."""
+    builder = data.open_builder(config.dataset, data_dir or config.data_dir, config.source_dir)
+    return Dataset(builder, config.streaming, config.loader_workers)
+
+
+def build_model(config: ml_collections.ConfigDict, num_classes: int) -> AlexNet:
+    """Return the network of a config."""
+    return AlexNet(
+        num_classes=num_classes,
+        variant=config.variant,
+        dtype=jnp.dtype(config.dtype),
+        stem=Stem(*config.stem),
+        widths=tuple(config.widths),
+        towers=config.towers,
+        activation=config.activation,
+        lrn=config.lrn,
+        lrn_alpha=config.lrn_alpha,
+        pool_window=config.pool_window,
+        dropout=config.dropout,
+        kernel_std=config.kernel_std,
+        bias=config.bias,
+    )
+
+
+def build_preprocess(
+    config: ml_collections.ConfigDict, dataset: Dataset, images: Iterable[np.ndarray] | None = None
+) -> Preprocess:
+    """Return the preprocessing of a config, with the statistics that `prepare` wrote next to the data set.
+
+    The statistics are those of the whole split `train`, even if only a part of it is the training set.
+
+    Args:
+      images: the training set in arrays uint8 [N, H, W, C], to measure if there are no such statistics; None: read it.
+
+    Raises:
+      data.DataError: the statistics exist and cannot be read.
+    """
+    path = dataset.statistics
+    source: Statistics | Iterable[np.ndarray] = dataset.images(config.train_split) if images is None else images
+    if path.exists():
+        try:
+            source = read_statistics(path)
+        except Exception as error:  # any exception of a corrupt file
+            raise data.DataError(
+                f"{path} is corrupt ({one_line(error)}); delete {path.parent} and prepare it again"
+            ) from None
+    elif dataset.builder.name.endswith(f"_{SIDE}"):
+        log.warning("%s is missing; the mean image is computed again, from %s", path, config.train_split)
+    return fit(
+        source,
+        pad=config.pad,
+        crop=config.image_size,
+        resize=config.resize,
+        flip=config.flip,
+        lighting=config.lighting,
+        scale=config.input_scale,
+        random_crop=config.random_crop,
+        crop_group=config.crop_group,
+        crop_last_position=config.crop_last_position,
+        lighting_exponent=config.lighting_exponent,
+        lighting_divisor=config.lighting_divisor,
+    )

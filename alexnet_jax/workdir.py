@@ -1,0 +1,106 @@
+"""A run's working directory: its config, its result, and the lock against a second run."""
+
+import contextlib
+import fcntl
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from alexnet_jax.errors import UserError
+from alexnet_jax.runtime import distributed
+from alexnet_jax.runtime.files import write_json
+
+CONFIG = "config.json"
+RESULT = "result.json"
+METRICS = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+
+# Fields that may change between the starts of one run.
+UNRELATED_TO_RESULT = ("data_dir", "source_dir", "loader_workers", "log_every", "mesh")
+
+
+class WorkdirError(UserError):
+    """A working directory that cannot be used: of another run, in use, corrupt, or not writable."""
+
+
+def check_config_matches(config: dict[str, Any], workdir: Path) -> None:
+    """Raise WorkdirError if the directory holds a run of another config; the message names each field that differs.
+
+    Args:
+      config: the values as JSON's types.
+    """
+    path = workdir / CONFIG
+    if not path.exists():
+        return
+    try:
+        existing = json.loads(path.read_text())
+    except ValueError:
+        existing = None
+    if not isinstance(existing, dict):
+        raise WorkdirError(f"{path} is corrupt; restore it, or train into another --workdir")
+    existing, given = (
+        {k: v for k, v in values.items() if k not in UNRELATED_TO_RESULT} for values in (existing, config)
+    )
+    if different := distributed.differences(existing, given, labels=("in the workdir", "given")):
+        raise WorkdirError(
+            f"--workdir={workdir} holds a run of another config ({different}); give the same config, or another "
+            "--workdir"
+        )
+
+
+def read_result(workdir: Path) -> dict[str, Any] | None:
+    """Return the result of a finished run, the same in every process; None if the run is not finished.
+
+    Raises:
+      WorkdirError: the file is not JSON.
+      distributed.DistributedError: only some processes can read the file.
+    """
+    path = workdir / RESULT
+    advice = f"--workdir={workdir} must be a folder that all machines share"
+    distributed.require_same("the workdir", {"finished": path.exists()}, advice)
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        raise WorkdirError(f"{path} is not JSON; delete it to test the network again") from None
+
+
+@contextlib.contextmanager
+def claimed(workdir: Path, config: dict[str, Any]) -> Iterator[None]:
+    """Create the directory with its `config.json`, and lock it against other runs during the block; by process 0.
+
+    Args:
+      config: the values as JSON's types.
+
+    Raises:
+      WorkdirError: it cannot be written, now or in the block; another run holds it; or a process cannot read it.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            if jax.process_index() == 0:
+                workdir.mkdir(parents=True, exist_ok=True)
+                lock = stack.enter_context(open(workdir / ".lock", "w"))
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise WorkdirError(
+                        f"--workdir={workdir}: another process is training in it; wait for it, or stop it"
+                    ) from None
+                write_json(workdir / CONFIG, config)
+            distributed.barrier()
+            missing = not (workdir / CONFIG).exists()
+            if process := distributed.maximum(jax.process_index() if missing else 0):
+                raise WorkdirError(
+                    f"--workdir={workdir}: process {process} cannot read what process 0 writes to it; name a folder "
+                    "that all machines share"
+                )
+            yield
+        except OSError as error:
+            raise WorkdirError(
+                f"--workdir={workdir} cannot be written: {error}; free some space or make it writable, then run the "
+                "same command again"
+            ) from None

@@ -1,0 +1,166 @@
+"""Image files of every kind as arrays: for a data set, for a prediction, and from a data set's records."""
+
+import io
+import struct
+
+import numpy as np
+import pytest
+from PIL import Image
+from runners import PHOTOGRAPHS, encoded, photograph
+
+from alexnet_jax.data.images import decode, read_image, to_square
+
+GRAY, COLOR = (28, 28, 1), (32, 32, 3)
+
+
+def exact_square(image):
+    """Bicubic (a = −1/2) with its kernel widened to the scale, in float64, then the central 256×256."""
+
+    def weights(size, target):
+        scale = size / target
+        center = (np.arange(target)[:, None] + 0.5) * scale
+        x = np.abs((np.arange(size) + 0.5 - center) / max(scale, 1))
+        w = np.where(x < 1, 1.5 * x**3 - 2.5 * x**2 + 1, np.where(x < 2, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2, 0))
+        return w / w.sum(1, keepdims=True)
+
+    height, width = image.shape[:2]
+    rows, columns = (round(side * 256 / min(width, height)) for side in (height, width))
+    across = np.einsum("cw,hwk->hck", weights(width, columns), image.astype(np.float64), optimize=True)
+    out = np.einsum("rh,hck->rck", weights(height, rows), across, optimize=True)
+    top, left = (rows - 256) // 2, (columns - 256) // 2
+    return np.clip(out, 0, 255)[top : top + 256, left : left + 256]
+
+
+@pytest.mark.parametrize("width,height", [(700, 512), (400, 611), (256, 256), (180, 120)])
+def test_shorter_side_to_256_then_the_center(width, height):
+    image = photograph(0, width, height)
+    square = to_square(encoded(Image.fromarray(image), "PNG"))
+    assert square.shape == (256, 256, 3) and square.dtype == np.uint8
+    worst = np.abs(square - exact_square(image)).max()
+    assert worst < 1.2  # Pillow rounds after each axis, and its kernel overshoots
+
+
+def test_fine_stripes_do_not_alias():
+    stripes = np.zeros((1024, 1024, 3), np.uint8)
+    stripes[:, ::2] = 255
+    assert np.abs(to_square(encoded(Image.fromarray(stripes), "PNG"))[:, 2:-2].astype(int) - 128).max() < 8
+
+
+@pytest.mark.parametrize("mode,file_format", [
+    ("L", "JPEG"), ("CMYK", "JPEG"), ("RGBA", "PNG"), ("P", "PNG"), ("LA", "PNG"), ("1", "PNG"), ("RGB", "WEBP"),
+])  # fmt: skip
+def test_every_mode_becomes_rgb(mode, file_format):
+    image = Image.fromarray(photograph(1, 256, 256))
+    gray = np.asarray(image.convert("1" if mode == "1" else "L"), np.float64) * (255 if mode == "1" else 1)
+    expected = gray[..., None] if mode in ("L", "LA", "1") else np.asarray(image, np.float64)
+    if mode == "P":  # of 256 colours
+        expected = np.asarray(image.convert("P").convert("RGB"), np.float64)
+    options = {} if file_format == "PNG" else {"quality": 95}
+    square = to_square(encoded(image.convert(mode), file_format, **options))
+    wrong = np.abs(square - expected).mean()
+    assert wrong < 2
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
+def test_sixteen_bits_become_eight(file_format):
+    gray = np.linspace(0, 65535, 256 * 256).astype(np.uint16).reshape(256, 256)
+    square = to_square(encoded(Image.fromarray(gray), file_format))
+    np.testing.assert_array_equal(square, np.round(gray[..., None] / 257).repeat(3, 2))
+
+
+def test_twelve_bits_become_eight():
+    gray = np.linspace(0, 4095, 256 * 256).astype(np.int64)
+    pairs = (gray[::2] << 12) | gray[1::2]  # three bytes, the higher first
+    pixels = np.stack([pairs >> 16, pairs >> 8, pairs], axis=1).astype(np.uint8).tobytes()
+    fields = {256: 256, 257: 256, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 256, 279: len(pixels)}
+    directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in fields.items())
+    file = struct.pack("<2sHI", b"II", 42, 8 + len(pixels)) + pixels + struct.pack("<H", len(fields)) + directory
+    square = to_square(file + bytes(4))
+    np.testing.assert_array_equal(square[..., 0].ravel(), np.round(gray * 255 / 4095))
+
+
+def of_many_pixels():
+    return encoded(Image.new("1", (10_000, 9_000)), "PNG")
+
+
+@pytest.mark.parametrize("file,words", [
+    (lambda: encoded(Image.new("F", (300, 300), 0.5), "TIFF"), "mode F have no known range"),
+    (lambda: encoded(Image.new("I", (300, 300), 70_000), "TIFF"), "mode I have no known range"),
+    (of_many_pixels, "90000000 pixels"),
+    (lambda: b"", "empty"),
+    (lambda: b"text", "not an image"),
+])  # fmt: skip
+def test_what_cannot_be_decoded_is_not_guessed(file, words):
+    with pytest.raises(Exception, match=words):
+        to_square(file())
+
+
+def test_transparency_is_dropped_without_a_warning(recwarn):
+    image = Image.fromarray(photograph(1, 300, 280)).convert("P")
+    to_square(encoded(image, "PNG", transparency=bytes(range(256))))
+    assert not recwarn.list
+
+
+def test_gray_and_color_become_each_other(tmp_path):
+    colors = np.zeros((32, 32, 3), np.uint8)
+    colors[:] = (255, 0, 0)
+    Image.fromarray(colors).save(tmp_path / "red.bmp")
+    np.testing.assert_array_equal(read_image(tmp_path / "red.bmp", COLOR), colors)
+    assert (read_image(tmp_path / "red.bmp", GRAY) == 76).all()  # 0.299 of 255
+    assert (read_image(tmp_path / "red.bmp", GRAY, invert=True) == 179).all()
+    gray = np.arange(32 * 32, dtype=np.uint8).reshape(32, 32)
+    Image.fromarray(gray).save(tmp_path / "gray.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "gray.png", COLOR), gray[..., None].repeat(3, axis=2))
+
+
+def test_the_shorter_side_and_the_center_count(tmp_path):
+    wide = np.zeros((64, 256), np.uint8)
+    wide[:, 96:160] = 200  # the central square
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    assert (read_image(tmp_path / "wide.png", GRAY)[:, 1:-1] > 190).all()
+    Image.new("L", (3, 1), 70).save(tmp_path / "tiny.png")
+    assert (read_image(tmp_path / "tiny.png", GRAY) == 70).all()
+
+
+def test_sixteen_bits_transparency_and_exif_orientation(tmp_path):
+    Image.fromarray(np.full((28, 28), 257 * 100, np.uint16)).save(tmp_path / "deep.png")
+    assert (read_image(tmp_path / "deep.png", GRAY) == 100).all()
+    palette = Image.new("P", (28, 28))
+    palette.putpalette([10, 20, 30] + [0] * 765)
+    palette.save(tmp_path / "clear.gif", transparency=0)
+    assert (read_image(tmp_path / "clear.gif", COLOR) == 255).all()
+    upper = np.zeros((32, 32), np.uint8)
+    upper[:16] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned a quarter clockwise
+    Image.fromarray(upper).save(tmp_path / "turned.png", exif=exif)
+    turned = read_image(tmp_path / "turned.png", (32, 32, 1))[..., 0]
+    np.testing.assert_array_equal(turned, np.rot90(upper, -1))
+
+
+@pytest.mark.parametrize("gray", [False, True])
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG"])
+def test_what_can_be_decoded_and_what_cannot(gray, file_format):
+    small = np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    image = Image.fromarray(small).resize((40, 30)).convert("L" if gray else "RGB")
+    file = io.BytesIO()
+    image.save(file, file_format)
+    out = np.empty((30, 40, 1 if gray else 3), np.uint8)
+    decode(file.getvalue(), out)
+    np.testing.assert_array_equal(out, np.asarray(Image.open(file)).reshape(out.shape))
+    for broken in (b"", b"not an image", file.getvalue()[: len(file.getvalue()) // 2]):
+        with pytest.raises(ValueError):
+            decode(broken, out)
+    with pytest.raises(ValueError, match="30×40; expected 30×41"):
+        decode(file.getvalue(), np.empty((30, 41, out.shape[2]), np.uint8))
+
+
+def test_the_real_photographs():
+    if not PHOTOGRAPHS.exists():
+        pytest.skip("no photographs in $ALEXNET_TEST_DATA")
+    gray = 0
+    for path in sorted(PHOTOGRAPHS.iterdir()):
+        square = to_square(path.read_bytes())
+        assert square.shape == (256, 256, 3)
+        gray += (square == square[..., :1]).all()
+    assert gray == 3

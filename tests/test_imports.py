@@ -1,0 +1,34 @@
+"""Importing the package changes nothing of the user's process."""
+
+import subprocess
+import sys
+
+from runners import ROOT
+
+CODE = """
+import pkgutil, signal, sys, warnings
+import matplotlib
+before = (matplotlib.get_backend(auto_select=False), [*sys.warnoptions], [*warnings.filters], sys.unraisablehook,
+          signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+import alexnet_jax
+from absl.flags import FLAGS
+from jax._src import xla_bridge
+assert not xla_bridge.backends_are_initialized()
+for module in pkgutil.walk_packages(alexnet_jax.__path__, "alexnet_jax."):
+    if not module.name.endswith("beam"):
+        __import__(module.name)
+assert not xla_bridge.backends_are_initialized()
+assert before[0] == matplotlib.get_backend(auto_select=False)
+assert before[1] == sys.warnoptions and before[3] == sys.unraisablehook
+assert before[4:] == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+assert not FLAGS.is_parsed() and "workdir" not in FLAGS
+assert "matplotlib.pyplot" not in sys.modules and "tensorflow" not in sys.modules
+from alexnet_jax import data
+data.load(data.open_builder("fashion_mnist"), "test[:10]")
+assert "tensorflow" not in sys.modules
+"""
+
+
+def test_importing_every_module_changes_nothing_and_needs_no_tensorflow(fashion_mnist):
+    done = subprocess.run([sys.executable, "-c", CODE], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
