@@ -1,0 +1,91 @@
+"""`relu_lrn_pool` against loops in float64, in Pallas' interpreter."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alexnet_jax.relu_lrn_pool import relu_lrn_pool
+
+K, N, ALPHA, BETA = 2.0, 5, 1e-4, 0.75
+
+
+def expected(x, dy, towers, k=K, n=N, alpha=ALPHA, beta=BETA):
+    """The result, and the gradient for dy, in float64."""
+    x, dy = np.asarray(x, np.float64), np.asarray(dy, np.float64)
+    batch, height, width, channels = x.shape
+    number = np.arange(channels)
+    near = abs(number[:, None] - number) <= n // 2
+    near &= (number[:, None] // (channels // towers)) == (number // (channels // towers))
+    a = np.maximum(x, 0)
+    s = k + alpha * (a**2 @ near)
+    b = a * s**-beta
+    y, d = np.empty(dy.shape), np.zeros(x.shape)
+    image, channel = np.ix_(np.arange(batch), number)
+    for row in range(dy.shape[1]):
+        for column in range(dy.shape[2]):
+            taps = b[:, 2 * row : 2 * row + 3, 2 * column : 2 * column + 3].reshape(batch, 9, channels)
+            winner = taps.argmax(1)
+            y[:, row, column] = taps.max(1)
+            d[image, 2 * row + winner // 3, 2 * column + winner % 3, channel] += dy[:, row, column]
+    da = d * s**-beta - 2 * alpha * beta * a * ((d * a * s ** (-beta - 1)) @ near)
+    return y, np.where(x > 0, da, 0)
+
+
+def check(x, towers, **constants):
+    constants = dict(k=K, n=N, alpha=ALPHA, beta=BETA) | constants
+    y, pullback = jax.vjp(partial(relu_lrn_pool, towers=towers, interpret=True, **constants), x)
+    assert y.dtype == x.dtype and y.shape == (x.shape[0], (x.shape[1] - 1) // 2, (x.shape[2] - 1) // 2, x.shape[3])
+    dy = jnp.asarray(np.random.default_rng(1).normal(size=y.shape), x.dtype)
+    (dx,) = pullback(dy)
+    assert dx.dtype == x.dtype
+    tolerance = 1e-5 if x.dtype == jnp.float32 else 2**-6
+    for got, want in zip((y, dx), expected(x, dy, towers, **constants), strict=True):
+        error = abs(np.asarray(got, np.float64) - want)
+        assert (error <= tolerance * np.maximum(abs(want), want != 0)).all(), error.max()
+
+
+def images(shape, dtype, scale=50.0):
+    return jnp.asarray(np.random.default_rng(0).normal(size=shape) * scale, dtype)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    "shape, towers",
+    [((2, 55, 55, 96), 2), ((1, 55, 55, 48), 1), ((1, 27, 27, 256), 2), ((3, 13, 13, 32), 2), ((3, 13, 13, 32), 1)],
+)
+def test_result_and_gradient(shape, towers, dtype):
+    check(images(shape, dtype), towers)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 3, 16), (2, 4, 6, 16), (1, 8, 5, 24)])
+def test_edges_without_a_window(shape):
+    check(images(shape, jnp.float32), 1)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("value", [3.0, 0.0, -1.0])
+def test_first_of_equal_maxima_gets_the_gradient(value, dtype):
+    check(jnp.full((1, 9, 9, 16), value, dtype), 2)
+
+
+@pytest.mark.parametrize("n, beta", [(1, 0.75), (3, 0.5), (7, 1.0)])
+def test_other_constants(n, beta):
+    check(images((1, 9, 9, 32), jnp.float32), 2, n=n, beta=beta, k=1.0, alpha=1e-3)
+
+
+@pytest.mark.parametrize(
+    "shape, dtype, change, message",
+    [
+        ((1, 9, 9, 16), jnp.float16, {}, "float16"),
+        ((1, 9, 9, 16), jnp.float32, dict(window=2), "window=2"),
+        ((1, 9, 9, 16), jnp.float32, dict(n=4), "n=4"),
+        ((1, 9, 9, 12), jnp.float32, {}, "multiple of 8"),
+        ((1, 2, 9, 16), jnp.float32, {}, "at least 3"),
+    ],
+)
+def test_what_it_does_not_take(shape, dtype, change, message):
+    with pytest.raises(ValueError, match=message):
+        relu_lrn_pool(jnp.zeros(shape, dtype), **dict(towers=1, k=K, n=N, alpha=ALPHA, beta=BETA) | change)
