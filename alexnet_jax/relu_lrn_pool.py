@@ -2,7 +2,8 @@
 
 One by one these operations read and write arrays of conv1's and conv2's size several times, and a GPU spends the time
 of its step on that. Here the forward pass reads x once and writes y; the backward pass reads x once and writes dx. What
-lies between them has the size of y: for each window the place of its maximum, and s = k + α Σ a² there.
+lies between them has the size of y: for each window the place of its maximum, and s^(−1/4) there, where
+s = k + α Σ a². The bias that the convolution needs may be added here; its gradient then takes no pass of its own.
 
 A thread holds `LANES` channels of a pixel, each in a variable of its own, and reads the channels beside them, so that
 sums over channels need neither other threads nor padding. Its neighbours in memory are its neighbours in the warp.
@@ -46,6 +47,7 @@ class _Layer(NamedTuple):
     half: int  # channels on each side of the centre
     alpha: float
     beta: float
+    interpret: bool
 
     @property
     def rows(self):
@@ -118,58 +120,71 @@ class _Items(NamedTuple):
         after = _load(ref, first + LANES, mask & self.right, reach, other)
         return before[reach - half :] + _load(ref, first, mask, other=other) + after[:half]
 
+    def load_bias(self, ref, half):
+        return self.load_with_neighbours(ref, self.group * LANES, self.inside, half) if ref is not None else []
+
+
+def _sums(parts, others):
+    return [a + b for a, b in zip(parts, others, strict=True)] if others else parts
+
 
 def _window_sums(parts, half):
     """From LANES + 2 · half arrays the LANES sums over 2 · half + 1."""
     return [functools.reduce(jnp.add, parts[i : i + 2 * half + 1]) for i in range(len(parts) - 2 * half)]
 
 
-def _squared_power(s, beta):
-    """s^(−2β)."""
-    if beta == 0.75:
-        root = lax.rsqrt(s)
-        return root * root * root
-    return jnp.exp2(jnp.log2(s) * (-2 * beta))
+def _reciprocal_root(s, interpret):
+    if interpret:
+        return lax.rsqrt(s)
+    # Triton's own guards against subnormal numbers, which s, of at least k, is not: an eighth of the forward kernel.
+    shape = jax.ShapeDtypeStruct(s.shape, s.dtype)
+    return plgpu.elementwise_inline_asm(
+        "rsqrt.approx.ftz.f32 $0, $1;", args=[s], constraints="=f,f", pack=1, result_shape_dtypes=[shape]
+    )[0]
 
 
-def _power_and_quotient(s, beta):
-    """s^−β and s^(−β − 1)."""
-    if beta == 0.75:
-        root = lax.rsqrt(s)
-        power = root * jnp.sqrt(root)
-        return power, power * root * root
-    power = jnp.exp2(jnp.log2(s) * -beta)
-    return power, power / s
+def _squared_power(root, beta):
+    """s^(−2β), from s^(−1/2)."""
+    return root * root * root if beta == 0.75 else jnp.exp2(jnp.log2(root) * (4 * beta))
 
 
-def _forward_kernel(x_ref, y_ref, *residual_refs, layer, blocks):
+def _power(quarter, beta):
+    """s^−β, from s^(−1/4)."""
+    return quarter * quarter * quarter if beta == 0.75 else jnp.exp2(jnp.log2(quarter) * (4 * beta))
+
+
+def _forward_kernel(*refs, layer, blocks, with_bias):
     # Squares are compared: b² = a² s^(−2β) takes one reciprocal root, and the root of b² is taken once a window.
+    # s / α stands for s: α Σ a² would be a product for each pixel, and a constant factor of b² changes no comparison.
+    x_ref, *refs = refs
+    bias_ref, y_ref, *residual_refs = refs if with_bias else (None, *refs)
     at = _Items.of_program(layer, layer.columns, blocks.items)
     first_row = pl.program_id(1) * blocks.rows
+    bias = at.load_bias(bias_ref, layer.half)
 
-    def row_maxima(row):  # of the window's three pixels in a row: b², s, column
+    def row_maxima(row):  # of the window's three pixels in a row: b², s^(−1/2), column, but for powers of α
         maxima = None
         for column in range(WINDOW):
             pixel = (at.image * layer.height + row) * layer.width + STRIDE * at.column + column
             first = pixel * layer.channels + at.group * LANES
             parts = at.load_with_neighbours(x_ref, first, at.inside & (row < layer.height), layer.half)
-            squares = [lax.square(jnp.maximum(x, 0)) for x in parts]
-            scales = [layer.k + layer.alpha * total for total in _window_sums(squares, layer.half)]
+            squares = [lax.square(jnp.maximum(x, 0)) for x in _sums(parts, bias)]
+            totals = _window_sums(squares, layer.half)
+            roots = [_reciprocal_root(layer.k / layer.alpha + total, layer.interpret) for total in totals]
             centre = squares[layer.half : layer.half + LANES]
             found = [
-                (a2 * _squared_power(s, layer.beta), s, jnp.full(s.shape, column, jnp.int32))
-                for a2, s in zip(centre, scales, strict=True)
+                (a2 * _squared_power(root, layer.beta), root, jnp.full(root.shape, column, jnp.int32))
+                for a2, root in zip(centre, roots, strict=True)
             ]
             maxima = found if maxima is None else later_maxima(maxima, found, 0)
         return maxima
 
     def later_maxima(maxima, others, offset):  # the first of equal ones wins
         results = []
-        for (value, s, place), (other, other_s, other_place) in zip(maxima, others, strict=True):
+        for (value, root, place), (other, other_root, other_place) in zip(maxima, others, strict=True):
             wins = other > value
-            results.append(
-                (jnp.maximum(value, other), jnp.where(wins, other_s, s), jnp.where(wins, other_place + offset, place))
-            )
+            place = jnp.where(wins, other_place + offset, place)
+            results.append((jnp.maximum(value, other), jnp.where(wins, other_root, root), place))
         return results
 
     def body(i, top):
@@ -179,10 +194,10 @@ def _forward_kernel(x_ref, y_ref, *residual_refs, layer, blocks):
         maxima = later_maxima(maxima, bottom, 2 * WINDOW)
         mask = at.inside & (row < layer.rows)
         group = ((at.image * layer.rows + row) * layer.columns + at.column) * layer.groups + at.group
-        _store(y_ref, group * LANES, mask, [jnp.sqrt(value) for value, _, _ in maxima])
+        _store(y_ref, group * LANES, mask, [jnp.sqrt(value) * layer.alpha**-layer.beta for value, _, _ in maxima])
         if residual_refs:
-            s_ref, place_ref = residual_refs
-            _store(s_ref, group * LANES, mask, [s for _, s, _ in maxima])
+            quarter_ref, place_ref = residual_refs
+            _store(quarter_ref, group * LANES, mask, [jnp.sqrt(root) * layer.alpha**-0.25 for _, root, _ in maxima])
             word = functools.reduce(jnp.bitwise_or, (place << 4 * i for i, (_, _, place) in enumerate(maxima)))
             plgpu.store(place_ref.at[group], word, mask=mask)
         return bottom
@@ -190,25 +205,27 @@ def _forward_kernel(x_ref, y_ref, *residual_refs, layer, blocks):
     lax.fori_loop(0, blocks.rows, body, row_maxima(STRIDE * first_row))
 
 
-def _backward_kernel(x_ref, dy_ref, s_ref, place_ref, dx_ref, *, layer, blocks):
+def _backward_kernel(x_ref, dy_ref, quarter_ref, place_ref, *refs, layer, blocks, with_bias):
     # With d = dy at the window's maximum: dx_i = d_i s_i^−β − 2αβ a_i Σ_j a_j d_j s_j^(−β−1). An item is a column of
     # pairs of pixels (2m, 2m + 1) × (2n, 2n + 1): they lie in the windows (m, n), (m, n − 1), (m − 1, n), …
     at = _Items.of_program(layer, -(-layer.width // STRIDE), blocks.items)
     first_row = pl.program_id(1) * blocks.rows
+    bias_ref, dx_ref, dbias_ref = refs if with_bias else (None, *refs, None)
+    bias = at.load_bias(bias_ref, layer.half)
     half, lanes = layer.half, range(-layer.half, LANES + layer.half)
 
     def window(row, column):
         mask = at.inside & (row >= 0) & (row < layer.rows) & (column >= 0) & (column < layer.columns)
         group = ((at.image * layer.rows + row) * layer.columns + column) * layer.groups + at.group
         dy = at.load_with_neighbours(dy_ref, group * LANES, mask, half)
-        s = at.load_with_neighbours(s_ref, group * LANES, mask, half, other=1)
+        quarters = at.load_with_neighbours(quarter_ref, group * LANES, mask, half, other=1)
         words = [plgpu.load(place_ref.at[group], mask=mask, other=-1)]
         if half:
             before = plgpu.load(place_ref.at[group - 1], mask=mask & at.left, other=-1)
             words = [before, *words, plgpu.load(place_ref.at[group + 1], mask=mask & at.right, other=-1)]
-        powers = [_power_and_quotient(part, layer.beta) for part in s]
-        direct = [g * power for g, (power, _) in zip(dy, powers, strict=True)][half : half + LANES]
-        spread = [g * quotient for g, (_, quotient) in zip(dy, powers, strict=True)]
+        direct = [g * _power(quarter, layer.beta) for g, quarter in zip(dy, quarters, strict=True)]
+        spread = [g * lax.square(lax.square(quarter)) for g, quarter in zip(direct, quarters, strict=True)]
+        direct = direct[half : half + LANES]
 
         def given(i, j):  # to the pixel at position (i, j) of the window
             place = WINDOW * i + j
@@ -223,70 +240,83 @@ def _backward_kernel(x_ref, dy_ref, s_ref, place_ref, dx_ref, *, layer, blocks):
 
     def windows(row):  # what the windows of a row give to position i of their columns, for both columns of pixels
         here, before = window(row, at.column), window(row, at.column - 1)
-        return lambda i: ([a + b for a, b in zip(here(i, 0), before(i, 2), strict=True)], here(i, 1))
+        return lambda i: (_sums(here(i, 0), before(i, 2)), here(i, 1))
 
     def write(row, column, given):
         pixel = (at.image * layer.height + row) * layer.width + column
         first = pixel * layer.channels + at.group * LANES
         mask = at.inside & (row < layer.height) & (column < layer.width)
-        x = at.load_with_neighbours(x_ref, first, mask, half)
+        x = _sums(at.load_with_neighbours(x_ref, first, mask, half), bias)
         direct, spread = given[:LANES], given[LANES:]
         sums = _window_sums([jnp.maximum(a, 0) * g for a, g in zip(x, spread, strict=True)], half)
         factor = 2 * layer.alpha * layer.beta
         of_lane = zip(x[half : half + LANES], direct, sums, strict=True)
-        _store(dx_ref, first, mask, [jnp.where(a > 0, g - factor * a * total, 0.0) for a, g, total in of_lane])
+        dx = [jnp.where(a > 0, g - factor * a * total, 0.0) for a, g, total in of_lane]
+        _store(dx_ref, first, mask, dx)
+        return [jnp.where(mask, part, 0.0) for part in dx] if with_bias else []
 
-    def body(i, top):
+    def body(i, carry):
+        top, dbias = carry
         m = first_row + i
         given = windows(m)
         for column, (above, below) in enumerate(zip(top, given(0), strict=True)):
-            write(STRIDE * m, STRIDE * at.column + column, [a + b for a, b in zip(above, below, strict=True)])
+            dbias = _sums(dbias, write(STRIDE * m, STRIDE * at.column + column, _sums(above, below)))
         for column, own in enumerate(given(1)):
-            write(STRIDE * m + 1, STRIDE * at.column + column, own)
-        return given(2)
+            dbias = _sums(dbias, write(STRIDE * m + 1, STRIDE * at.column + column, own))
+        return given(2), dbias
 
-    lax.fori_loop(0, blocks.rows, body, windows(first_row - 1)(2))
+    dbias = [jnp.zeros((blocks.items,), jnp.float32)] * (LANES * with_bias)
+    _, dbias = lax.fori_loop(0, blocks.rows, body, (windows(first_row - 1)(2), dbias))
+    if with_bias:
+        item = (at.image * -(-layer.width // STRIDE) + at.column) * layer.groups + at.group
+        size = layer.batch * -(-layer.width // STRIDE) * layer.channels
+        _store(dbias_ref, pl.program_id(1) * size + item * LANES, at.inside, dbias)
 
 
-def _call(kernel, layer, blocks, columns, rows, out_shape, interpret, name):
+def _call(kernel, layer, blocks, columns, rows, out_shape, bias, name):
     grid = (pl.cdiv(layer.batch * columns * layer.groups, blocks.items), pl.cdiv(rows, blocks.rows))
     return pl.pallas_call(
-        partial(kernel, layer=layer, blocks=blocks),
+        partial(kernel, layer=layer, blocks=blocks, with_bias=bias is not None),
         grid=grid,
         out_shape=out_shape,
         compiler_params=plgpu.CompilerParams(num_warps=blocks.warps, num_stages=1),
-        interpret=interpret,
+        interpret=layer.interpret,
         name=name,
     )
 
 
-def _forward(x, layer, blocks, interpret, residuals):
-    windows = (layer.batch, layer.rows, layer.columns)
+def _forward(x, bias, layer, blocks, residuals):
     size = layer.batch * layer.rows * layer.columns * layer.channels
     out_shape = [jax.ShapeDtypeStruct((size,), x.dtype)]
-    if residuals:
-        out_shape += [jax.ShapeDtypeStruct((size,), x.dtype), jax.ShapeDtypeStruct((size // LANES,), jnp.int32)]
-    call = _call(_forward_kernel, layer, blocks, layer.columns, layer.rows, out_shape, interpret, "relu_lrn_pool")
-    y, *rest = call(x.reshape(-1))
-    return y.reshape(*windows, layer.channels), rest
+    if residuals:  # float16 has three bits more than bfloat16, and the range that a fourth root takes
+        dtype = jnp.float32 if x.dtype == jnp.float32 else jnp.float16
+        out_shape += [jax.ShapeDtypeStruct((size,), dtype), jax.ShapeDtypeStruct((size // LANES,), jnp.int32)]
+    call = _call(_forward_kernel, layer, blocks, layer.columns, layer.rows, out_shape, bias, "relu_lrn_pool")
+    y, *rest = call(x.reshape(-1), *([] if bias is None else [bias]))
+    return y.reshape(layer.batch, layer.rows, layer.columns, layer.channels), rest
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _relu_lrn_pool(x, layer, blocks, interpret):
-    return _forward(x, layer, blocks[0], interpret, residuals=False)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _relu_lrn_pool(x, bias, layer, blocks):
+    return _forward(x, bias, layer, blocks[0], residuals=False)[0]
 
 
-def _vjp_forward(x, layer, blocks, interpret):
-    y, rest = _forward(x, layer, blocks[0], interpret, residuals=True)
-    return y, (x, *rest)
+def _vjp_forward(x, bias, layer, blocks):
+    y, rest = _forward(x, bias, layer, blocks[0], residuals=True)
+    return y, (x, bias, *rest)
 
 
-def _vjp_backward(layer, blocks, interpret, residuals, dy):
-    x, s, places = residuals
-    pairs = [-(-size // STRIDE) for size in (layer.width, layer.height)]
-    out_shape = jax.ShapeDtypeStruct((x.size,), x.dtype)
-    call = _call(_backward_kernel, layer, blocks[1], *pairs, out_shape, interpret, "relu_lrn_pool_backward")
-    return (call(x.reshape(-1), dy.reshape(-1), s, places).reshape(x.shape),)
+def _vjp_backward(layer, blocks, residuals, dy):
+    x, bias, quarters, places = residuals
+    columns, rows = (-(-size // STRIDE) for size in (layer.width, layer.height))
+    out_shape = [jax.ShapeDtypeStruct((x.size,), x.dtype)]
+    if bias is not None:
+        parts = pl.cdiv(rows, blocks[1].rows) * layer.batch * columns
+        out_shape.append(jax.ShapeDtypeStruct((parts * layer.channels,), jnp.float32))
+    call = _call(_backward_kernel, layer, blocks[1], columns, rows, out_shape, bias, "relu_lrn_pool_backward")
+    dx, *sums = call(x.reshape(-1), dy.reshape(-1), quarters, places, *([] if bias is None else [bias]))
+    dbias = sums[0].reshape(-1, layer.channels).sum(0).astype(bias.dtype) if sums else None
+    return dx.reshape(x.shape), dbias
 
 
 _relu_lrn_pool.defvjp(_vjp_forward, _vjp_backward)
@@ -294,17 +324,18 @@ _relu_lrn_pool.defvjp(_vjp_forward, _vjp_backward)
 
 def relu_lrn_pool(
     x: jax.Array, towers: int, k: float, n: int, alpha: float, beta: float, window: int = 3, stride: int = 2,
-    *, blocks: tuple[Blocks, Blocks] = (FORWARD, BACKWARD), interpret: bool = False,
+    *, bias: jax.Array | None = None, blocks: tuple[Blocks, Blocks] = (FORWARD, BACKWARD), interpret: bool = False,
 ) -> jax.Array:  # fmt: skip
-    """Return max_pool(local_response_norm(relu(x))), for windows of 3×3 at a stride of 2.
+    """Return max_pool(local_response_norm(relu(x + bias))), for windows of 3×3 at a stride of 2.
 
     The gradient is a `jax.custom_vjp`, so there is reverse mode only. Of equal maxima in a window the first, row by
     row, gets the gradient.
 
     Args:
-      x: float32 or bfloat16 [B, H, W, C], the convolution's output with its bias. Tower t has the channels from
+      x: float32 or bfloat16 [B, H, W, C], the convolution's output. Tower t has the channels from
         t · C / towers; sums over channels end at the tower's borders.
-      k, n, alpha, beta: the constants of section 3.3.
+      k, n, alpha, beta: the constants of section 3.3, k and alpha above 0.
+      bias: [C]; None where x has it already.
       blocks: the layout of the forward and of the backward kernel.
       interpret: run without a GPU, slowly, as tests do.
 
@@ -325,5 +356,9 @@ def relu_lrn_pool(
             f"relu_lrn_pool: shape {x.shape}, towers={towers}: expected [B, H, W, C] with H and W of at least {WINDOW}, "
             f"a multiple of {LANES} channels in each tower, and fewer than 2^31 elements"
         )
-    layer = _Layer(*x.shape, towers, float(k), n // 2, float(alpha), float(beta))
-    return _relu_lrn_pool(x, layer, blocks, interpret)
+    if k <= 0 or alpha <= 0:
+        raise ValueError(f"relu_lrn_pool: k={k}, alpha={alpha}: expected both to be above 0")
+    if bias is not None and bias.shape != x.shape[3:]:
+        raise ValueError(f"relu_lrn_pool: bias of shape {bias.shape}: expected one number a channel, {x.shape[3:]}")
+    layer = _Layer(*x.shape, towers, float(k), n // 2, float(alpha), float(beta), interpret)
+    return _relu_lrn_pool(x, bias, layer, blocks)

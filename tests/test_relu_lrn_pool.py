@@ -1,7 +1,5 @@
 """`relu_lrn_pool` against loops in float64, in Pallas' interpreter."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,17 +32,25 @@ def expected(x, dy, towers, k=K, n=N, alpha=ALPHA, beta=BETA):
     return y, np.where(x > 0, da, 0)
 
 
-def check(x, towers, **constants):
+def check(x, towers, bias=None, **constants):
     constants = dict(k=K, n=N, alpha=ALPHA, beta=BETA) | constants
-    y, pullback = jax.vjp(partial(relu_lrn_pool, towers=towers, interpret=True, **constants), x)
-    assert y.dtype == x.dtype and y.shape == (x.shape[0], (x.shape[1] - 1) // 2, (x.shape[2] - 1) // 2, x.shape[3])
-    dy = jnp.asarray(np.random.default_rng(1).normal(size=y.shape), x.dtype)
-    (dx,) = pullback(dy)
-    assert dx.dtype == x.dtype
-    tolerance = 1e-5 if x.dtype == jnp.float32 else 2**-6
-    for got, want in zip((y, dx), expected(x, dy, towers, **constants), strict=True):
+
+    @jax.jit
+    def pull(x, bias, dy):
+        y, pullback = jax.vjp(lambda x, b: relu_lrn_pool(x, towers, bias=b, interpret=True, **constants), x, bias)
+        return y, *pullback(dy)
+
+    shape = (x.shape[0], (x.shape[1] - 1) // 2, (x.shape[2] - 1) // 2, x.shape[3])
+    dy = jnp.asarray(np.random.default_rng(1).normal(size=shape), x.dtype)
+    y, dx, dbias = pull(x, bias, dy)
+    assert (y.dtype, dx.dtype, y.shape, dx.shape) == (x.dtype, x.dtype, shape, x.shape)
+    tolerance = 1e-5 if x.dtype == jnp.float32 else 2**-7
+    want_y, want_dx = expected(np.asarray(x, np.float64) + (0 if bias is None else bias), dy, towers, **constants)
+    for got, want in ((y, want_y), (dx, want_dx)):
         error = abs(np.asarray(got, np.float64) - want)
         assert (error <= tolerance * np.maximum(abs(want), want != 0)).all(), error.max()
+    if bias is not None:
+        np.testing.assert_allclose(dbias, want_dx.sum((0, 1, 2)), rtol=tolerance, atol=tolerance * 10)
 
 
 def images(shape, dtype, scale=50.0):
@@ -54,24 +60,28 @@ def images(shape, dtype, scale=50.0):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(
     "shape, towers",
-    [((2, 55, 55, 96), 2), ((1, 55, 55, 48), 1), ((1, 27, 27, 256), 2), ((3, 13, 13, 32), 2), ((3, 13, 13, 32), 1)],
+    [((2, 55, 55, 96), 2), ((1, 27, 27, 256), 2), ((3, 13, 13, 32), 1)],
 )
 def test_result_and_gradient(shape, towers, dtype):
     check(images(shape, dtype), towers)
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 3, 16), (2, 4, 6, 16), (1, 8, 5, 24)])
+@pytest.mark.parametrize("shape", [(1, 3, 3, 16), (2, 4, 6, 24)])
 def test_edges_without_a_window(shape):
     check(images(shape, jnp.float32), 1)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("value", [3.0, 0.0, -1.0])
-def test_first_of_equal_maxima_gets_the_gradient(value, dtype):
-    check(jnp.full((1, 9, 9, 16), value, dtype), 2)
+def test_bias(dtype):
+    check(images((2, 13, 13, 32), dtype), 2, bias=np.random.default_rng(2).normal(size=32).astype(np.float32) * 30)
 
 
-@pytest.mark.parametrize("n, beta", [(1, 0.75), (3, 0.5), (7, 1.0)])
+def test_first_of_equal_maxima_gets_the_gradient():
+    values = jnp.asarray([3.0, 0.0, -1.0], jnp.bfloat16)
+    check(jnp.broadcast_to(values[:, None, None, None], (3, 9, 9, 16)), 2)
+
+
+@pytest.mark.parametrize("n, beta", [(1, 0.75), (7, 1.0)])
 def test_other_constants(n, beta):
     check(images((1, 9, 9, 32), jnp.float32), 2, n=n, beta=beta, k=1.0, alpha=1e-3)
 
@@ -82,6 +92,8 @@ def test_other_constants(n, beta):
         ((1, 9, 9, 16), jnp.float16, {}, "float16"),
         ((1, 9, 9, 16), jnp.float32, dict(window=2), "window=2"),
         ((1, 9, 9, 16), jnp.float32, dict(n=4), "n=4"),
+        ((1, 9, 9, 16), jnp.float32, dict(alpha=0.0), "alpha=0.0"),
+        ((1, 9, 9, 16), jnp.float32, dict(bias=jnp.zeros(8)), "bias"),
         ((1, 9, 9, 12), jnp.float32, {}, "multiple of 8"),
         ((1, 2, 9, 16), jnp.float32, {}, "at least 3"),
     ],
