@@ -353,8 +353,8 @@ def relu_lrn_pool(
         raise ValueError(f"relu_lrn_pool: n={n}: expected a positive odd number up to {2 * LANES + 1}")
     if x.ndim != 4 or min(x.shape[1:3]) < WINDOW or towers < 1 or x.shape[3] % (LANES * towers) or x.size >= 2**31:
         raise ValueError(
-            f"relu_lrn_pool: shape {x.shape}, towers={towers}: expected [B, H, W, C] with H and W of at least {WINDOW}, "
-            f"a multiple of {LANES} channels in each tower, and fewer than 2^31 elements"
+            f"relu_lrn_pool: shape {x.shape}, towers={towers}: expected [B, H, W, C] with H and W from {WINDOW}, a "
+            f"multiple of {LANES} channels in each tower, and fewer than 2^31 elements"
         )
     if k <= 0 or alpha <= 0:
         raise ValueError(f"relu_lrn_pool: k={k}, alpha={alpha}: expected both to be above 0")

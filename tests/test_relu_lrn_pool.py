@@ -1,5 +1,7 @@
 """`relu_lrn_pool` against loops in float64, in Pallas' interpreter."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,7 +37,7 @@ def expected(x, dy, towers, k=K, n=N, alpha=ALPHA, beta=BETA):
 def check(x, towers, bias=None, **constants):
     constants = dict(k=K, n=N, alpha=ALPHA, beta=BETA) | constants
 
-    @jax.jit
+    @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiling is most of the time
     def pull(x, bias, dy):
         y, pullback = jax.vjp(lambda x, b: relu_lrn_pool(x, towers, bias=b, interpret=True, **constants), x, bias)
         return y, *pullback(dy)
@@ -48,7 +50,7 @@ def check(x, towers, bias=None, **constants):
     want_y, want_dx = expected(np.asarray(x, np.float64) + (0 if bias is None else bias), dy, towers, **constants)
     for got, want in ((y, want_y), (dx, want_dx)):
         error = abs(np.asarray(got, np.float64) - want)
-        assert (error <= tolerance * np.maximum(abs(want), want != 0)).all(), error.max()
+        assert (error <= tolerance * np.maximum(abs(want), 1)).all(), error.max()
     if bias is not None:
         np.testing.assert_allclose(dbias, want_dx.sum((0, 1, 2)), rtol=tolerance, atol=tolerance * 10)
 
@@ -57,23 +59,19 @@ def images(shape, dtype, scale=50.0):
     return jnp.asarray(np.random.default_rng(0).normal(size=shape) * scale, dtype)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(
-    "shape, towers",
-    [((2, 55, 55, 96), 2), ((1, 27, 27, 256), 2), ((3, 13, 13, 32), 1)],
+    "shape, towers, dtype, with_bias",
+    [
+        ((1, 55, 55, 96), 2, jnp.float32, True),
+        ((1, 55, 55, 96), 2, jnp.bfloat16, False),
+        ((1, 27, 27, 256), 2, jnp.bfloat16, True),
+        ((3, 13, 13, 32), 1, jnp.float32, False),
+        ((2, 4, 6, 24), 1, jnp.float32, False),  # edges without a window
+    ],
 )
-def test_result_and_gradient(shape, towers, dtype):
-    check(images(shape, dtype), towers)
-
-
-@pytest.mark.parametrize("shape", [(1, 3, 3, 16), (2, 4, 6, 24)])
-def test_edges_without_a_window(shape):
-    check(images(shape, jnp.float32), 1)
-
-
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_bias(dtype):
-    check(images((2, 13, 13, 32), dtype), 2, bias=np.random.default_rng(2).normal(size=32).astype(np.float32) * 30)
+def test_result_and_gradient(shape, towers, dtype, with_bias):
+    bias = np.random.default_rng(2).normal(size=shape[-1]).astype(np.float32) * 30 if with_bias else None
+    check(images(shape, dtype), towers, bias)
 
 
 def test_first_of_equal_maxima_gets_the_gradient():
@@ -81,9 +79,8 @@ def test_first_of_equal_maxima_gets_the_gradient():
     check(jnp.broadcast_to(values[:, None, None, None], (3, 9, 9, 16)), 2)
 
 
-@pytest.mark.parametrize("n, beta", [(1, 0.75), (7, 1.0)])
-def test_other_constants(n, beta):
-    check(images((1, 9, 9, 32), jnp.float32), 2, n=n, beta=beta, k=1.0, alpha=1e-3)
+def test_other_constants():
+    check(images((1, 9, 9, 32), jnp.float32), 2, n=7, beta=1.0, k=1.0, alpha=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +92,7 @@ def test_other_constants(n, beta):
         ((1, 9, 9, 16), jnp.float32, dict(alpha=0.0), "alpha=0.0"),
         ((1, 9, 9, 16), jnp.float32, dict(bias=jnp.zeros(8)), "bias"),
         ((1, 9, 9, 12), jnp.float32, {}, "multiple of 8"),
-        ((1, 2, 9, 16), jnp.float32, {}, "at least 3"),
+        ((1, 2, 9, 16), jnp.float32, {}, "from 3"),
     ],
 )
 def test_what_it_does_not_take(shape, dtype, change, message):
