@@ -1,0 +1,364 @@
+"""ReLU, local response normalization and overlapping max pooling (sections 3.1, 3.3, 3.4) in one pass, on NVIDIA GPUs.
+
+One by one these operations read and write arrays of conv1's and conv2's size several times, and a GPU spends the time
+of its step on that. Here the forward pass reads x once and writes y; the backward pass reads x once and writes dx. What
+lies between them has the size of y: for each window the place of its maximum, and s^(−1/4) there, where
+s = k + α Σ a². The bias that the convolution needs may be added here; its gradient then takes no pass of its own.
+
+A thread holds `LANES` channels of a pixel, each in a variable of its own, and reads the channels beside them, so that
+sums over channels need neither other threads nor padding. Its neighbours in memory are its neighbours in the warp.
+"""
+
+import functools
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+LANES = 8  # channels a thread: 16 bytes of bfloat16, and eight places of four bits in an int32
+WINDOW, STRIDE = 3, 2
+
+
+class Blocks(NamedTuple):
+    """How a kernel is laid out: threads' work items a program, rows of windows a program, warps a program."""
+
+    items: int = 128
+    rows: int = 9
+    warps: int = 4
+
+
+FORWARD = Blocks(128, 9, 4)
+BACKWARD = Blocks(128, 7, 4)
+
+
+class _Layer(NamedTuple):
+    """The static facts of one call."""
+
+    batch: int
+    height: int
+    width: int
+    channels: int
+    towers: int
+    k: float
+    half: int  # channels on each side of the centre
+    alpha: float
+    beta: float
+    interpret: bool
+
+    @property
+    def rows(self):
+        return (self.height - WINDOW) // STRIDE + 1
+
+    @property
+    def columns(self):
+        return (self.width - WINDOW) // STRIDE + 1
+
+    @property
+    def groups(self):
+        return self.channels // LANES
+
+
+def _unstack(x):
+    """The columns of [items, 2^m], as 2^m arrays [items]."""
+    if x.ndim == 1:
+        return [x]
+    items, parts = x.shape
+    return [x[:, 0]] if parts == 1 else [p.reshape(items) for p in lax.split(x, (1,) * parts, axis=1)]
+
+
+def _stack(parts):
+    """The inverse of `_unstack`, by joins of two."""
+    if len(parts) == 1:
+        return parts[0]
+    return jnp.stack([_stack(parts[::2]), _stack(parts[1::2])], axis=-1)
+
+
+def _load(ref, first, mask, lanes=LANES, other=0):
+    """`lanes` float32 arrays [items]: what lies at first, first + 1, … where mask; lanes is a power of two."""
+    if lanes == 1:
+        return [plgpu.load(ref.at[first], mask=mask, other=other).astype(jnp.float32)]
+    places = first[:, None] + lax.broadcasted_iota(jnp.int32, (first.shape[0], lanes), 1)
+    wide = jnp.broadcast_to(mask[:, None], places.shape)
+    return _unstack(plgpu.load(ref.at[places], mask=wide, other=other).astype(jnp.float32))
+
+
+def _store(ref, first, mask, parts):
+    values = _stack(parts).reshape(first.shape[0], len(parts)).astype(ref.dtype)
+    places = first[:, None] + lax.broadcasted_iota(jnp.int32, values.shape, 1)
+    plgpu.store(ref.at[places], values, mask=jnp.broadcast_to(mask[:, None], values.shape))
+
+
+class _Items(NamedTuple):
+    """The work items [items] of a program: image, column (of windows or of pairs of pixels) and group of channels."""
+
+    inside: jax.Array
+    image: jax.Array
+    column: jax.Array
+    group: jax.Array
+    left: jax.Array  # whether the group before is of the same tower
+    right: jax.Array
+
+    @classmethod
+    def of_program(cls, layer, columns, items):
+        item = pl.program_id(0) * items + lax.iota(jnp.int32, items)
+        group, pixel = item % layer.groups, item // layer.groups
+        in_tower = layer.groups // layer.towers
+        place = group % in_tower
+        inside = item < layer.batch * columns * layer.groups
+        return cls(inside, pixel // columns, pixel % columns, group, place > 0, place < in_tower - 1)
+
+    def load_with_neighbours(self, ref, first, mask, half, other=0):
+        """LANES + 2 · half arrays: this group's channels and `half` on each side, `other` beyond the tower."""
+        if not half:
+            return _load(ref, first, mask, other=other)
+        reach = pl.next_power_of_2(half)
+        before = _load(ref, first - reach, mask & self.left, reach, other)
+        after = _load(ref, first + LANES, mask & self.right, reach, other)
+        return before[reach - half :] + _load(ref, first, mask, other=other) + after[:half]
+
+    def load_bias(self, ref, half):
+        return self.load_with_neighbours(ref, self.group * LANES, self.inside, half) if ref is not None else []
+
+
+def _sums(parts, others):
+    return [a + b for a, b in zip(parts, others, strict=True)] if others else parts
+
+
+def _window_sums(parts, half):
+    """From LANES + 2 · half arrays the LANES sums over 2 · half + 1."""
+    return [functools.reduce(jnp.add, parts[i : i + 2 * half + 1]) for i in range(len(parts) - 2 * half)]
+
+
+def _reciprocal_root(s, interpret):
+    if interpret:
+        return lax.rsqrt(s)
+    # Triton's own guards against subnormal numbers, which s, of at least k, is not: an eighth of the forward kernel.
+    shape = jax.ShapeDtypeStruct(s.shape, s.dtype)
+    return plgpu.elementwise_inline_asm(
+        "rsqrt.approx.ftz.f32 $0, $1;", args=[s], constraints="=f,f", pack=1, result_shape_dtypes=[shape]
+    )[0]
+
+
+def _squared_power(root, beta):
+    """s^(−2β), from s^(−1/2)."""
+    return root * root * root if beta == 0.75 else jnp.exp2(jnp.log2(root) * (4 * beta))
+
+
+def _power(quarter, beta):
+    """s^−β, from s^(−1/4)."""
+    return quarter * quarter * quarter if beta == 0.75 else jnp.exp2(jnp.log2(quarter) * (4 * beta))
+
+
+def _forward_kernel(*refs, layer, blocks, with_bias):
+    # Squares are compared: b² = a² s^(−2β) takes one reciprocal root, and the root of b² is taken once a window.
+    # s / α stands for s: α Σ a² would be a product for each pixel, and a constant factor of b² changes no comparison.
+    x_ref, *refs = refs
+    bias_ref, y_ref, *residual_refs = refs if with_bias else (None, *refs)
+    at = _Items.of_program(layer, layer.columns, blocks.items)
+    first_row = pl.program_id(1) * blocks.rows
+    bias = at.load_bias(bias_ref, layer.half)
+
+    def row_maxima(row):  # of the window's three pixels in a row: b², s^(−1/2), column, but for powers of α
+        maxima = None
+        for column in range(WINDOW):
+            pixel = (at.image * layer.height + row) * layer.width + STRIDE * at.column + column
+            first = pixel * layer.channels + at.group * LANES
+            parts = at.load_with_neighbours(x_ref, first, at.inside & (row < layer.height), layer.half)
+            squares = [lax.square(jnp.maximum(x, 0)) for x in _sums(parts, bias)]
+            totals = _window_sums(squares, layer.half)
+            roots = [_reciprocal_root(layer.k / layer.alpha + total, layer.interpret) for total in totals]
+            centre = squares[layer.half : layer.half + LANES]
+            found = [
+                (a2 * _squared_power(root, layer.beta), root, jnp.full(root.shape, column, jnp.int32))
+                for a2, root in zip(centre, roots, strict=True)
+            ]
+            maxima = found if maxima is None else later_maxima(maxima, found, 0)
+        return maxima
+
+    def later_maxima(maxima, others, offset):  # the first of equal ones wins
+        results = []
+        for (value, root, place), (other, other_root, other_place) in zip(maxima, others, strict=True):
+            wins = other > value
+            place = jnp.where(wins, other_place + offset, place)
+            results.append((jnp.maximum(value, other), jnp.where(wins, other_root, root), place))
+        return results
+
+    def body(i, top):
+        row = first_row + i
+        maxima = later_maxima(top, row_maxima(STRIDE * row + 1), WINDOW)
+        bottom = row_maxima(STRIDE * row + 2)
+        maxima = later_maxima(maxima, bottom, 2 * WINDOW)
+        mask = at.inside & (row < layer.rows)
+        group = ((at.image * layer.rows + row) * layer.columns + at.column) * layer.groups + at.group
+        _store(y_ref, group * LANES, mask, [jnp.sqrt(value) * layer.alpha**-layer.beta for value, _, _ in maxima])
+        if residual_refs:
+            quarter_ref, place_ref = residual_refs
+            _store(quarter_ref, group * LANES, mask, [jnp.sqrt(root) * layer.alpha**-0.25 for _, root, _ in maxima])
+            word = functools.reduce(jnp.bitwise_or, (place << 4 * i for i, (_, _, place) in enumerate(maxima)))
+            plgpu.store(place_ref.at[group], word, mask=mask)
+        return bottom
+
+    lax.fori_loop(0, blocks.rows, body, row_maxima(STRIDE * first_row))
+
+
+def _backward_kernel(x_ref, dy_ref, quarter_ref, place_ref, *refs, layer, blocks, with_bias):
+    # With d = dy at the window's maximum: dx_i = d_i s_i^−β − 2αβ a_i Σ_j a_j d_j s_j^(−β−1). An item is a column of
+    # pairs of pixels (2m, 2m + 1) × (2n, 2n + 1): they lie in the windows (m, n), (m, n − 1), (m − 1, n), …
+    at = _Items.of_program(layer, -(-layer.width // STRIDE), blocks.items)
+    first_row = pl.program_id(1) * blocks.rows
+    bias_ref, dx_ref, dbias_ref = refs if with_bias else (None, *refs, None)
+    bias = at.load_bias(bias_ref, layer.half)
+    half, lanes = layer.half, range(-layer.half, LANES + layer.half)
+
+    def window(row, column):
+        mask = at.inside & (row >= 0) & (row < layer.rows) & (column >= 0) & (column < layer.columns)
+        group = ((at.image * layer.rows + row) * layer.columns + column) * layer.groups + at.group
+        dy = at.load_with_neighbours(dy_ref, group * LANES, mask, half)
+        quarters = at.load_with_neighbours(quarter_ref, group * LANES, mask, half, other=1)
+        words = [plgpu.load(place_ref.at[group], mask=mask, other=-1)]
+        if half:
+            before = plgpu.load(place_ref.at[group - 1], mask=mask & at.left, other=-1)
+            words = [before, *words, plgpu.load(place_ref.at[group + 1], mask=mask & at.right, other=-1)]
+        direct = [g * _power(quarter, layer.beta) for g, quarter in zip(dy, quarters, strict=True)]
+        spread = [g * lax.square(lax.square(quarter)) for g, quarter in zip(direct, quarters, strict=True)]
+        direct = direct[half : half + LANES]
+
+        def given(i, j):  # to the pixel at position (i, j) of the window
+            place = WINDOW * i + j
+            hits = []
+            for lane in lanes:
+                word, bits = words[lane // LANES + bool(half)], 4 * (lane % LANES)
+                hits.append(((word >> bits) & 15) == place)
+            of_direct = zip(hits[half : half + LANES], direct, strict=True)
+            return [jnp.where(hit, g, 0.0) for hit, g in [*of_direct, *zip(hits, spread, strict=True)]]
+
+        return given
+
+    def windows(row):  # what the windows of a row give to position i of their columns, for both columns of pixels
+        here, before = window(row, at.column), window(row, at.column - 1)
+        return lambda i: (_sums(here(i, 0), before(i, 2)), here(i, 1))
+
+    def write(row, column, given):
+        pixel = (at.image * layer.height + row) * layer.width + column
+        first = pixel * layer.channels + at.group * LANES
+        mask = at.inside & (row < layer.height) & (column < layer.width)
+        x = _sums(at.load_with_neighbours(x_ref, first, mask, half), bias)
+        direct, spread = given[:LANES], given[LANES:]
+        sums = _window_sums([jnp.maximum(a, 0) * g for a, g in zip(x, spread, strict=True)], half)
+        factor = 2 * layer.alpha * layer.beta
+        of_lane = zip(x[half : half + LANES], direct, sums, strict=True)
+        dx = [jnp.where(a > 0, g - factor * a * total, 0.0) for a, g, total in of_lane]
+        _store(dx_ref, first, mask, dx)
+        return [jnp.where(mask, part, 0.0) for part in dx] if with_bias else []
+
+    def body(i, carry):
+        top, dbias = carry
+        m = first_row + i
+        given = windows(m)
+        for column, (above, below) in enumerate(zip(top, given(0), strict=True)):
+            dbias = _sums(dbias, write(STRIDE * m, STRIDE * at.column + column, _sums(above, below)))
+        for column, own in enumerate(given(1)):
+            dbias = _sums(dbias, write(STRIDE * m + 1, STRIDE * at.column + column, own))
+        return given(2), dbias
+
+    dbias = [jnp.zeros((blocks.items,), jnp.float32)] * (LANES * with_bias)
+    _, dbias = lax.fori_loop(0, blocks.rows, body, (windows(first_row - 1)(2), dbias))
+    if with_bias:
+        item = (at.image * -(-layer.width // STRIDE) + at.column) * layer.groups + at.group
+        size = layer.batch * -(-layer.width // STRIDE) * layer.channels
+        _store(dbias_ref, pl.program_id(1) * size + item * LANES, at.inside, dbias)
+
+
+def _call(kernel, layer, blocks, columns, rows, out_shape, bias, name):
+    grid = (pl.cdiv(layer.batch * columns * layer.groups, blocks.items), pl.cdiv(rows, blocks.rows))
+    return pl.pallas_call(
+        partial(kernel, layer=layer, blocks=blocks, with_bias=bias is not None),
+        grid=grid,
+        out_shape=out_shape,
+        compiler_params=plgpu.CompilerParams(num_warps=blocks.warps, num_stages=1),
+        interpret=layer.interpret,
+        name=name,
+    )
+
+
+def _forward(x, bias, layer, blocks, residuals):
+    size = layer.batch * layer.rows * layer.columns * layer.channels
+    out_shape = [jax.ShapeDtypeStruct((size,), x.dtype)]
+    if residuals:  # float16 has three bits more than bfloat16, and the range that a fourth root takes
+        dtype = jnp.float32 if x.dtype == jnp.float32 else jnp.float16
+        out_shape += [jax.ShapeDtypeStruct((size,), dtype), jax.ShapeDtypeStruct((size // LANES,), jnp.int32)]
+    call = _call(_forward_kernel, layer, blocks, layer.columns, layer.rows, out_shape, bias, "relu_lrn_pool")
+    y, *rest = call(x.reshape(-1), *([] if bias is None else [bias]))
+    return y.reshape(layer.batch, layer.rows, layer.columns, layer.channels), rest
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _relu_lrn_pool(x, bias, layer, blocks):
+    return _forward(x, bias, layer, blocks[0], residuals=False)[0]
+
+
+def _vjp_forward(x, bias, layer, blocks):
+    y, rest = _forward(x, bias, layer, blocks[0], residuals=True)
+    return y, (x, bias, *rest)
+
+
+def _vjp_backward(layer, blocks, residuals, dy):
+    x, bias, quarters, places = residuals
+    columns, rows = (-(-size // STRIDE) for size in (layer.width, layer.height))
+    out_shape = [jax.ShapeDtypeStruct((x.size,), x.dtype)]
+    if bias is not None:
+        parts = pl.cdiv(rows, blocks[1].rows) * layer.batch * columns
+        out_shape.append(jax.ShapeDtypeStruct((parts * layer.channels,), jnp.float32))
+    call = _call(_backward_kernel, layer, blocks[1], columns, rows, out_shape, bias, "relu_lrn_pool_backward")
+    dx, *sums = call(x.reshape(-1), dy.reshape(-1), quarters, places, *([] if bias is None else [bias]))
+    dbias = sums[0].reshape(-1, layer.channels).sum(0).astype(bias.dtype) if sums else None
+    return dx.reshape(x.shape), dbias
+
+
+_relu_lrn_pool.defvjp(_vjp_forward, _vjp_backward)
+
+
+def relu_lrn_pool(
+    x: jax.Array, towers: int, k: float, n: int, alpha: float, beta: float, window: int = 3, stride: int = 2,
+    *, bias: jax.Array | None = None, blocks: tuple[Blocks, Blocks] = (FORWARD, BACKWARD), interpret: bool = False,
+) -> jax.Array:  # fmt: skip
+    """Return max_pool(local_response_norm(relu(x + bias))), for windows of 3×3 at a stride of 2.
+
+    The gradient is a `jax.custom_vjp`, so there is reverse mode only. Of equal maxima in a window the first, row by
+    row, gets the gradient.
+
+    Args:
+      x: float32 or bfloat16 [B, H, W, C], the convolution's output. Tower t has the channels from
+        t · C / towers; sums over channels end at the tower's borders.
+      k, n, alpha, beta: the constants of section 3.3, k and alpha above 0.
+      bias: [C]; None where x has it already.
+      blocks: the layout of the forward and of the backward kernel.
+      interpret: run without a GPU, slowly, as tests do.
+
+    Returns:
+      [B, (H − 3) // 2 + 1, (W − 3) // 2 + 1, C], in the dtype of x; computed in float32.
+
+    Raises:
+      ValueError: a shape, dtype or window that the kernels do not take.
+    """
+    if x.dtype not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(f"relu_lrn_pool: {x.dtype}: expected float32 or bfloat16")
+    if (window, stride) != (WINDOW, STRIDE):
+        raise ValueError(f"relu_lrn_pool: window={window}, stride={stride}: expected {WINDOW} and {STRIDE}")
+    if n < 1 or n % 2 == 0 or n // 2 > LANES:
+        raise ValueError(f"relu_lrn_pool: n={n}: expected a positive odd number up to {2 * LANES + 1}")
+    if x.ndim != 4 or min(x.shape[1:3]) < WINDOW or towers < 1 or x.shape[3] % (LANES * towers) or x.size >= 2**31:
+        raise ValueError(
+            f"relu_lrn_pool: shape {x.shape}, towers={towers}: expected [B, H, W, C] with H and W from {WINDOW}, a "
+            f"multiple of {LANES} channels in each tower, and fewer than 2^31 elements"
+        )
+    if k <= 0 or alpha <= 0:
+        raise ValueError(f"relu_lrn_pool: k={k}, alpha={alpha}: expected both to be above 0")
+    if bias is not None and bias.shape != x.shape[3:]:
+        raise ValueError(f"relu_lrn_pool: bias of shape {bias.shape}: expected one number a channel, {x.shape[3:]}")
+    layer = _Layer(*x.shape, towers, float(k), n // 2, float(alpha), float(beta), interpret)
+    return _relu_lrn_pool(x, bias, layer, blocks)

@@ -1,0 +1,93 @@
+"""`relu_lrn_pool` against loops in float64, in Pallas' interpreter."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alexnet_jax.relu_lrn_pool import relu_lrn_pool
+
+K, N, ALPHA, BETA = 2.0, 5, 1e-4, 0.75
+
+
+def expected(x, dy, towers, k=K, n=N, alpha=ALPHA, beta=BETA):
+    """The result, and the gradient for dy, in float64."""
+    x, dy = np.asarray(x, np.float64), np.asarray(dy, np.float64)
+    batch, height, width, channels = x.shape
+    number = np.arange(channels)
+    near = abs(number[:, None] - number) <= n // 2
+    near &= (number[:, None] // (channels // towers)) == (number // (channels // towers))
+    a = np.maximum(x, 0)
+    s = k + alpha * (a**2 @ near)
+    b = a * s**-beta
+    y, d = np.empty(dy.shape), np.zeros(x.shape)
+    image, channel = np.ix_(np.arange(batch), number)
+    for row in range(dy.shape[1]):
+        for column in range(dy.shape[2]):
+            taps = b[:, 2 * row : 2 * row + 3, 2 * column : 2 * column + 3].reshape(batch, 9, channels)
+            winner = taps.argmax(1)
+            y[:, row, column] = taps.max(1)
+            d[image, 2 * row + winner // 3, 2 * column + winner % 3, channel] += dy[:, row, column]
+    da = d * s**-beta - 2 * alpha * beta * a * ((d * a * s ** (-beta - 1)) @ near)
+    return y, np.where(x > 0, da, 0)
+
+
+def check(x, towers, bias=None, **constants):
+    constants = dict(k=K, n=N, alpha=ALPHA, beta=BETA) | constants
+
+    @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiling is most of the time
+    def pull(x, bias, dy):
+        y, pullback = jax.vjp(lambda x, b: relu_lrn_pool(x, towers, bias=b, interpret=True, **constants), x, bias)
+        return y, *pullback(dy)
+
+    shape = (x.shape[0], (x.shape[1] - 1) // 2, (x.shape[2] - 1) // 2, x.shape[3])
+    dy = jnp.asarray(np.random.default_rng(1).normal(size=shape), x.dtype)
+    y, dx, dbias = pull(x, bias, dy)
+    assert (y.dtype, dx.dtype, y.shape, dx.shape) == (x.dtype, x.dtype, shape, x.shape)
+    tolerance = 1e-5 if x.dtype == jnp.float32 else 2**-7
+    want_y, want_dx = expected(np.asarray(x, np.float64) + (0 if bias is None else bias), dy, towers, **constants)
+    for got, want in ((y, want_y), (dx, want_dx)):
+        error = abs(np.asarray(got, np.float64) - want)
+        assert (error <= tolerance * np.maximum(abs(want), 1)).all(), error.max()
+    if bias is not None:
+        np.testing.assert_allclose(dbias, want_dx.sum((0, 1, 2)), rtol=tolerance, atol=tolerance * 10)
+
+
+def images(shape, dtype, scale=50.0):
+    return jnp.asarray(np.random.default_rng(0).normal(size=shape) * scale, dtype)
+
+
+@pytest.mark.parametrize(
+    "shape, dtype, with_bias", [((1, 55, 55, 96), jnp.float32, True), ((1, 27, 27, 256), jnp.bfloat16, False)]
+)
+def test_result_and_gradient(shape, dtype, with_bias):
+    bias = np.random.default_rng(2).normal(size=shape[-1]).astype(np.float32) * 30 if with_bias else None
+    check(images(shape, dtype), 2, bias)
+
+
+def test_one_tower_other_constants_and_edges_without_a_window():
+    check(images((2, 4, 6, 24), jnp.float32), 1, n=7, beta=1.0, k=1.0, alpha=1e-3)
+
+
+def test_first_of_equal_maxima_gets_the_gradient():
+    values = jnp.asarray([3.0, 0.0, -1.0], jnp.bfloat16)
+    check(jnp.broadcast_to(values[:, None, None, None], (3, 9, 9, 16)), 2)
+
+
+@pytest.mark.parametrize(
+    "shape, dtype, change, message",
+    [
+        ((1, 9, 9, 16), jnp.float16, {}, "float16"),
+        ((1, 9, 9, 16), jnp.float32, dict(window=2), "window=2"),
+        ((1, 9, 9, 16), jnp.float32, dict(n=4), "n=4"),
+        ((1, 9, 9, 16), jnp.float32, dict(alpha=0.0), "alpha=0.0"),
+        ((1, 9, 9, 16), jnp.float32, dict(bias=jnp.zeros(8)), "bias"),
+        ((1, 9, 9, 12), jnp.float32, {}, "multiple of 8"),
+        ((1, 2, 9, 16), jnp.float32, {}, "from 3"),
+    ],
+)
+def test_what_it_does_not_take(shape, dtype, change, message):
+    with pytest.raises(ValueError, match=message):
+        relu_lrn_pool(jnp.zeros(shape, dtype), **dict(towers=1, k=K, n=N, alpha=ALPHA, beta=BETA) | change)
