@@ -146,7 +146,9 @@ def softmax(logits):
 
 def cross_entropy(logits, labels):
     """The mean over the batch."""
-    return -np.log(softmax(logits)[np.arange(len(labels)), labels]).mean()
+    (logits,) = _float64(logits)
+    below = logits - logits.max(-1, keepdims=True)
+    return (np.log(np.exp(below).sum(-1)) - below[np.arange(len(labels)), labels]).mean()
 
 
 def cross_entropy_gradient(logits, labels):

@@ -80,7 +80,7 @@ def exact(u: float) -> float:
 
 
 def rounding(dtype: str, precision: str, products: bool) -> float:
-    """u of a check's dtype, and of its products' precision if it has any."""
+    """Return u of a check's dtype, and of its products' precision if it has any."""
     if dtype == "bfloat16":
         return 2.0**-9
     default = {"gpu": 2.0**-11, "tpu": 2.0**-9}.get(jax.default_backend(), 2.0**-24)
@@ -97,7 +97,7 @@ class Check(NamedTuple):
       tolerance: from u to the largest error, by the result's name; "" stands for the others.
       products: whether it multiplies matrices, so that their precision matters.
       dtypes: those it is checked in.
-      cast: whether the floats of its arguments have that dtype; otherwise they stay as they are.
+      cast: whether the floats of its arguments have that dtype; otherwise they stay unchanged.
     """
 
     name: str
@@ -110,7 +110,7 @@ class Check(NamedTuple):
     cast: bool = True
 
     def cases(self) -> list[tuple[str, str]]:
-        """The (dtype, precision) to check; without products the precision changes nothing."""
+        """Return the (dtype, precision) to check; without products the precision changes nothing."""
         return [(d, p) for d, p in CASES if d in self.dtypes and (self.products or p == "default")]
 
 
@@ -123,16 +123,17 @@ class Setting(NamedTuple):
     train_batch: int
 
 
-def run_case(check: Check, dtype: str, precision: str, expected: dict[str, Any]) -> list[dict[str, Any]]:
-    """A record for each array that the operation returns."""
+def run_case(check: Check, dtype: str, precision: str, oracle: Callable[[], dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a record for each array that the operation returns; `oracle` is called after it has run."""
     u = rounding(dtype, precision, check.products)
 
     def cast(x):
         is_float = isinstance(x, np.ndarray) and x.dtype.kind == "f"
-        return jnp.asarray(x, dtype if check.cast and is_float else None)
+        return x.astype(jnp.dtype(dtype)) if check.cast and is_float else x
 
     with jax.default_matmul_precision(None if precision == "default" else precision):
         found = jax.jit(check.operation)(*jax.tree.map(cast, check.arguments))
+    expected = oracle()
     if set(found) != set(expected):
         raise ValueError(f"the results are {sorted(found)}, expected {sorted(expected)}")
     records = []
@@ -140,13 +141,13 @@ def run_case(check: Check, dtype: str, precision: str, expected: dict[str, Any])
         tolerance = check.tolerance.get(name, check.tolerance.get(""))(u)
         records.append({
             "name": f"{check.name}: {name}", "dtype": dtype, "precision": precision,
-            **compare(np.asarray(found[name].astype(jnp.float32)), np.asarray(right), tolerance),
+            **compare(np.asarray(found[name]).astype(np.float32), np.asarray(right), tolerance),
         })  # fmt: skip
     return records
 
 
 def compare(found: np.ndarray, right: np.ndarray, tolerance: float) -> dict[str, Any]:
-    """The error by norm and by the largest element, each relative to the reference's."""
+    """Return the error by norm and by the largest element, each relative to the reference's."""
     if found.shape != right.shape:
         raise ValueError(f"shape {found.shape}, expected {right.shape}")
     difference, right = (found - right).ravel(), right.ravel()
@@ -158,7 +159,7 @@ def compare(found: np.ndarray, right: np.ndarray, tolerance: float) -> dict[str,
 
 
 def with_gradient(function: Callable, *names: str) -> Callable[..., dict[str, Any]]:
-    """Of (arguments …, gradient of the result): the result, and the gradient of each argument, named as these."""
+    """Return a function of (arguments …, gradient of the result): the result and each argument's gradient by name."""
 
     def both(*arguments):
         *inputs, g = arguments
@@ -211,7 +212,7 @@ def max_pool_checks(name: str, operation: Callable, shape: Sequence[int]) -> lis
 
 
 def relu_lrn_pool(x: jax.Array, towers: int, k: float, n: int, alpha: float, beta: float) -> jax.Array:
-    """ReLU, LRN within each tower and max pooling of all channels, as the network composes them."""
+    """Compose ReLU, LRN within each tower and max pooling, on all channels, as the network does."""
     parts = jnp.split(x, towers, axis=-1)
     return jnp.concatenate([max_pool(local_response_norm(nn.relu(part), k, n, alpha, beta)) for part in parts], -1)
 
@@ -329,7 +330,7 @@ def random_crop_checks(name: str, operation: Callable, shape: Sequence[int], siz
 
 
 def random_flip_checks(name: str, operation: Callable, shape: Sequence[int]) -> list[Check]:
-    """`operation(key, images)`; an image of coordinates says which ones it mirrored."""
+    """`operation(key, images)`; an image of coordinates says which ones it flipped."""
     images, key = _normal(0, shape, 60), jax.random.key(1)
     coordinates = np.broadcast_to(np.arange(shape[2], dtype=np.float32)[:, None], (*shape[:3], 1))
     flipped = np.asarray(operation(key, jnp.asarray(coordinates)))[:, 0, 0, 0] > 0
@@ -360,7 +361,7 @@ def pca_lighting_checks(name: str, operation: Callable, shape: Sequence[int]) ->
 
 
 def bilinear(images: jax.Array, side: int) -> jax.Array:
-    """The enlargement of `alexnet_jax.preprocess`."""
+    """Enlarge as `alexnet_jax.preprocess`."""
     return jax.image.resize(images, (images.shape[0], side, side, images.shape[3]), "bilinear")
 
 
@@ -368,7 +369,7 @@ def resize_checks(name: str, operation: Callable, shape: Sequence[int], side: in
     images = _normal(0, shape, 60)
     oracle = lambda: {"result": reference.resize(images, side)}  # noqa: E731
     resized = lambda x: {"result": operation(x, side)}  # noqa: E731
-    return [Check(name, resized, oracle, (images,), products=True, dtypes=("float32",))]
+    return [Check(name, resized, oracle, (images,), dtypes=("float32",))]  # its products are "highest" always
 
 
 class _DropoutKeys(nn.Module):
@@ -380,7 +381,7 @@ class _DropoutKeys(nn.Module):
 
 
 def network_checks(name: str, model: AlexNet, side: int, batch: int) -> list[Check]:
-    """The paper's form of the network: logits in testing, and in training the loss, logits and all gradients.
+    """The paper's variant of the network: logits in testing, and in training the loss, logits and all gradients.
 
     Kernels are of a size that keeps the activations' from layer to layer, at which LRN scales them by a half.
     """
@@ -431,7 +432,7 @@ def network_checks(name: str, model: AlexNet, side: int, batch: int) -> list[Che
 
 
 def groups_of(setting: Setting) -> dict[str, Callable[[], list[Check]]]:
-    """What makes each group's checks, by worth: what comes last is what a short budget leaves out."""
+    """Return what makes each group's checks, by worth: the last are those that a short budget leaves out."""
     model, side, batch, _ = setting
     images = jax.ShapeDtypeStruct((batch, side, side, 3), jnp.float32)
     params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
@@ -486,7 +487,7 @@ def groups_of(setting: Setting) -> dict[str, Callable[[], list[Check]]]:
 
 
 def train_step(setting: Setting, path: Path) -> dict[str, Any]:
-    """Compiles the train step in bfloat16, writes its optimized HLO, and returns what it takes of memory."""
+    """Compile the train step in bfloat16, write its optimized HLO, and return the bytes that it needs."""
     from alexnet_jax.train import create_state, make_train_step  # which needs the readers of data sets
     from experiments import measure
 
@@ -514,7 +515,7 @@ class _Schedule:
         self._expected = {}
 
     def start(self, name: str, function: Callable, *arguments: Any) -> concurrent.futures.Future:
-        """Of a list of records: `function`'s, or one that says why there is none."""
+        """Start `function`, which returns records; where it returns none, one says why."""
 
         def records():
             if time.monotonic() > self.deadline:
@@ -530,8 +531,7 @@ class _Schedule:
         if check.oracle not in self._expected:
             self._expected[check.oracle] = self._oracles.submit(check.oracle)
         expected = self._expected[check.oracle]
-        case = lambda: run_case(check, dtype, precision, expected.result())  # noqa: E731
-        return self.start(f"{check.name}, {dtype}, {precision}", case)
+        return self.start(f"{check.name}, {dtype}, {precision}", run_case, check, dtype, precision, expected.result)
 
     def result(self, name: str, future: concurrent.futures.Future) -> list[dict[str, Any]]:
         with contextlib.suppress(concurrent.futures.TimeoutError):
@@ -544,7 +544,7 @@ class _Schedule:
 
 
 def line(record: dict[str, Any]) -> str:
-    """A record as a line of the table."""
+    """Return a record as a line of the table."""
     name = f"{record['name'][:44]:<44} {record.get('dtype', ''):<8} {record.get('precision', ''):<7}"
     if "skipped" in record:
         return f"{name} skipped: {record['skipped']}"
@@ -555,7 +555,7 @@ def line(record: dict[str, Any]) -> str:
 
 
 def run(setting: Setting, groups: dict[str, Callable[[], list[Check]]], workdir: Path, budget: float) -> bool:
-    """Runs the checks, prints and writes their records, and returns whether none failed."""
+    """Run the checks, print and write their records, and return whether none failed."""
     schedule, records, seconds = _Schedule(budget), [], {}
     device = jax.devices()[0]
     report = {
