@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy.signal import correlate2d
-from test_ops import numpy_lrn, numpy_max_pool
+import reference
 
 from alexnet_jax import PLAIN, AlexNet, Stem, activations
 from alexnet_jax.model import LAYERS
@@ -60,66 +59,23 @@ def test_initial_values_of_section_5():
         np.testing.assert_array_equal(params[name]["bias"], float(one))
 
 
-def numpy_conv(layer, x, stride, padding, groups, after=(0, 0)):
-    """A grouped convolution in float64 with SciPy's correlation; `after` is more padding, at the bottom and right."""
-    kernel, bias = (np.asarray(layer[leaf], np.float64) for leaf in ("kernel", "bias"))
-    x = np.pad(x, ((0, 0), (padding, padding + after[0]), (padding, padding + after[1]), (0, 0)))
-    out_group, in_group = kernel.shape[3] // groups, x.shape[3] // groups
-    maps = []
-    for o in range(kernel.shape[3]):
-        first = (o // out_group) * in_group
-        maps.append([
-            sum(correlate2d(image[..., first + c], kernel[..., c, o], "valid") for c in range(in_group))
-            for image in x
-        ])  # fmt: skip
-    return np.moveaxis(maps, 0, 3)[:, ::stride, ::stride] + bias
-
-
-def numpy_forward(params, images, stem, kept=0.5, f=lambda x: np.maximum(x, 0), alpha=1e-4, window=3, towers=2):
-    """The grouped network in float64, written from section 3.5 alone; α of None is no normalization."""
-    p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
-
-    def conv(x, name, stride, padding, groups, *hang):
-        if name not in p:
-            return x
-        return f(numpy_conv(p[name], x, stride, padding, 1 if towers == 1 else groups, *hang))
-
-    def lrn(x):
-        if alpha is None:
-            return x
-        return np.concatenate([numpy_lrn(t, 2.0, 5, alpha, 0.75) for t in np.split(x, towers, axis=-1)], -1)
-
-    def pool(x):
-        return numpy_max_pool(x, window, 2)
-
-    hang = [-(s + 2 * stem.padding - stem.kernel) % stem.stride for s in images.shape[1:3]]
-    x = conv(np.asarray(images, np.float64), "conv1", stem.stride, stem.padding, 1, hang)
-    x = pool(lrn(x))
-    x = pool(lrn(conv(x, "conv2", 1, 2, 2)))
-    x = conv(x, "conv3", 1, 1, 1)
-    x = conv(x, "conv4", 1, 1, 2)
-    x = pool(conv(x, "conv5", 1, 1, 2)).reshape(len(images), -1)
-    for name in [name for name in ("fc6", "fc7") if name in p]:
-        x = f(x @ p[name]["kernel"] + p[name]["bias"]) * kept
-    return x @ p["fc8"]["kernel"] + p["fc8"]["bias"]
-
-
 class ForwardTest(chex.TestCase):
     @chex.variants(with_jit=True, without_jit=True)
     def test_against_numpy(self):
         images = images_of(29, batch=2)
         params = small_params(images)
         logits = self.variant(lambda p, x: SMALL.apply({"params": p}, x))(params, images)
-        chex.assert_trees_all_close(logits, numpy_forward(params, images, SMALL.stem), rtol=2e-4, atol=2e-4)
+        expected, _ = reference.network(params, images, stem=SMALL.stem, scale=0.5)
+        chex.assert_trees_all_close(logits, expected, rtol=2e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize("fields,exact", [
-    (dict(activation="tanh"), dict(f=np.tanh)),
-    (dict(lrn=False), dict(alpha=None)),
-    (dict(lrn_alpha=0.5), dict(alpha=0.5)),
-    (dict(pool_window=2), dict(window=2)),
-    (dict(dropout=0.2), dict(kept=0.8)),
-    (dict(dropout=0.0), dict(kept=1.0)),
+    (dict(activation="tanh"), dict(activation="tanh")),
+    (dict(lrn=False), dict(use_lrn=False)),
+    (dict(lrn_alpha=0.5), dict(lrn_constants=(2.0, 5, 0.5, 0.75))),
+    (dict(pool_window=2), dict(pool_window=2)),
+    (dict(dropout=0.2), dict(scale=0.8)),
+    (dict(dropout=0.0), dict(scale=1.0)),
     (dict(towers=1), dict(towers=1)),
     (dict(towers=1, widths=(7, 5, 6, 0, 0, 0, 0)), dict(towers=1)),  # four layers
     (dict(towers=1, widths=(8, 12, 16, 0, 12, 20, 0)), dict(towers=1)),
@@ -128,7 +84,7 @@ def test_each_field_of_an_ablation_against_numpy(fields, exact):
     images, model = images_of(29, batch=2), SMALL.clone(**fields)
     params = small_params(images, model)
     logits = model.apply({"params": params}, images)
-    expected = numpy_forward(params, images, SMALL.stem, **exact)
+    expected, _ = reference.network(params, images, **{"stem": SMALL.stem, "scale": 0.5, **exact})
     np.testing.assert_allclose(logits, expected, rtol=2e-4, atol=2e-4 * np.abs(expected).max())
     assert tuple(activations(model, params, images))[-1] == "fc8"
 

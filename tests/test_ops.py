@@ -3,48 +3,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 from absl.testing import parameterized
 from jax.test_util import check_grads
 from scipy.signal import correlate2d
 
 from alexnet_jax import OPS, PLAIN, ops
 from alexnet_jax.ops import lrn
-
-
-def numpy_lrn(a, k, n, alpha, beta):
-    """Section 3.3 read aloud, in float64."""
-    a = np.asarray(a, np.float64)
-    channels = a.shape[-1]
-    b = np.empty_like(a)
-    for i in range(channels):
-        low, high = max(0, i - n // 2), min(channels - 1, i + n // 2)
-        b[..., i] = a[..., i] / (k + alpha * (a[..., low : high + 1] ** 2).sum(-1)) ** beta
-    return b
-
-
-def numpy_lrn_gradient(a, g, k, n, alpha, beta):
-    """Σ_j g_j ∂b_j/∂a_i, element by element, in float64."""
-    a, g = np.asarray(a, np.float64), np.asarray(g, np.float64)
-    channels = a.shape[-1]
-    da = np.zeros_like(a)
-    for j in range(channels):
-        low, high = max(0, j - n // 2), min(channels - 1, j + n // 2)
-        scale = k + alpha * (a[..., low : high + 1] ** 2).sum(-1)
-        da[..., j] += g[..., j] * scale**-beta
-        for i in range(low, high + 1):
-            da[..., i] -= g[..., j] * a[..., j] * beta * scale ** (-beta - 1) * 2 * alpha * a[..., i]
-    return da
-
-
-def numpy_spatial_norm(a, size, scale, power, min_div):
-    """Each map normalized over size×size pixels around each one, in float64."""
-    a = np.asarray(a, np.float64)
-    b, half = np.empty_like(a), size // 2
-    for r in range(a.shape[1]):
-        for c in range(a.shape[2]):
-            window = a[:, max(0, r - half) : r + half + 1, max(0, c - half) : c + half + 1]
-            b[:, r, c] = a[:, r, c] / (min_div + scale / size**2 * (window**2).sum((1, 2))) ** power
-    return b
 
 
 class LocalResponseNormTest(chex.TestCase):
@@ -63,7 +28,7 @@ class LocalResponseNormTest(chex.TestCase):
             return y, vjp(g)[0]
 
         y, dx = self.variant(both)(x, g)
-        exact_y, exact_dx = numpy_lrn(x, k, n, alpha, beta), numpy_lrn_gradient(x, g, k, n, alpha, beta)
+        exact_y, exact_dx = reference.lrn(x, k, n, alpha, beta), reference.lrn_gradient(x, g, k, n, alpha, beta)
         assert np.max(np.abs(y - exact_y) / np.abs(exact_y)) < 1e-5
         assert np.max(np.abs(dx - exact_dx)) / np.max(np.abs(exact_dx)) < 1e-5
 
@@ -71,7 +36,7 @@ class LocalResponseNormTest(chex.TestCase):
         x = jnp.linspace(-50, 50, 64, dtype=jnp.bfloat16).reshape(2, 2, 2, 8)
         y = ops.local_response_norm(x)
         assert y.dtype == jnp.bfloat16
-        chex.assert_trees_all_close(y.astype(np.float32), numpy_lrn(x, 2.0, 5, 1e-4, 0.75), rtol=0.01)
+        chex.assert_trees_all_close(y.astype(np.float32), reference.lrn(x, 2.0, 5, 1e-4, 0.75), rtol=0.01)
 
     def test_even_window_is_refused(self):
         with pytest.raises(ValueError, match="n=4"):
@@ -86,7 +51,7 @@ class SpatialResponseNormTest(chex.TestCase):
         x = (rng.standard_normal((2, 6, 7, 3)) * 50).astype(np.float32)
         g, direction = rng.standard_normal((2, *x.shape))
         y, vjp = jax.vjp(self.variant(lambda x: ops.spatial_response_norm(x, size, scale, power, min_div)), x)
-        exact = lambda x: numpy_spatial_norm(x, size, scale, power, min_div)  # noqa: E731
+        exact = lambda x: reference.spatial_norm(x, size, scale, power, min_div)  # noqa: E731
         np.testing.assert_allclose(y, exact(x), rtol=1e-5)
         slope = (exact(x + 1e-3 * direction) - exact(x - 1e-3 * direction)) / 2e-3
         assert np.vdot(vjp(g.astype(np.float32))[0], direction) == pytest.approx(np.vdot(g, slope), rel=1e-3)
@@ -103,15 +68,6 @@ def test_normalization_refuses_integers(norm, dtype):
         norm(jnp.ones((1, 6, 6, 8), dtype))
 
 
-def numpy_max_pool(x, window, stride):
-    height, width = ((s - window) // stride + 1 for s in x.shape[1:3])
-    y = np.empty((x.shape[0], height, width, x.shape[3]), x.dtype)
-    for r in range(height):
-        for c in range(width):
-            y[:, r, c] = x[:, r * stride : r * stride + window, c * stride : c * stride + window].max(axis=(1, 2))
-    return y
-
-
 def xla_max_pool(x, window, stride):
     return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, window, window, 1), (1, stride, stride, 1), "VALID")
 
@@ -123,10 +79,11 @@ class MaxPoolTest(chex.TestCase):
         rng = np.random.default_rng(1)
         x = rng.integers(-3, 4, (2, height, width, 3)).astype(np.float32)  # full of ties
         y, vjp = jax.vjp(self.variant(lambda x: ops.max_pool(x, window, stride)), x)
-        np.testing.assert_array_equal(y, numpy_max_pool(x, window, stride))
+        np.testing.assert_array_equal(y, reference.max_pool(x, window, stride))
         g = rng.standard_normal(y.shape).astype(np.float32)
         expected = jax.vjp(lambda x: xla_max_pool(x, window, stride), x)[1](g)[0]
         chex.assert_trees_all_close(vjp(g)[0], expected, atol=1e-5)
+        chex.assert_trees_all_close(vjp(g)[0], reference.max_pool_gradient(x, g, window, stride), atol=1e-5)
 
     @parameterized.parameters((3, 2, "at least 3"), (0, 2, "window=0, stride=2"), (2, 0, "window=2, stride=0"))
     def test_what_has_no_windows_is_refused(self, window, stride, words):

@@ -1,6 +1,7 @@
 import jax
 import numpy as np
 import pytest
+import reference
 
 from alexnet_jax.augment import rgb_pca
 from alexnet_jax.preprocess import fit
@@ -29,7 +30,9 @@ def test_scale_and_enlargement():
     # Four pixels for one: the centre of pixel 4r lies 5/8 of the way from the centre of r - 1 to that of r.
     weights = np.array([3 / 8, 5 / 8])
     expected = np.einsum("i,j,bijk->bk", weights, weights, small[:, 2:4, 3:5])
-    np.testing.assert_allclose(np.asarray(large.center_crop(images))[:, 12, 16], expected, atol=1e-3)
+    x = np.asarray(large.center_crop(images))
+    np.testing.assert_allclose(x[:, 12, 16], expected, atol=1e-3)
+    np.testing.assert_allclose(x, reference.resize(small, 32), atol=1e-3)
 
 
 def test_training_augments_and_testing_does_not():

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 from jax import lax
-from test_model import KERNELS, MAPS, SMALL, images_of, numpy_conv, shapes, small_params
-from test_ops import numpy_lrn, numpy_max_pool, numpy_spatial_norm
+from test_model import KERNELS, MAPS, SMALL, images_of, shapes, small_params
 
 from alexnet_jax import OPS, AlexNet, Stem, activations, paper_sgd, sharding
 from alexnet_jax.config import ConfigError, check_config
@@ -22,47 +22,25 @@ each_variant = pytest.mark.parametrize("variant", VARIANTS)
 STEM = Stem(5, 2, 0)  # on 36×36 images the last window hangs over by one pixel
 
 
-def numpy_variant(variant, params, images, dropout_scale):
-    """The three networks in float64, a line a layer."""
-    p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
-    pool, relu = lambda x: numpy_max_pool(x, 3, 2), lambda x: np.maximum(x, 0)  # noqa: E731
-    halves = lambda f, x: np.concatenate([f(t) for t in np.split(x, 2, axis=-1)], -1)  # noqa: E731
-    x = np.asarray(images, np.float64)
-    if variant == "caffe":
-        norm = lambda x: numpy_lrn(x, 1.0, 5, 0.0001 / 5, 0.75)  # noqa: E731
-        x = pool(norm(relu(numpy_conv(p["conv1"], x, 2, 0, 1))))
-        x = pool(norm(relu(numpy_conv(p["conv2"], x, 1, 2, 2))))
-    elif variant == "source2012":
-        norm = lambda x: halves(lambda t: numpy_lrn(t, 2.0, 5, 0.0001 / 5, 0.75), x)  # noqa: E731
-        x = relu(pool(norm(numpy_conv(p["conv1"], x, 2, 0, 1, (1, 1)))))
-        x = pool(numpy_spatial_norm(norm(relu(numpy_conv(p["conv2"], x, 1, 2, 2))), 5, 0.001, 0.75, 1.0))
-    else:
-        norm = lambda x: halves(lambda t: numpy_lrn(t, 2.0, 5, 0.0001, 0.75), x)  # noqa: E731
-        x = pool(norm(relu(numpy_conv(p["conv1"], x, 2, 0, 1, (1, 1)))))
-        x = pool(norm(relu(numpy_conv(p["conv2"], x, 1, 2, 2))))
-    x = relu(numpy_conv(p["conv3"], x, 1, 1, 1))
-    x = relu(numpy_conv(p["conv4"], x, 1, 1, 2))
-    x = pool(relu(numpy_conv(p["conv5"], x, 1, 1, 2))).reshape(len(x), -1)
-    for name in ("fc6", "fc7"):
-        x = relu(x @ p[name]["kernel"] + p[name]["bias"]) * dropout_scale
-    return x @ p["fc8"]["kernel"] + p["fc8"]["bias"]
-
-
 @each_variant
 def test_order_normalization_rounding_and_scale_of_dropout_against_numpy(variant):
     network = SMALL.clone(stem=STEM, variant=variant)
     images = images_of(36, batch=2) * 300  # large enough for each normalization to bite
     params = small_params(images, network)
     tested = network.apply({"params": params}, images)
+
+    def numpy_variant(variant, scale):
+        return reference.network(params, images, variant=variant, stem=STEM, scale=scale)[0]
+
     scale = {"paper": 0.5, "source2012": 0.5, "caffe": 1.0}[variant]
-    exact = numpy_variant(variant, params, images, scale)
+    exact = numpy_variant(variant, scale)
     np.testing.assert_allclose(tested, exact, rtol=1e-3, atol=1e-4 * np.abs(exact).max())
     network = network.clone(ops=OPS._replace(dropout=lambda key, x, *rest: x))  # only its scale is left
     trained = network.apply({"params": params}, images, train=True, rngs={"dropout": jax.random.key(0)})
-    exact = numpy_variant(variant, params, images, {"paper": 1, "source2012": 1, "caffe": 2}[variant])
+    exact = numpy_variant(variant, {"paper": 1, "source2012": 1, "caffe": 2}[variant])
     np.testing.assert_allclose(trained, exact, rtol=1e-3, atol=1e-4 * np.abs(exact).max())
     for other in set(VARIANTS) - {variant}:
-        assert np.abs(numpy_variant(other, params, images, scale) - tested).max() > 0.01 * np.abs(tested).max()
+        assert np.abs(numpy_variant(other, scale) - tested).max() > 0.01 * np.abs(tested).max()
 
 
 @pytest.mark.parametrize("variant,size", [("paper", 224), ("source2012", 224), ("caffe", 227)])
@@ -106,10 +84,9 @@ def test_update(variant):
         g = draw()
         updates, state = optimizer.update(jax.tree.map(jnp.float32, g), state, params, learning_rate=e)
         params = jax.tree.map(jnp.add, params, updates)
-        of_bias = (e, 0.0005) if variant == "paper" else (2 * e, 0)
-        for leaf, rate, decay in (("kernel", e, 0.0005), ("bias", *of_bias)):
-            v["conv1"][leaf] = 0.9 * v["conv1"][leaf] - decay * rate * w["conv1"][leaf] - rate * g["conv1"][leaf]
-            w["conv1"][leaf] = w["conv1"][leaf] + v["conv1"][leaf]
+        of_bias = dict(rate=e) if variant == "paper" else dict(rate=2 * e, decay=0)
+        for leaf, how in (("kernel", dict(rate=e)), ("bias", of_bias)):
+            w["conv1"][leaf], v["conv1"][leaf] = reference.sgd(*(of["conv1"][leaf] for of in (w, v, g)), **how)
     jax.tree.map(lambda x, exact: np.testing.assert_allclose(x, exact, rtol=1e-5, atol=1e-6), params, w)
 
 
