@@ -6,6 +6,7 @@ mesh with a tower axis each device holds one, and such a layer gathers the other
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -15,7 +16,7 @@ from flax.linen.dtypes import Dtype
 from jax import lax
 
 from alexnet_jax.checks import check_images, check_network, check_tower_devices
-from alexnet_jax.ops import OPS, Ops
+from alexnet_jax.ops import OPS, Ops, ops_for
 from alexnet_jax.variants import ACTIVATIONS, LAYERS, VARIANTS
 
 OUTPUTS = (
@@ -47,6 +48,11 @@ def tower_devices(tower_axis: str | None) -> int:
     return lax.axis_size(tower_axis) if tower_axis else 1
 
 
+def _split_towers(arrays: Sequence[jax.Array], towers: int) -> list[jax.Array]:
+    """Return one array per tower, from arrays with the channels of equally many."""
+    return [part for x in arrays for part in jnp.split(x, towers // len(arrays), axis=-1)]
+
+
 class Conv(nn.Module):
     """A convolution with bias: a list of inputs [B, H, W, I] to a list of outputs [B, H', W', O], one per tower.
 
@@ -58,6 +64,7 @@ class Conv(nn.Module):
       ceil_mode: whether the output size is rounded up, by more zeros at the right and bottom edge.
       gather: whether the kernels take the channels of both towers, or of their own alone.
       towers, tower_axis, conv: as in `AlexNet`; `conv` is that of its operations.
+      epilogue: (x, bias, towers) to the outputs of so many towers; None adds the bias.
       dtype, param_dtype, precision, kernel_init, bias_init: as in `flax.linen.Conv`.
     """
 
@@ -70,6 +77,7 @@ class Conv(nn.Module):
     towers: int = 2
     tower_axis: str | None = None
     conv: Callable[..., jax.Array] = OPS.conv
+    epilogue: Callable[[jax.Array, jax.Array, int], jax.Array] | None = None
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     precision: lax.PrecisionLike = None
@@ -93,11 +101,15 @@ class Conv(nn.Module):
         def conv(x, kernel):
             return self.conv(x, kernel, self.stride, padding, self.precision)
 
-        if len(inputs) < towers:
-            outputs = jnp.split(conv(inputs[0], kernel), towers, axis=-1)
-        else:  # one convolution per tower, which a CPU computes several times faster than a grouped one
-            outputs = [conv(x, k) for x, k in zip(inputs, jnp.split(kernel, towers, axis=-1), strict=True)]
-        return [x + b for x, b in zip(outputs, jnp.split(bias, towers, axis=-1), strict=True)]
+        # One convolution per tower, which a CPU computes several times faster than a grouped one.
+        outputs = [conv(x, k) for x, k in zip(inputs, jnp.split(kernel, len(inputs), axis=-1), strict=True)]
+        split_outputs = partial(_split_towers, towers=towers)
+        if self.epilogue is None:
+            return [x + b for x, b in zip(split_outputs(outputs), split_outputs([bias]), strict=True)]
+        biases = jnp.split(bias, len(outputs))
+        return split_outputs(
+            [self.epilogue(x, b, towers // len(outputs)) for x, b in zip(outputs, biases, strict=True)]
+        )
 
 
 class Dense(nn.Module):
@@ -147,7 +159,8 @@ class AlexNet(nn.Module):
       dropout: the rate at fc6 and fc7.
       kernel_std, bias: the initial standard deviation of the eight layers' kernels, and the initial value of their
         biases; None is the variant's own.
-      ops: the operations; `PLAIN` gives XLA's own, which every transformation of JAX works on.
+      ops: the operations; `PLAIN` gives XLA's own, which every transformation of JAX works on. None: `ops_for` the
+        first device.
       data_axis, tower_axis: the mesh axes that share the batch and the towers, when the network is applied under
         `jax.shard_map`; its parameters are then this device's part of the output channels.
 
@@ -172,7 +185,7 @@ class AlexNet(nn.Module):
     dropout: float = 0.5
     kernel_std: tuple[float, ...] | None = None
     bias: tuple[float, ...] | None = None
-    ops: Ops = OPS
+    ops: Ops | None = None
     data_axis: str | None = None
     tower_axis: str | None = None
     param_dtype: Dtype = jnp.float32
@@ -207,9 +220,12 @@ class AlexNet(nn.Module):
             return self._apply_in_order(name, then.replace("relu", ""), x)
         shape = dict(kernel_size=kernel_size, stride=stride, padding=padding, gather=gather)
         layer = Conv(
-            **fields, **shape, ceil_mode=VARIANTS[self.variant].ceil_mode, towers=self.towers, conv=self.ops.conv
-        )
+            **fields, **shape, ceil_mode=VARIANTS[self.variant].ceil_mode, towers=self.towers,
+            conv=self._ops.conv, epilogue=self._fused(then),
+        )  # fmt: skip
         x = layer(x)
+        if layer.epilogue:
+            return x
         self._record(name, x)
         return self._apply_in_order(name, then, x)
 
@@ -228,22 +244,38 @@ class AlexNet(nn.Module):
                 name = f"norm{number}"
                 towers = self._lrn(towers) if self.lrn else towers
             elif operation == "contrast_norm":
-                towers = [self.ops.spatial_response_norm(x, *variant.contrast_norm) for x in towers]
+                towers = [self._ops.spatial_response_norm(x, *variant.contrast_norm) for x in towers]
             elif operation == "pool":  # section 3.4
                 name = f"pool{number}"
-                towers = [self.ops.max_pool(x, window=self.pool_window, stride=2) for x in towers]
+                towers = [self._ops.max_pool(x, window=self.pool_window, stride=2) for x in towers]
             self._record(name, towers)
         return towers
 
+    @property
+    def _ops(self):
+        return self.ops or ops_for(jax.devices()[0])
+
+    @nn.nowrap
+    def _fused(self, order):
+        """Return the function of a convolution's outputs and bias that is `order`, or None if there is none."""
+        variant, ops = VARIANTS[self.variant], self._ops
+        one_function = ops.relu_lrn_pool and order == "relu lrn pool" and self.activation == "relu" and self.lrn
+        if not one_function or variant.lrn_across_towers or self.is_mutable_collection("activations"):
+            return None
+        return partial(ops.relu_lrn_pool, **self._lrn_constants(), window=self.pool_window, stride=2)
+
+    @nn.nowrap
+    def _lrn_constants(self):
+        k, n, alpha, beta = VARIANTS[self.variant].lrn
+        return dict(k=k, n=n, alpha=alpha if self.lrn_alpha is None else self.lrn_alpha, beta=beta)
+
     @nn.nowrap
     def _lrn(self, towers):
-        variant = VARIANTS[self.variant]
-        k, n, alpha, beta = variant.lrn
-        constants = dict(k=k, n=n, alpha=alpha if self.lrn_alpha is None else self.lrn_alpha, beta=beta)
-        if variant.lrn_across_towers:
-            x = self.ops.local_response_norm(all_gather_towers(towers), **constants)
+        constants = self._lrn_constants()
+        if VARIANTS[self.variant].lrn_across_towers:
+            x = self._ops.local_response_norm(all_gather_towers(towers), **constants)
             return jnp.split(x, self.towers, axis=-1)
-        return [self.ops.local_response_norm(x, **constants) for x in towers]
+        return [self._ops.local_response_norm(x, **constants) for x in towers]
 
     @nn.nowrap
     def _dense(self, name, x, train):
@@ -263,7 +295,7 @@ class AlexNet(nn.Module):
         first_tower = lax.axis_index(self.tower_axis) * towers if self.tower_axis else 0
         with jax.named_scope(name):
             key = self.make_rng("dropout")
-            return [train_scale * self.ops.dropout(key, x, self.dropout, towers, first_example, first_tower)]
+            return [train_scale * self._ops.dropout(key, x, self.dropout, towers, first_example, first_tower)]
 
     @nn.nowrap
     def _fields(self, name):

@@ -37,7 +37,7 @@ from alexnet_jax.configs import fashion_mnist
 from alexnet_jax.errors import UserError
 from alexnet_jax.evaluation import jit_forward, predict
 from alexnet_jax.flags import FLAG_ERRORS, flag_error
-from alexnet_jax.ops import PLAIN
+from alexnet_jax.ops import PLAIN, ops_for
 from alexnet_jax.runtime.compilation_cache import use_compilation_cache
 from alexnet_jax.runtime.files import write_json
 from alexnet_jax.runtime.huge_pages import use_huge_pages
@@ -165,7 +165,7 @@ def _update(model: AlexNet, setting: Setting) -> dict[str, Any]:
 
 def with_plain(model: AlexNet, *names: str) -> AlexNet:
     """Return the network with these of its operations replaced by XLA's own."""
-    return model.clone(ops=model.ops._replace(**{name: getattr(PLAIN, name) for name in names}))
+    return model.clone(ops=(model.ops or ops_for(jax.devices()[0]))._replace(**{name: getattr(PLAIN, name) for name in names}))
 
 
 def forms(setting: Setting) -> dict[str, Any]:

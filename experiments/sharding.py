@@ -27,7 +27,7 @@ from jax.sharding import PartitionSpec as P
 from alexnet_jax import AlexNet, activations, cross_entropy, paper_sgd, sharding
 from alexnet_jax.data import Batch
 from alexnet_jax.model import LAYERS
-from alexnet_jax.ops import PLAIN
+from alexnet_jax.ops import PLAIN, ops_for
 from alexnet_jax.sharding import DATA, TOWER
 from alexnet_jax.train import device_name
 from alexnet_jax.train_step import TrainState, apply_gradients, create_state, make_train_step
@@ -203,7 +203,7 @@ def measure(layout: Layout, model: AlexNet, shape: tuple[int, ...], batch: int, 
     data, preprocess = random_batch(shape, batch, model.num_classes, mesh)
     optimizer, rate, key = paper_sgd(), lambda step, plateau: jnp.float32(0.01), jax.random.key(1)
     if layout.rules:
-        model = model.clone(ops=model.ops._replace(conv=PLAIN.conv))
+        model = model.clone(ops=(model.ops or ops_for(jax.devices()[0]))._replace(conv=PLAIN.conv))
         state = create_state(model, optimizer, shape, 0)
         step, shardings = make_partitioned_step(layout, model, optimizer, preprocess, rate, mesh)
         state = jax.device_put(state, shardings(state))

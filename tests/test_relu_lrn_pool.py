@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alexnet_jax.relu_lrn_pool import relu_lrn_pool
+from alexnet_jax.ops.relu_lrn_pool import fused_relu_lrn_pool, relu_lrn_pool
 
 K, N, ALPHA, BETA = 2.0, 5, 1e-4, 0.75
 
@@ -34,12 +34,13 @@ def expected(x, dy, towers, k=K, n=N, alpha=ALPHA, beta=BETA):
     return y, np.where(x > 0, da, 0)
 
 
-def check(x, towers, bias=None, **constants):
+def check(x, towers, bias=None, function=partial(fused_relu_lrn_pool, interpret=True), **constants):
     constants = dict(k=K, n=N, alpha=ALPHA, beta=BETA) | constants
+    bias = np.zeros(x.shape[-1], np.float32) if bias is None else bias
 
     @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiling is most of the time
     def pull(x, bias, dy):
-        y, pullback = jax.vjp(lambda x, b: relu_lrn_pool(x, towers, bias=b, interpret=True, **constants), x, bias)
+        y, pullback = jax.vjp(lambda x, b: function(x, b, towers, **constants), x, bias)
         return y, *pullback(dy)
 
     shape = (x.shape[0], (x.shape[1] - 1) // 2, (x.shape[2] - 1) // 2, x.shape[3])
@@ -47,12 +48,11 @@ def check(x, towers, bias=None, **constants):
     y, dx, dbias = pull(x, bias, dy)
     assert (y.dtype, dx.dtype, y.shape, dx.shape) == (x.dtype, x.dtype, shape, x.shape)
     tolerance = 1e-5 if x.dtype == jnp.float32 else 2**-7
-    want_y, want_dx = expected(np.asarray(x, np.float64) + (0 if bias is None else bias), dy, towers, **constants)
+    want_y, want_dx = expected(np.asarray(x, np.float64) + bias, dy, towers, **constants)
     for got, want in ((y, want_y), (dx, want_dx)):
         error = abs(np.asarray(got, np.float64) - want)
         assert (error <= tolerance * np.maximum(abs(want), 1)).all(), error.max()
-    if bias is not None:
-        np.testing.assert_allclose(dbias, want_dx.sum((0, 1, 2)), rtol=tolerance, atol=tolerance * 10)
+    np.testing.assert_allclose(dbias, want_dx.sum((0, 1, 2)), rtol=tolerance, atol=tolerance * 10)
 
 
 def images(shape, dtype, scale=50.0):
@@ -63,7 +63,7 @@ def images(shape, dtype, scale=50.0):
     "shape, dtype, with_bias", [((1, 55, 55, 96), jnp.float32, True), ((1, 27, 27, 256), jnp.bfloat16, False)]
 )
 def test_result_and_gradient(shape, dtype, with_bias):
-    bias = np.random.default_rng(2).normal(size=shape[-1]).astype(np.float32) * 30 if with_bias else None
+    bias = np.random.default_rng(2).normal(size=shape[-1]).astype(np.float32) * 30 * with_bias
     check(images(shape, dtype), 2, bias)
 
 
@@ -89,5 +89,10 @@ def test_first_of_equal_maxima_gets_the_gradient():
     ],
 )
 def test_what_it_does_not_take(shape, dtype, change, message):
+    arguments = dict(bias=jnp.zeros(shape[-1]), towers=1, k=K, n=N, alpha=ALPHA, beta=BETA) | change
     with pytest.raises(ValueError, match=message):
-        relu_lrn_pool(jnp.zeros(shape, dtype), **dict(towers=1, k=K, n=N, alpha=ALPHA, beta=BETA) | change)
+        fused_relu_lrn_pool(jnp.zeros(shape, dtype), **arguments)
+
+
+def test_channels_that_the_kernels_do_not_take():
+    check(images((2, 9, 9, 12), jnp.float32), 2, np.full(12, 3.0, np.float32), function=relu_lrn_pool)

@@ -1,13 +1,16 @@
 """The operations of section 3 that a framework does not give in the paper's form, with their gradients.
 
-Arrays are NHWC. Each function is pure and jittable. `OPS` is the bundle that the network takes by default; `PLAIN` is
-that of XLA's own operations.
+Arrays are NHWC. Each function is pure and jittable. `ops_for` gives the bundle that the
+network takes by default on a device; `PLAIN` is that of XLA's own operations.
 """
 
-from alexnet_jax.ops.bundle import OPS, PLAIN, Ops
+from alexnet_jax.ops.bundle import CUDA, OPS, PLAIN, Ops, ops_for
 from alexnet_jax.ops.convolution import conv
 from alexnet_jax.ops.dropout import dropout
 from alexnet_jax.ops.lrn import local_response_norm, spatial_response_norm
 from alexnet_jax.ops.pooling import max_pool
 
-__all__ = ["OPS", "PLAIN", "Ops", "conv", "dropout", "local_response_norm", "max_pool", "spatial_response_norm"]
+__all__ = [
+    "CUDA", "OPS", "PLAIN", "Ops", "conv", "dropout", "local_response_norm", "max_pool", "ops_for",
+    "spatial_response_norm",
+]  # fmt: skip

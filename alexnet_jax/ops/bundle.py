@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax
 
-from alexnet_jax.ops import convolution, lrn, plain, pooling
+from alexnet_jax.ops import convolution, lrn, plain, pooling, relu_lrn_pool
 from alexnet_jax.ops.dropout import dropout
 
 
@@ -18,6 +18,8 @@ class Ops(NamedTuple):
       local_response_norm: (x, k, n, alpha, beta) to the normalized activations, as `ops.local_response_norm`.
       spatial_response_norm: (x, size, scale, power, min_div) likewise, as `ops.spatial_response_norm`.
       dropout: (key, x, rate, towers, first_example, first_tower) to the kept activations, as `ops.dropout`.
+      relu_lrn_pool: (x, bias, towers, k, n, alpha, beta) to the maxima, a convolution's bias, ReLU, LRN and max pooling
+        in one, as `relu_lrn_pool.relu_lrn_pool`; None: one operation after the other.
     """
 
     conv: Callable[..., jax.Array] = convolution.conv
@@ -25,6 +27,7 @@ class Ops(NamedTuple):
     local_response_norm: Callable[..., jax.Array] = lrn.local_response_norm
     spatial_response_norm: Callable[..., jax.Array] = lrn.spatial_response_norm
     dropout: Callable[..., jax.Array] = dropout
+    relu_lrn_pool: Callable[..., jax.Array] | None = None
 
 
 # Gradients by hand, of reverse mode only, and on a CPU Winograd's convolution.
@@ -32,3 +35,11 @@ OPS = Ops()
 
 # XLA's own operations with autodiff's gradients: `jax.jvp`, `jax.hessian` and XLA's partitioner work on them.
 PLAIN = Ops(plain.conv, plain.max_pool, plain.local_response_norm, plain.spatial_response_norm)
+
+# One kernel each way for the operations between two convolutions, which are most of a step's memory traffic on a GPU.
+CUDA = OPS._replace(relu_lrn_pool=relu_lrn_pool.relu_lrn_pool)
+
+
+def ops_for(device: jax.Device) -> Ops:
+    """Return the fastest operations for a device: `CUDA` for an NVIDIA GPU, `OPS` for any other."""
+    return CUDA if device.platform == "gpu" and "NVIDIA" in device.device_kind else OPS

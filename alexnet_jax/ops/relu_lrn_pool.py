@@ -19,6 +19,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from alexnet_jax.ops.lrn import local_response_norm
+from alexnet_jax.ops.pooling import max_pool
+
 LANES = 8  # channels a thread: 16 bytes of bfloat16, and eight places of four bits in an int32
 WINDOW, STRIDE = 3, 2
 
@@ -121,11 +124,11 @@ class _Items(NamedTuple):
         return before[reach - half :] + _load(ref, first, mask, other=other) + after[:half]
 
     def load_bias(self, ref, half):
-        return self.load_with_neighbours(ref, self.group * LANES, self.inside, half) if ref is not None else []
+        return self.load_with_neighbours(ref, self.group * LANES, self.inside, half)
 
 
 def _sums(parts, others):
-    return [a + b for a, b in zip(parts, others, strict=True)] if others else parts
+    return [a + b for a, b in zip(parts, others, strict=True)]
 
 
 def _window_sums(parts, half):
@@ -153,11 +156,9 @@ def _power(quarter, beta):
     return quarter * quarter * quarter if beta == 0.75 else jnp.exp2(jnp.log2(quarter) * (4 * beta))
 
 
-def _forward_kernel(*refs, layer, blocks, with_bias):
+def _forward_kernel(x_ref, bias_ref, y_ref, *residual_refs, layer, blocks):
     # Squares are compared: b² = a² s^(−2β) takes one reciprocal root, and the root of b² is taken once a window.
     # s / α stands for s: α Σ a² would be a product for each pixel, and a constant factor of b² changes no comparison.
-    x_ref, *refs = refs
-    bias_ref, y_ref, *residual_refs = refs if with_bias else (None, *refs)
     at = _Items.of_program(layer, layer.columns, blocks.items)
     first_row = pl.program_id(1) * blocks.rows
     bias = at.load_bias(bias_ref, layer.half)
@@ -205,12 +206,11 @@ def _forward_kernel(*refs, layer, blocks, with_bias):
     lax.fori_loop(0, blocks.rows, body, row_maxima(STRIDE * first_row))
 
 
-def _backward_kernel(x_ref, dy_ref, quarter_ref, place_ref, *refs, layer, blocks, with_bias):
+def _backward_kernel(x_ref, bias_ref, dy_ref, quarter_ref, place_ref, dx_ref, dbias_ref, *, layer, blocks):
     # With d = dy at the window's maximum: dx_i = d_i s_i^−β − 2αβ a_i Σ_j a_j d_j s_j^(−β−1). An item is a column of
     # pairs of pixels (2m, 2m + 1) × (2n, 2n + 1): they lie in the windows (m, n), (m, n − 1), (m − 1, n), …
     at = _Items.of_program(layer, -(-layer.width // STRIDE), blocks.items)
     first_row = pl.program_id(1) * blocks.rows
-    bias_ref, dx_ref, dbias_ref = refs if with_bias else (None, *refs, None)
     bias = at.load_bias(bias_ref, layer.half)
     half, lanes = layer.half, range(-layer.half, LANES + layer.half)
 
@@ -253,7 +253,7 @@ def _backward_kernel(x_ref, dy_ref, quarter_ref, place_ref, *refs, layer, blocks
         of_lane = zip(x[half : half + LANES], direct, sums, strict=True)
         dx = [jnp.where(a > 0, g - factor * a * total, 0.0) for a, g, total in of_lane]
         _store(dx_ref, first, mask, dx)
-        return [jnp.where(mask, part, 0.0) for part in dx] if with_bias else []
+        return [jnp.where(mask, part, 0.0) for part in dx]
 
     def body(i, carry):
         top, dbias = carry
@@ -265,18 +265,17 @@ def _backward_kernel(x_ref, dy_ref, quarter_ref, place_ref, *refs, layer, blocks
             dbias = _sums(dbias, write(STRIDE * m + 1, STRIDE * at.column + column, own))
         return given(2), dbias
 
-    dbias = [jnp.zeros((blocks.items,), jnp.float32)] * (LANES * with_bias)
+    dbias = [jnp.zeros((blocks.items,), jnp.float32)] * LANES
     _, dbias = lax.fori_loop(0, blocks.rows, body, (windows(first_row - 1)(2), dbias))
-    if with_bias:
-        item = (at.image * -(-layer.width // STRIDE) + at.column) * layer.groups + at.group
-        size = layer.batch * -(-layer.width // STRIDE) * layer.channels
-        _store(dbias_ref, pl.program_id(1) * size + item * LANES, at.inside, dbias)
+    item = (at.image * -(-layer.width // STRIDE) + at.column) * layer.groups + at.group
+    size = layer.batch * -(-layer.width // STRIDE) * layer.channels
+    _store(dbias_ref, pl.program_id(1) * size + item * LANES, at.inside, dbias)
 
 
-def _call(kernel, layer, blocks, columns, rows, out_shape, bias, name):
+def _call(kernel, layer, blocks, columns, rows, out_shape, name):
     grid = (pl.cdiv(layer.batch * columns * layer.groups, blocks.items), pl.cdiv(rows, blocks.rows))
     return pl.pallas_call(
-        partial(kernel, layer=layer, blocks=blocks, with_bias=bias is not None),
+        partial(kernel, layer=layer, blocks=blocks),
         grid=grid,
         out_shape=out_shape,
         compiler_params=plgpu.CompilerParams(num_warps=blocks.warps, num_stages=1),
@@ -285,14 +284,19 @@ def _call(kernel, layer, blocks, columns, rows, out_shape, bias, name):
     )
 
 
+def _like(x, size, dtype):
+    """Return the type of an output [size] that varies over the mesh axes that x varies over."""
+    return jax.ShapeDtypeStruct((size,), dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
+
+
 def _forward(x, bias, layer, blocks, residuals):
     size = layer.batch * layer.rows * layer.columns * layer.channels
-    out_shape = [jax.ShapeDtypeStruct((size,), x.dtype)]
+    out_shape = [_like(x, size, x.dtype)]
     if residuals:  # float16 has three bits more than bfloat16, and the range that a fourth root takes
         dtype = jnp.float32 if x.dtype == jnp.float32 else jnp.float16
-        out_shape += [jax.ShapeDtypeStruct((size,), dtype), jax.ShapeDtypeStruct((size // LANES,), jnp.int32)]
-    call = _call(_forward_kernel, layer, blocks, layer.columns, layer.rows, out_shape, bias, "relu_lrn_pool")
-    y, *rest = call(x.reshape(-1), *([] if bias is None else [bias]))
+        out_shape += [_like(x, size, dtype), _like(x, size // LANES, jnp.int32)]
+    call = _call(_forward_kernel, layer, blocks, layer.columns, layer.rows, out_shape, "relu_lrn_pool")
+    y, *rest = call(x.reshape(-1), bias)
     return y.reshape(layer.batch, layer.rows, layer.columns, layer.channels), rest
 
 
@@ -309,33 +313,42 @@ def _vjp_forward(x, bias, layer, blocks):
 def _vjp_backward(layer, blocks, residuals, dy):
     x, bias, quarters, places = residuals
     columns, rows = (-(-size // STRIDE) for size in (layer.width, layer.height))
-    out_shape = [jax.ShapeDtypeStruct((x.size,), x.dtype)]
-    if bias is not None:
-        parts = pl.cdiv(rows, blocks[1].rows) * layer.batch * columns
-        out_shape.append(jax.ShapeDtypeStruct((parts * layer.channels,), jnp.float32))
-    call = _call(_backward_kernel, layer, blocks[1], columns, rows, out_shape, bias, "relu_lrn_pool_backward")
-    dx, *sums = call(x.reshape(-1), dy.reshape(-1), quarters, places, *([] if bias is None else [bias]))
-    dbias = sums[0].reshape(-1, layer.channels).sum(0).astype(bias.dtype) if sums else None
-    return dx.reshape(x.shape), dbias
+    parts = pl.cdiv(rows, blocks[1].rows) * layer.batch * columns
+    out_shape = [_like(x, x.size, x.dtype), _like(x, parts * layer.channels, jnp.float32)]
+    call = _call(_backward_kernel, layer, blocks[1], columns, rows, out_shape, "relu_lrn_pool_backward")
+    dx, sums = call(x.reshape(-1), bias, dy.reshape(-1), quarters, places)
+    return dx.reshape(x.shape), sums.reshape(-1, layer.channels).sum(0).astype(bias.dtype)
 
 
 _relu_lrn_pool.defvjp(_vjp_forward, _vjp_backward)
 
 
-def relu_lrn_pool(
-    x: jax.Array, towers: int, k: float, n: int, alpha: float, beta: float, window: int = 3, stride: int = 2,
-    *, bias: jax.Array | None = None, blocks: tuple[Blocks, Blocks] = (FORWARD, BACKWARD), interpret: bool = False,
-) -> jax.Array:  # fmt: skip
-    """Return max_pool(local_response_norm(relu(x + bias))), for windows of 3×3 at a stride of 2.
+def unsupported(x: jax.Array, towers: int, k: float, n: int, alpha: float, window: int = 3, stride: int = 2) -> str:
+    """Return why the kernels do not take these arguments of `relu_lrn_pool`, or ""."""
+    if x.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"{x.dtype}: expected float32 or bfloat16"
+    if (window, stride) != (WINDOW, STRIDE):
+        return f"window={window}, stride={stride}: expected {WINDOW} and {STRIDE}"
+    if n < 1 or n % 2 == 0 or n // 2 > LANES:
+        return f"n={n}: expected a positive odd number up to {2 * LANES + 1}"
+    if x.ndim != 4 or min(x.shape[1:3]) < WINDOW or towers < 1 or x.shape[3] % (LANES * towers) or x.size >= 2**31:
+        return (
+            f"shape {x.shape}, towers={towers}: expected [B, H, W, C] with H and W from {WINDOW}, a multiple of {LANES} "
+            "channels in each tower, and fewer than 2^31 elements"
+        )
+    if k <= 0 or alpha <= 0:
+        return f"k={k}, alpha={alpha}: expected both to be above 0"
+    return ""
 
-    The gradient is a `jax.custom_vjp`, so there is reverse mode only. Of equal maxima in a window the first, row by
-    row, gets the gradient.
+
+def fused_relu_lrn_pool(
+    x: jax.Array, bias: jax.Array, towers: int, k: float, n: int, alpha: float, beta: float, window: int = 3,
+    stride: int = 2, *, blocks: tuple[Blocks, Blocks] = (FORWARD, BACKWARD), interpret: bool = False,
+) -> jax.Array:  # fmt: skip
+    """Return `relu_lrn_pool` by the kernels, for windows of 3×3 at a stride of 2.
 
     Args:
-      x: float32 or bfloat16 [B, H, W, C], the convolution's output. Tower t has the channels from
-        t · C / towers; sums over channels end at the tower's borders.
-      k, n, alpha, beta: the constants of section 3.3, k and alpha above 0.
-      bias: [C]; None where x has it already.
+      x, bias, towers, k, n, alpha, beta: as in `relu_lrn_pool`; x is float32 or bfloat16, k and alpha are above 0.
       blocks: the layout of the forward and of the backward kernel.
       interpret: run without a GPU, slowly, as tests do.
 
@@ -343,22 +356,39 @@ def relu_lrn_pool(
       [B, (H − 3) // 2 + 1, (W − 3) // 2 + 1, C], in the dtype of x; computed in float32.
 
     Raises:
-      ValueError: a shape, dtype or window that the kernels do not take.
+      ValueError: a shape, dtype or window that the kernels do not take (`unsupported`).
     """
-    if x.dtype not in (jnp.float32, jnp.bfloat16):
-        raise ValueError(f"relu_lrn_pool: {x.dtype}: expected float32 or bfloat16")
-    if (window, stride) != (WINDOW, STRIDE):
-        raise ValueError(f"relu_lrn_pool: window={window}, stride={stride}: expected {WINDOW} and {STRIDE}")
-    if n < 1 or n % 2 == 0 or n // 2 > LANES:
-        raise ValueError(f"relu_lrn_pool: n={n}: expected a positive odd number up to {2 * LANES + 1}")
-    if x.ndim != 4 or min(x.shape[1:3]) < WINDOW or towers < 1 or x.shape[3] % (LANES * towers) or x.size >= 2**31:
-        raise ValueError(
-            f"relu_lrn_pool: shape {x.shape}, towers={towers}: expected [B, H, W, C] with H and W from {WINDOW}, a "
-            f"multiple of {LANES} channels in each tower, and fewer than 2^31 elements"
-        )
-    if k <= 0 or alpha <= 0:
-        raise ValueError(f"relu_lrn_pool: k={k}, alpha={alpha}: expected both to be above 0")
-    if bias is not None and bias.shape != x.shape[3:]:
-        raise ValueError(f"relu_lrn_pool: bias of shape {bias.shape}: expected one number a channel, {x.shape[3:]}")
+    if reason := unsupported(x, towers, k, n, alpha, window, stride):
+        raise ValueError(f"fused_relu_lrn_pool: {reason}")
+    if bias.shape != x.shape[3:]:
+        raise ValueError(f"fused_relu_lrn_pool: bias of shape {bias.shape}: expected one number a channel, {x.shape[3:]}")
+    axes = jax.typeof(x).manual_axis_type.varying - jax.typeof(bias).manual_axis_type.varying
+    bias = lax.pcast(bias, tuple(axes), to="varying") if axes else bias
     layer = _Layer(*x.shape, towers, float(k), n // 2, float(alpha), float(beta), interpret)
     return _relu_lrn_pool(x, bias, layer, blocks)
+
+
+def relu_lrn_pool(
+    x: jax.Array, bias: jax.Array, towers: int, k: float, n: int, alpha: float, beta: float, window: int = 3,
+    stride: int = 2,
+) -> jax.Array:  # fmt: skip
+    """Return max_pool(local_response_norm(relu(x + bias))) (sections 3.1, 3.3, 3.4), on an NVIDIA GPU.
+
+    The gradient is of reverse mode only, as in `ops.local_response_norm`.
+
+    Args:
+      x: float [B, H, W, C], a convolution's output. Tower t has the channels from t · C / towers; LRN's sums end at
+        the borders of a tower.
+      bias: [C].
+      k, n, alpha, beta: the constants of section 3.3.
+      window, stride: z and s of section 3.4.
+
+    Returns:
+      [B, (H − window) // stride + 1, (W − window) // stride + 1, C], in the dtype of x.
+    """
+    if not unsupported(x, towers, k, n, alpha, window, stride):
+        return fused_relu_lrn_pool(x, bias, towers, k, n, alpha, beta, window, stride)
+    normalized = [
+        local_response_norm(jax.nn.relu(tower), k, n, alpha, beta) for tower in jnp.split(x + bias, towers, axis=-1)
+    ]
+    return max_pool(jnp.concatenate(normalized, axis=-1), window, stride)
