@@ -6,7 +6,7 @@ batches, the augmentation and the dropout masks of a run are those of `alexnet_j
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -16,7 +16,7 @@ import optax
 
 from alexnet_jax import sharding
 from alexnet_jax.data import Batch, Examples
-from alexnet_jax.evaluate import predict
+from alexnet_jax.evaluation import predict
 from alexnet_jax.optimizer import Plateau
 from alexnet_jax.preprocess import Preprocess
 from alexnet_jax.train_step import TrainState, create_state, make_update, state_specs

@@ -35,7 +35,8 @@ def test_each_run_is_the_one_that_trains_alone(task):
             state, metrics = step(state, batches.batch(order_key, number), key)
             alone.append(float(metrics["loss"]))
         np.testing.assert_allclose(losses[i], alone, rtol=1e-4)
-        chex.assert_trees_all_close(jax.tree.map(lambda x: x[i], runs.state.params), state.params, atol=2e-5)
+        run_params = jax.tree.map(lambda x, i=i: x[i], runs.state.params)
+        chex.assert_trees_all_close(run_params, state.params, atol=2e-5)
     assert abs(losses[0] - losses[1]).min() > 1e-4
 
 

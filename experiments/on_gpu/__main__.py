@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from alexnet_jax.report import write_json
+from alexnet_jax.runtime.files import write_json
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "alexnet_jax" / "configs"

@@ -9,17 +9,18 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
 
-from alexnet_jax import data, recipe
-from alexnet_jax.compile_cache import use_compile_cache
+from alexnet_jax import data
+from alexnet_jax.data.dataset import Dataset
 from alexnet_jax.optimizer import learning_rate_at, paper_sgd
 from alexnet_jax.preprocess import fit
-from alexnet_jax.report import write_json
+from alexnet_jax.runtime.compilation_cache import use_compilation_cache
+from alexnet_jax.runtime.files import write_json
+from alexnet_jax.setup import build_model, build_preprocess
 from experiments import filters, four_layers, measure, relu_vs_tanh
 from experiments.seeds import Runs, Task
 from experiments.study import CLASSES, Budget, Study, kernel_std
@@ -102,7 +103,7 @@ class Results:
         write_json(self.path, self.records)
 
 
-def task_of(config: ml_collections.ConfigDict, builder: Any, train: data.Examples) -> Task:
+def task_of(config: ml_collections.ConfigDict, dataset: Dataset, train: data.Examples) -> Task:
     """The task of a config of `Study`."""
     config.kernel_std = config.kernel_std or kernel_std(config)
     steps = len(train.labels) // config.batch_size
@@ -111,24 +112,24 @@ def task_of(config: ml_collections.ConfigDict, builder: Any, train: data.Example
         drop_at=tuple(round(epoch * steps) for epoch in config.drop_at_epochs),
     )  # fmt: skip
     return Task(
-        recipe.build_model(config, CLASSES), paper_sgd(momentum=config.momentum, weight_decay=config.weight_decay),
-        recipe.build_preprocess(config, builder, train.images), schedule, train, config.batch_size,
+        build_model(config, CLASSES), paper_sgd(momentum=config.momentum, weight_decay=config.weight_decay),
+        build_preprocess(config, dataset, [train.images]), schedule, train, config.batch_size,
     )  # fmt: skip
 
 
-def relu(results: Results, of: Study, builder: Any, test: data.Examples, seeds: Sequence[int]) -> None:
+def relu(results: Results, of: Study, dataset: Dataset, test: data.Examples, seeds: Sequence[int]) -> None:
     """Figure 1: every learning rate and seed of an activation side by side."""
-    train = data.load(builder, f"train[:{of.budget.images}]")
+    train = dataset.load(f"train[:{of.budget.images}]")
     for (start, activation), rates in relu_vs_tanh.RATES.items():
         config = relu_vs_tanh.config(of, start, activation, rate=1.0)
-        task = task_of(config, builder, train)
+        task = task_of(config, dataset, train)
         epochs = round(of.budget.epochs * (2 if activation == "tanh" else 1))
         results.train("relu_vs_tanh", f"{start}, {activation}", task, epochs, seeds, test, rates)
 
 
-def lrn(results: Results, of: Study, builder: Any, test: data.Examples, seeds: Sequence[int]) -> None:
+def lrn(results: Results, of: Study, dataset: Dataset, test: data.Examples, seeds: Sequence[int]) -> None:
     """Footnote 3: the four-layer network with and without LRN, on all images, tested on ten crops."""
-    train = data.load(builder, f"train[:{min(50_000, of.budget.images + of.budget.validation)}]")
+    train = dataset.load(f"train[:{min(50_000, of.budget.images + of.budget.validation)}]")
     preprocess = fit(train.images, pad=0, crop=four_layers.CROP, resize=0, flip=True, lighting=False)
     epochs = round(of.budget.epochs * 4)
     steps = len(train.labels) // four_layers.BATCH_SIZE
@@ -144,9 +145,9 @@ def lrn(results: Results, of: Study, builder: Any, test: data.Examples, seeds: S
         )  # fmt: skip
 
 
-def overfitting(results: Results, of: Study, builder: Any, test: data.Examples, seeds: Sequence[int]) -> None:
+def overfitting(results: Results, of: Study, dataset: Dataset, test: data.Examples, seeds: Sequence[int]) -> None:
     """Sections 3.4, 4.1 and 4.2: 5,000 images, dropout × augmentation × pooling crossed; the gap to the test error."""
-    train = data.load(builder, f"train[:{min(5000, of.budget.images)}]")
+    train = dataset.load(f"train[:{min(5000, of.budget.images)}]")
     epochs = 100 if of.budget.images > 5000 else 2
     for dropout in (0.5, 0.0):
         for augmented in (True, False):
@@ -157,7 +158,7 @@ def overfitting(results: Results, of: Study, builder: Any, test: data.Examples, 
                 )  # fmt: skip
                 name = f"dropout {dropout}, {'crops, flips, PCA lighting' if augmented else 'no augmentation'}, z={window}"
                 runs = results.train(
-                    "overfitting", name, task_of(config, builder, train), epochs, seeds, test, test_every=5, parts=1
+                    "overfitting", name, task_of(config, dataset, train), epochs, seeds, test, test_every=5, parts=1
                 )
                 record = results.records["experiments"]["overfitting"][name]
                 for run, error in zip(record["runs"], runs.errors(train), strict=True):
@@ -165,12 +166,12 @@ def overfitting(results: Results, of: Study, builder: Any, test: data.Examples, 
     results.write()
 
 
-def first_filters(results: Results, of: Study, builder: Any, test: data.Examples, seeds: Sequence[int]) -> None:
+def first_filters(results: Results, of: Study, dataset: Dataset, test: data.Examples, seeds: Sequence[int]) -> None:
     """Figure 3: 11×11 first filters on 32×32 images, and how far each tower's are off the gray axis."""
-    train = data.load(builder, f"train[:{of.budget.images}]")
+    train = dataset.load(f"train[:{of.budget.images}]")
     epochs = round(1.5 * of.budget.epochs)
     config = of.config(stem=(11, 1, 5), drop_at_epochs=(0.64 * epochs, 0.86 * epochs))
-    runs = results.train("filters", "11×11", task_of(config, builder, train), epochs, seeds, test, parts=1)
+    runs = results.train("filters", "11×11", task_of(config, dataset, train), epochs, seeds, test, parts=1)
     kernels = np.asarray(runs.state.params["conv1"]["kernel"])
     for run, kernel in zip(results.records["experiments"]["filters"]["11×11"]["runs"], kernels, strict=True):
         values = filters.colourfulness(kernel)
@@ -194,16 +195,16 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few images, to see that it works")
     flags = parser.parse_args()
     clock = Clock(flags.budget)
-    use_compile_cache()
+    use_compilation_cache()
     budget = Budget(256, 1, validation=64, test=64, shrink=4) if flags.quick else Budget(45_000, flags.epochs, 5000)
     of = Study(flags.workdir, budget, "on_gpu", flags.seeds, flags.data_dir)
     flags.workdir.mkdir(parents=True, exist_ok=True)
     results = Results(flags.workdir, clock)
     try:
-        builder = data.open_builder("cifar10", flags.data_dir)
-        test = data.load(builder, f"test[:{budget.test}]")
+        dataset = Dataset(data.open_builder("cifar10", flags.data_dir))
+        test = dataset.load(f"test[:{budget.test}]")
         for name in flags.only.split(","):
-            EXPERIMENTS[name](results, of, builder, test, range(flags.seeds))
+            EXPERIMENTS[name](results, of, dataset, test, range(flags.seeds))
     except OutOfTime as stop:
         done = list(results.records["experiments"])
         results.records["stopped"] = f"{stop}; not begun: {[n for n in EXPERIMENTS if n not in done]}"

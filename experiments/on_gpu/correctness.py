@@ -39,8 +39,7 @@ from alexnet_jax import (
     random_flip,
     spatial_response_norm,
 )
-from alexnet_jax.report import write_json
-from experiments import forms
+from alexnet_jax.runtime.files import write_json
 
 sys.path.append(str(Path(__file__).parents[2] / "tests"))
 import reference
@@ -454,10 +453,14 @@ def groups_of(setting: Setting) -> dict[str, Callable[[], list[Check]]]:
             for check in checks(f"{name}, {shape_name}", operation, *shape)
         ]  # fmt: skip
 
-    lrns = {"LRN": local_response_norm, "LRN, plain": forms.local_response_norm}
-    pools = {"max pool": max_pool, "max pool, plain": forms.max_pool}
-    convs = {"conv": ops.conv, "conv, plain": ops.convolve}
+    lrns = {"LRN": local_response_norm, "LRN, plain": ops.PLAIN.local_response_norm}
+    pools = {"max pool": max_pool, "max pool, plain": ops.PLAIN.max_pool}
+    convs = {"conv": ops.conv, "conv, plain": ops.PLAIN.conv}
     fused = {"ReLU + LRN + pool": relu_lrn_pool}
+    if (selected := ops.ops_for(jax.devices()[0])).relu_lrn_pool:
+        fused["ReLU + LRN + pool, kernels"] = lambda x, towers, *c: selected.relu_lrn_pool(
+            x, jnp.zeros(x.shape[-1:], x.dtype), towers, *c
+        )
     conv_shapes = {
         name: (shape, (kernel, kernel, shape[-1], features), stride, (edges, edges))
         for name, (shape, kernel, stride, edges, features) in layers.items()
@@ -488,7 +491,7 @@ def groups_of(setting: Setting) -> dict[str, Callable[[], list[Check]]]:
 
 def train_step(setting: Setting, path: Path) -> dict[str, Any]:
     """Compile the train step in bfloat16, write its optimized HLO, and return the bytes that it needs."""
-    from alexnet_jax.train import create_state, make_train_step  # which needs the readers of data sets
+    from alexnet_jax.train_step import create_state, make_train_step  # which needs the readers of data sets
     from experiments import measure
 
     model, shape = setting.model.clone(dtype=jnp.bfloat16), (setting.side, setting.side, 3)

@@ -19,17 +19,18 @@ import jax.numpy as jnp
 
 from alexnet_jax import AlexNet
 from alexnet_jax.ops import OPS, PLAIN, Ops
-from alexnet_jax.report import write_json
+from alexnet_jax.runtime.files import write_json
 from experiments import measure
 from experiments.benchmark import inference, training_step
 from experiments.layers import step_bytes
 from experiments.peer import Peer, network
 
 # XLA's own operation in the place of one of ours, and all of them.
-VARIANTS: dict[str, Ops] = {
-    "ours": OPS,
-    "XLA's max pooling": OPS._replace(max_pool=PLAIN.max_pool),
-    "XLA's LRN": OPS._replace(local_response_norm=PLAIN.local_response_norm),
+VARIANTS: dict[str, Ops | None] = {
+    "ours": None,  # of `ops_for`
+    "no fused kernel": OPS,
+    "no fused kernel, XLA's LRN": OPS._replace(local_response_norm=PLAIN.local_response_norm),
+    "no fused kernel, XLA's max pooling": OPS._replace(max_pool=PLAIN.max_pool),
     "XLA's operations": PLAIN,
 }
 TORCH = {"compiled": True, "channels_last": True}
