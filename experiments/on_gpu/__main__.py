@@ -59,28 +59,20 @@ def run(step: Step, budget: float, workdir: Path, data_dir: str, quick: bool) ->
     arguments = [argument.format(**values) for argument in (*step.command, *(step.quick if quick else ()))]
     command = [sys.executable, "-m", *arguments, f"--workdir={folder}"]
     print(f"\n{step.name}, {budget:.0f} s: {' '.join(command[2:])}", flush=True)
-    start, outcome = time.monotonic(), "ended"
+    start, outcome, environment = time.monotonic(), "ended", os.environ | {"PYTHONUNBUFFERED": "1"}
     with open(folder / "log.txt", "w") as log:
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"},
-        )  # fmt: skip
-        os.set_blocking(process.stdout.fileno(), False)
-        while process.poll() is None or process.stdout.readable():
-            text = process.stdout.read()
-            if text:
-                log.write(text)
-                print(text, end="", flush=True)
-            elif process.poll() is not None:
-                break
-            elapsed = time.monotonic() - start
-            if elapsed > budget and outcome == "ended":
-                outcome = "stopped at the end of its budget"
-                os.killpg(process.pid, signal.SIGTERM)
-            if elapsed > budget + GRACE_S and process.poll() is None:
-                outcome = "killed after its budget"
-                os.killpg(process.pid, signal.SIGKILL)
-            time.sleep(0.1)
+            command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+        for stop, then in ((signal.SIGTERM, "stopped at the end of its budget"), (signal.SIGKILL, "killed after it")):
+            try:
+                process.wait(budget if stop == signal.SIGTERM else GRACE_S)
+            except subprocess.TimeoutExpired:
+                outcome = then
+                os.killpg(process.pid, stop)
+        process.wait()
+    lines = [line for line in (folder / "log.txt").read_text(errors="replace").splitlines() if line.strip()]
+    print("\n".join(line[:300] for line in lines[-15:]), flush=True)
     return {
         "command": command[2:], "budget_s": budget, "seconds": round(time.monotonic() - start, 1),
         "exit_code": process.returncode, "outcome": outcome,
