@@ -35,7 +35,7 @@ def test_its_error_is_that_of_the_training(trained, opened):
 def test_activations_in_parts_are_those_of_the_whole(opened, monkeypatch):
     images = opened.load("test[:23]").images
     exact = activations(opened.model, opened.params, opened.preprocess.center_crop(images))
-    monkeypatch.setattr(run, "AT_A_TIME", 10)  # the last part is filled up
+    monkeypatch.setattr(run, "AT_A_TIME", 10)  # the last part is padded
     np.testing.assert_allclose(opened.activations(images), exact["fc7"], rtol=1e-4, atol=1e-5)
     assert opened.activations(images, "conv4").shape == exact["conv4"].shape
 
