@@ -79,10 +79,10 @@ def numpy_forward(params, images, stem, kept=0.5, f=lambda x: np.maximum(x, 0), 
     """The grouped network in float64, written from section 3.5 alone; α of None is no normalization."""
     p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
 
-    def conv(x, name, stride, padding, groups, *hang):
+    def conv(x, name, stride, padding, groups, *extra_padding):
         if name not in p:
             return x
-        return f(numpy_conv(p[name], x, stride, padding, 1 if towers == 1 else groups, *hang))
+        return f(numpy_conv(p[name], x, stride, padding, 1 if towers == 1 else groups, *extra_padding))
 
     def lrn(x):
         if alpha is None:
@@ -92,8 +92,8 @@ def numpy_forward(params, images, stem, kept=0.5, f=lambda x: np.maximum(x, 0), 
     def pool(x):
         return numpy_max_pool(x, window, 2)
 
-    hang = [-(s + 2 * stem.padding - stem.kernel) % stem.stride for s in images.shape[1:3]]
-    x = conv(np.asarray(images, np.float64), "conv1", stem.stride, stem.padding, 1, hang)
+    extra_padding = [-(s + 2 * stem.padding - stem.kernel) % stem.stride for s in images.shape[1:3]]
+    x = conv(np.asarray(images, np.float64), "conv1", stem.stride, stem.padding, 1, extra_padding)
     x = pool(lrn(x))
     x = pool(lrn(conv(x, "conv2", 1, 2, 2)))
     x = conv(x, "conv3", 1, 1, 1)
@@ -264,7 +264,9 @@ def test_compact_network_takes_small_images(size):
     (AlexNet(), 60, "too small"),
     (AlexNet(pool_window=9), 28, "too small.*pool_window=9"),
     (AlexNet(pool_window=0), 224, "pool_window=0"),
-    (AlexNet(stem=(3, 0, 1)), 224, r"stem=\(3, 0, 1\)"),
+    (AlexNet(pool_window=1), 224, "pool_window=1: expected 2 or more"),
+    (AlexNet(lrn_alpha=0.0), 224, "lrn_alpha=0.0: expected a positive number"),
+    (AlexNet(stem=(3, 0, 1)), 224, r"stem=\(3, 0, 1\): expected"),
     (AlexNet(widths=(95, 256, 384, 384, 256, 4096, 4096)), 224, "even"),
     (AlexNet(kernel_std=(0.1,)), 224, "eight"),
     (AlexNet(towers=4), 224, "towers=4: expected 1 or 2"),
@@ -272,7 +274,7 @@ def test_compact_network_takes_small_images(size):
     (AlexNet(activation="elu"), 224, "relu, tanh"),
     (AlexNet(dropout=1.0), 224, "dropout=1.0"),
 ])  # fmt: skip
-def test_what_cannot_be_built_says_so(model, size, words):
+def test_a_wrong_field_is_named(model, size, words):
     with pytest.raises(ValueError, match=words):
         shapes(model, size)
 

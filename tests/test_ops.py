@@ -12,7 +12,7 @@ from alexnet_jax.ops import lrn
 
 
 def numpy_lrn(a, k, n, alpha, beta):
-    """Section 3.3 read aloud, in float64."""
+    """Return the formula of section 3.3, in float64."""
     a = np.asarray(a, np.float64)
     channels = a.shape[-1]
     b = np.empty_like(a)
