@@ -57,7 +57,7 @@ def test_its_error_is_the_one_that_training_found(folder, opened):
 
 def test_activations_in_parts_are_those_of_the_whole(opened, monkeypatch):
     images = opened.load("test[:23]").images
-    exact = activations(opened.model, opened.params, opened.preprocess.center(images))
+    exact = activations(opened.model, opened.params, opened.preprocess.center_crop(images))
     monkeypatch.setattr(run, "AT_A_TIME", 10)  # the last part is filled up
     np.testing.assert_allclose(opened.activations(images), exact["fc7"], rtol=1e-4, atol=1e-5)
     assert opened.activations(images, "conv4").shape == exact["conv4"].shape
@@ -175,7 +175,7 @@ def test_the_layers_of_the_paper_as_a_table():
 
 
 def test_the_towers_influence_each_other_from_conv3_on(opened):
-    images = opened.preprocess.center(opened.load("test[:5]").images)
+    images = opened.preprocess.center_crop(opened.load("test[:5]").images)
     influence = run.tower_influence(opened.model, opened.params, images)
     assert {name for name, change in influence.items() if change == 0} == {
         "conv1", "norm1", "pool1", "conv2", "norm2", "pool2"
