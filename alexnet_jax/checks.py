@@ -19,10 +19,8 @@ def check_network(network: Any) -> None:
     """
 
     def require(name: str, good: bool, expected: str) -> None:
-        value = getattr(network, name)
         if not good:
-            value = tuple(value) if isinstance(value, tuple) else value
-            raise ValueError(f"{name}={value!r}: expected {expected}")
+            raise ValueError(f"{name}={getattr(network, name)!r}: expected {expected}")
 
     require("variant", network.variant in VARIANTS, f"one of {', '.join(VARIANTS)}")
     stem = len(network.stem) == 3 and all(
@@ -73,7 +71,7 @@ def check_images(network: Any, shape: tuple[int, ...]) -> None:
 
 
 def check_tower_devices(network: Any, devices: int) -> None:
-    """Check that the towers of a network, as in `check_network`, can lie on that number of devices, 1 or 2.
+    """Check that the towers of a network, as in `check_network`, can be split over that number of devices, 1 or 2.
 
     Raises:
       ValueError: they must stay on one device.

@@ -16,7 +16,7 @@ from alexnet_jax.data.dataset import Batches
 from alexnet_jax.errors import UserError
 from alexnet_jax.evaluation import Network, batch_size, evaluate
 from alexnet_jax.progress import Progress
-from alexnet_jax.run import RunError, open_run
+from alexnet_jax.run import Run, RunError, open_run
 from alexnet_jax.runtime.compilation_cache import use_compilation_cache
 from alexnet_jax.runtime.files import write_json
 from alexnet_jax.tables import table
@@ -38,6 +38,24 @@ def _with_progress(batches: Batches, crops: str) -> Iterator[Batch]:
     progress.close()
 
 
+def open_runs(workdirs: Sequence[Path], data_dir: str = "") -> list[Run]:
+    """Return the runs of some working directories, whose networks can be averaged; raises as `evaluate_workdirs`."""
+    folders = [Path(workdir).resolve() for workdir in workdirs]
+    for i, workdir in enumerate(workdirs):
+        if folders[i] in folders[:i]:
+            raise RunError(f"--workdir={workdir} is given twice; networks that are averaged count once each")
+    runs = [open_run(workdir, data_dir) for workdir in workdirs]
+    for workdir, run in zip(workdirs, runs, strict=True):
+        if run.dataset.full_name != runs[0].dataset.full_name:
+            what = f"another data set ({run.dataset.full_name}) than {workdirs[0]} ({runs[0].dataset.full_name})"
+        elif run.names != runs[0].names:
+            what = f"other classes than {workdirs[0]}, though both are of {runs[0].dataset.full_name}"
+        else:
+            continue
+        raise RunError(f"--workdir={workdir} has {what}; networks are averaged over one data set")
+    return runs
+
+
 def evaluate_workdirs(workdirs: Sequence[Path], split: str = "", data_dir: str = "") -> dict[str, Any]:
     """Return both errors of the networks of some runs, averaged, on the center crop and on ten crops; print a table.
 
@@ -53,20 +71,8 @@ def evaluate_workdirs(workdirs: Sequence[Path], split: str = "", data_dir: str =
       run.RunError: a folder without a run, or given twice, or runs of different data sets.
       checkpoint.CheckpointError, data.DataError: a corrupt checkpoint; a data set or a split that is missing.
     """
-    folders = [Path(workdir).resolve() for workdir in workdirs]
-    for i, workdir in enumerate(workdirs):
-        if folders[i] in folders[:i]:
-            raise RunError(f"--workdir={workdir} is given twice; networks that are averaged count once each")
-    runs, mesh = [open_run(workdir, data_dir) for workdir in workdirs], sharding.make_mesh()
+    runs, mesh = open_runs(workdirs, data_dir), sharding.make_mesh()
     first, split = runs[0], split or runs[0].config.validation_split
-    for workdir, run in zip(workdirs, runs, strict=True):
-        if run.dataset.full_name != first.dataset.full_name:
-            what = f"another data set ({run.dataset.full_name}) than {workdirs[0]} ({first.dataset.full_name})"
-        elif run.names != first.names:
-            what = f"other classes than {workdirs[0]}, though both are of {first.dataset.full_name}"
-        else:
-            continue
-        raise RunError(f"--workdir={workdir} has {what}; networks are averaged over one data set")
     networks = [Network(run.model, run.params, run.preprocess) for run in runs]
     examples = first.dataset.size(split)
     result: dict[str, Any] = {

@@ -147,7 +147,7 @@ class AlexNet(nn.Module):
 
     Attributes:
       num_classes: the number of logits.
-      variant: a name in `VARIANTS`. The LRN of "caffe" runs across the towers, so they cannot lie on two devices.
+      variant: a name in `VARIANTS`. The LRN of "caffe" runs across the towers, so they must be on one device.
       dtype, param_dtype, precision: of the activations, of the parameters, and of the products, as in Flax.
       stem: the first convolution; the default is the paper's 11×11, stride 4.
       widths: kernels or units of conv1 … conv5, fc6, fc7, both towers together. With one tower, 0 leaves a layer out.
@@ -216,15 +216,14 @@ class AlexNet(nn.Module):
     def _conv(self, name, x, kernel_size, stride=1, padding=0, gather=False, *, then):
         """Return the outputs of a convolution and of the operations that follow it, one per tower."""
         fields = self._fields(name)
-        if not fields["features"]:
+        if not fields["features"]:  # the layer is left out, with its activation
             return self._apply_in_order(name, then.replace("relu", ""), x)
         shape = dict(kernel_size=kernel_size, stride=stride, padding=padding, gather=gather)
-        layer = Conv(
-            **fields, **shape, ceil_mode=VARIANTS[self.variant].ceil_mode, towers=self.towers,
-            conv=self._ops.conv, epilogue=self._fused(then),
-        )  # fmt: skip
-        x = layer(x)
-        if layer.epilogue:
+        ceil_mode, fused = VARIANTS[self.variant].ceil_mode, self._fused(then)
+        x = Conv(
+            **fields, **shape, ceil_mode=ceil_mode, towers=self.towers, conv=self._ops.conv, epilogue=fused
+        )(x)  # fmt: skip
+        if fused:
             return x
         self._record(name, x)
         return self._apply_in_order(name, then, x)
@@ -233,8 +232,8 @@ class AlexNet(nn.Module):
     def _apply_in_order(self, name, order, towers):
         """Return the towers' activations after the operations of `order`, as `Variant` names them.
 
-        The one place that applies activation, LRN and pooling; it has the whole order, all towers of this device and
-        the operations at hand.
+        Activation, LRN and pooling are applied nowhere else; `order` is the whole stage, and `towers` are all towers of
+        this device.
         """
         variant, number, activate = VARIANTS[self.variant], name.removeprefix("conv"), ACTIVATIONS[self.activation]
         for operation in order.split():
@@ -314,7 +313,7 @@ class AlexNet(nn.Module):
 
     @nn.nowrap
     def _record(self, name, towers):
-        """Keep an output for `activations`; a later one of the same name takes its place."""
+        """Sow an output for `activations`; a later one of the same name replaces it."""
         if self.is_mutable_collection("activations") and not self.is_initializing():
             output = {name: jnp.concatenate(towers, axis=-1)}
             self.sow("activations", "outputs", output, reduce_fn=lambda old, new: old | new, init_fn=dict)
@@ -329,7 +328,7 @@ def activations(model: AlexNet, params: Any, images: jax.Array) -> dict[str, jax
 
     Returns:
       The arrays named in `OUTPUTS`, in that order, without those of layers that are left out; each as the next layer
-      reads it: after ReLU, except where the variant has none there. fc8 is the logits. The channels of tower 0 come
+      reads it: after ReLU, unless the variant has none at this point. fc8 is the logits. The channels of tower 0 come
       before those of tower 1.
     """
     outputs = model.apply({"params": params}, images, mutable=["activations"])[1]["activations"]["outputs"]

@@ -7,6 +7,7 @@ import argparse
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 from alexnet_jax.data.images import read_image
 from alexnet_jax.errors import UserError, one_line
 from alexnet_jax.plots import plot_predictions
-from alexnet_jax.run import open_run
+from alexnet_jax.run import Run, open_run
 from alexnet_jax.runtime.compilation_cache import use_compilation_cache
 from alexnet_jax.tables import table
 
@@ -27,6 +28,26 @@ def edge(image: np.ndarray) -> float:
     interior = np.zeros(image.shape[:2], bool)
     interior[1:-1, 1:-1] = True
     return float(image[~interior].mean())
+
+
+def read_images(paths: Sequence[str], run: Run, invert: bool) -> list[tuple[str, np.ndarray]]:
+    """Return the paths and images that can be read, uint8 [H, W, C] in the shape of the run's data set.
+
+    An error is printed for each of the others, and a hint for images on a light background if the data set's are dark.
+    """
+    mean = np.asarray(run.preprocess.mean)
+    images = []
+    for path in paths:
+        try:
+            images.append((path, read_image(path, mean.shape, invert)))
+        except Exception as error:  # any exception of a corrupt file
+            print(f"Error: {path}: {one_line(error, 500)}", file=sys.stderr, flush=True)
+    light = [path for path, image in images if edge(mean) < DARK and edge(image) > LIGHT]
+    if light:
+        more = f" and {len(light) - 1} more" if light[1:] else ""
+        dataset = run.config.dataset
+        print(f"{light[0]}{more}: on a light background; {dataset} has light objects on black, so try --invert")
+    return images
 
 
 def main() -> None:
@@ -50,30 +71,17 @@ def main() -> None:
         run = open_run(flags.workdir, flags.data_dir)
     except UserError as error:
         sys.exit(f"Error: {error}")
-    mean = np.asarray(run.preprocess.mean)
-    images, names, light = [], [], []
-    for path in flags.images:
-        try:
-            images.append(read_image(path, mean.shape, flags.invert))
-            names.append(os.path.basename(path))
-        except Exception as error:  # any exception of a corrupt file
-            print(f"Error: {path}: {one_line(error, 500)}", file=sys.stderr, flush=True)
-            continue
-        if edge(mean) < DARK and edge(images[-1]) > LIGHT:
-            light.append(path)
-    if light:
-        more = f" and {len(light) - 1} more" if light[1:] else ""
-        dataset = run.config.dataset
-        print(f"{light[0]}{more}: on a light background; {dataset} has light objects on black, so try --invert")
+    images = read_images(flags.images, run, flags.invert)
     if not images:
         sys.exit("Error: no image could be read")
-    probabilities = run.predict(np.stack(images), run.config.ten_crop)
+    names, pixels = [os.path.basename(path) for path, _ in images], np.stack([image for _, image in images])
+    probabilities = run.predict(pixels, run.config.ten_crop)
     for name, p in zip(names, probabilities, strict=True):
         top = np.argsort(-p)[:5]
         rows = [(run.names[i], f"{100 * p[i]:5.1f} %", "█" * round(30 * p[i])) for i in top]
         print(f"\n{name}\n{table(rows, ('class', 'probability', ''))}")
     try:
-        plot_predictions(np.stack(images[:SHOWN]), probabilities[:SHOWN], run.names, out, names[:SHOWN])
+        plot_predictions(pixels[:SHOWN], probabilities[:SHOWN], run.names, out, names[:SHOWN])
     except OSError as error:
         sys.exit(f"Error: --out={out}: {error}")
     print(f"\nWritten to {out}" + f" (the first {SHOWN})" * (len(images) > SHOWN))

@@ -5,11 +5,13 @@ import os
 import jax
 import pytest
 from PIL import Image
-from runners import SHARD, encoded, photograph
+from runners import SHARD, TRAINED, encoded, photograph, tiny_config
 
 from alexnet_jax import data
 from alexnet_jax.data.fashion_mnist import find_files
 from alexnet_jax.preparation.local import prepare
+from alexnet_jax.run import open_run
+from alexnet_jax.train import train_and_evaluate
 
 DEVICES = 8  # virtual ones, for the meshes of these tests
 os.environ.setdefault("PJRT_NPROC", str(os.cpu_count() + DEVICES))  # as sharding.make_mesh does
@@ -21,6 +23,20 @@ jax.devices()  # started now: the first config that a test trains may ask for fe
 def fashion_mnist():
     """The real data set, prepared on first use where a user has it too."""
     return data.open_builder("fashion_mnist")
+
+
+@pytest.fixture(scope="session")
+def trained(fashion_mnist, tmp_path_factory):
+    """The working directory of a tiny run of 40 steps."""
+    folder = tmp_path_factory.mktemp("run")
+    train_and_evaluate(tiny_config(**TRAINED), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def opened(trained):
+    """The run of `trained`."""
+    return open_run(trained)
 
 
 @pytest.fixture(scope="session")

@@ -45,6 +45,7 @@ TINY = (
 )
 # Only process 0 may write to JAX's cache of compiled programs, so the others compile each time: fast code matters less.
 ENVIRONMENT = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+TRAINED = dict(num_train_steps=40, eval_every=20, learning_rate=0.02)  # fields of the fixture `trained`
 SHARD = 8  # images in a shard of a data set that is prepared here
 
 

@@ -10,20 +10,20 @@ from alexnet_jax.augment import example_keys
 
 
 def coordinates(batch, height, width):
-    """Images whose pixel at (r, c) is 100 r + c, so that a patch tells where it comes from."""
+    """Images whose pixel at (r, c) is 100 r + c, so that a crop shows its position."""
     image = 100 * np.arange(height)[:, None] + np.arange(width)
     return np.broadcast_to(image[None, :, :, None], (batch, height, width, 1)).astype(np.float32)
 
 
 class RandomCropTest(chex.TestCase):
     @chex.variants(with_jit=True, without_jit=True)
-    def test_patches_are_whole_and_every_place_is_equally_likely(self):
+    def test_patches_are_whole_and_every_position_is_equally_likely(self):
         size, places = 6, (3, 4)  # of an 8×9 image
         images = coordinates(6000, 8, 9)
-        patches = np.asarray(self.variant(lambda k, x: random_crop(k, x, size))(jax.random.key(0), images))
-        corner = patches[:, 0, 0, 0].astype(int)
-        whole = coordinates(1, size, size) + patches[:, :1, :1]
-        np.testing.assert_array_equal(patches, whole)
+        crops = np.asarray(self.variant(lambda k, x: random_crop(k, x, size))(jax.random.key(0), images))
+        corner = crops[:, 0, 0, 0].astype(int)
+        whole = coordinates(1, size, size) + crops[:, :1, :1]
+        np.testing.assert_array_equal(crops, whole)
         counts = np.zeros(places)
         np.add.at(counts, (corner // 100, corner % 100), 1)
         expected = 6000 / counts.size
@@ -42,12 +42,12 @@ class RandomCropTest(chex.TestCase):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_random_flip_mirrors_half_of_the_images(channels):
+def test_random_flip_flips_half_of_the_images(channels):
     images = np.random.default_rng(0).normal(size=(4000, 3, 5, channels)).astype(np.float32)
     flipped = np.asarray(random_flip(jax.random.key(1), images))
-    mirrored = (flipped == images[:, :, ::-1]).all((1, 2, 3))
-    assert ((flipped == images).all((1, 2, 3)) ^ mirrored).all()
-    assert abs(mirrored.mean() - 0.5) < 0.03  # 3.8 standard deviations
+    are_flipped = (flipped == images[:, :, ::-1]).all((1, 2, 3))
+    assert ((flipped == images).all((1, 2, 3)) ^ are_flipped).all()
+    assert abs(are_flipped.mean() - 0.5) < 0.03  # 3.8 standard deviations
 
 
 @pytest.mark.parametrize("function", [
@@ -88,20 +88,20 @@ class LightingTest(chex.TestCase):
         assert np.abs(correlation).max() < 0.03
 
     @parameterized.parameters(((1, 4, 4, 1), "float32", "three|3"), ((1, 4, 4, 3), "uint8", "uint8: expected floats"))
-    def test_grey_and_integer_images_are_refused(self, shape, dtype, words):
+    def test_gray_and_integer_images_are_refused(self, shape, dtype, words):
         with pytest.raises(ValueError, match=words):
             pca_lighting(jax.random.key(0), jnp.ones(shape, dtype), np.ones(3), np.eye(3))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_ten_crop_is_the_corners_the_centre_and_their_mirrors(channels):
+def test_ten_crop_is_the_corners_the_center_and_their_flips(channels):
     images = np.random.default_rng(0).normal(size=(2, 256, 256, channels)).astype(np.float32)
-    patches = np.asarray(ten_crop(images, 224))
-    assert patches.shape == (2, 10, 224, 224, channels)
+    crops = np.asarray(ten_crop(images, 224))
+    assert crops.shape == (2, 10, 224, 224, channels)
     for i, (top, left) in enumerate([(0, 0), (0, 32), (32, 0), (32, 32), (16, 16)]):
-        np.testing.assert_array_equal(patches[:, i], images[:, top : top + 224, left : left + 224])
-        np.testing.assert_array_equal(patches[:, i + 5], patches[:, i, :, ::-1])
-    np.testing.assert_array_equal(center_crop(images, 224), patches[:, 4])
+        np.testing.assert_array_equal(crops[:, i], images[:, top : top + 224, left : left + 224])
+        np.testing.assert_array_equal(crops[:, i + 5], crops[:, i, :, ::-1])
+    np.testing.assert_array_equal(center_crop(images, 224), crops[:, 4])
 
 
 def test_ten_crop_that_does_not_fit():
@@ -122,7 +122,7 @@ def test_rgb_pca_against_numpy_and_streaming():
 
 
 @pytest.mark.parametrize("images,words", [(np.ones((2, 4, 4, 1)), "expected"), ([], "two pixels")])
-def test_rgb_pca_of_what_has_no_colours(images, words):
+def test_rgb_pca_of_what_has_no_colors(images, words):
     with pytest.raises(ValueError, match=words):
         rgb_pca(images)
 

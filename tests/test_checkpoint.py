@@ -30,7 +30,7 @@ def test_round_trip_and_the_newest_are_kept(tmp_path):
     assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["2", "3"]
 
 
-def test_nothing_there(tmp_path):
+def test_no_checkpoint(tmp_path):
     assert Checkpoints(tmp_path / "c").restore(TREE) is None
 
 
@@ -65,7 +65,7 @@ def test_donated_buffers_do_not_reach_the_disk(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8])
-def test_the_fingerprint_sees_every_bit_and_no_mesh(dtype):
+def test_the_fingerprint_depends_on_every_bit_and_not_on_the_mesh(dtype):
     kernel = np.asarray(jax.random.normal(jax.random.key(0), (8, 4)) * 50).astype(dtype)
     whole = int(fingerprint({"kernel": kernel, "step": np.int32(7)}))
     for bit in range(kernel.nbytes * 8):

@@ -1,3 +1,5 @@
+"""Data sets: opened, prepared, read into memory, in batches."""
+
 import functools
 import gzip
 import http.server
@@ -8,6 +10,7 @@ import sys
 import threading
 import time
 
+import jax
 import numpy as np
 import pytest
 from runners import CIFAR10, ROOT
@@ -38,7 +41,7 @@ def test_parts_of_a_split(fashion_mnist):
 
 
 @pytest.mark.parametrize("split,words", [("valid", "it has"), ("train[", "it has"), ("train[5:5]", "empty")])
-def test_splits_that_are_not_there(fashion_mnist, split, words):
+def test_missing_splits(fashion_mnist, split, words):
     with pytest.raises(DataError, match=words):
         data.load(fashion_mnist, split)
 
@@ -164,3 +167,17 @@ def test_debians_package_needs_no_root(idx_folder):
     except OSError as error:
         pytest.skip(f"the package archive cannot be reached: {error}")
     assert files == {name: (idx_folder / name).read_bytes() for name in fashion_mnist_files()}
+
+
+def test_an_epoch_is_a_permutation(fashion_mnist):
+    examples = data.load(fashion_mnist, "test[:103]")
+    examples = data.Examples(examples.images, np.arange(103, dtype=np.int32))  # labels that tell which example it is
+    device_data = data.DeviceData(examples, 20)
+    key = jax.random.key(0)
+    epochs = [np.concatenate([device_data.batch(key, 5 * e + i).labels for i in range(5)]) for e in range(3)]
+    for epoch in epochs:
+        assert len(set(epoch.tolist())) == 100
+    assert (epochs[0] != epochs[1]).any()
+    batch = data.DeviceData(examples, 20).batch(key, 7)  # a restart in the middle finds the same batch
+    np.testing.assert_array_equal(batch.labels, epochs[1][40:60])
+    np.testing.assert_array_equal(batch.images, examples.images[batch.labels])

@@ -133,7 +133,7 @@ def test_slurms_tasks_are_found_and_a_mesh_without_some_of_their_devices_is_refu
         assert output.count("\n") == 1
 
 
-def test_a_process_that_fails_alone_says_why_and_waits_for_nobody(fashion_mnist, tmp_path):
+def test_a_process_that_fails_alone_prints_why_and_does_not_wait(fashion_mnist, tmp_path):
     (tmp_path / "file").write_text("")
     other, failing = start_processes(
         tmp_path / "run", *FLAGS, *ONE_DEVICE_EACH, environments=({}, {"TFDS_DATA_DIR": str(tmp_path / "file")})

@@ -57,7 +57,7 @@ def test_ten_crop_is_the_mean_of_the_softmax(problem):
     np.testing.assert_allclose(predict(MODEL, params, images[:4], preprocess, True), np.mean(softmax, 0), rtol=1e-5)
 
 
-def test_a_network_that_says_nothing_is_wrong_every_time(problem):
+def test_a_network_with_equal_outputs_is_wrong_every_time(problem):
     params, images, labels, preprocess = problem
     flat = jax.tree.map(np.zeros_like, params)  # every class is equally likely
     batches = DeviceBatches(Examples(images, labels), 53)

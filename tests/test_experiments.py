@@ -183,7 +183,7 @@ def test_few_seeds_and_parts_are_no_result(tmp_path, seeds, keys):
         summary.collect(tmp_path, tmp_path)
 
 
-def test_a_damaged_run_is_named(tmp_path):
+def test_a_corrupt_run_is_named(tmp_path):
     folder = tmp_path / "quick" / "arm" / "seed0"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text('{"a": 1}')

@@ -43,6 +43,6 @@ def test_memory_comes_in_huge_pages():
     assert tunables == TUNABLE and huge > 128 << 20
 
 
-def test_what_the_user_has_set_stays():
+def test_the_users_setting_is_kept():
     tunables, huge = run(GLIBC_TUNABLES="glibc.malloc.hugetlb=0")
     assert tunables == "glibc.malloc.hugetlb=0"

@@ -138,7 +138,7 @@ def test_from_the_archives_to_the_test_errors(archives, tmp_path):
     ]  # fmt: skip
 
 
-def test_the_full_network_learns_photographs_by_heart(tmp_path):
+def test_the_full_network_memorizes_photographs(tmp_path):
     for path in sorted(PHOTOGRAPHS.iterdir())[::25]:
         file = tmp_path / "photographs" / "train" / path.name[:9] / path.name
         file.parent.mkdir(parents=True)

@@ -19,14 +19,14 @@ def uninterrupted(fashion_mnist, tmp_path_factory):
     return folder, output
 
 
-def test_what_the_user_sees(uninterrupted):
+def test_the_output(uninterrupted):
     _, output = uninterrupted
     for text in ("device ", "1,000 to train, 200 to validate, 200 to test", "conv1", "fc8", "step 20/40",
                  "validation error", "time left", "test top1 error", "test top5 error"):  # fmt: skip
         assert text in output, text
 
 
-def test_killed_at_several_points_it_ends_the_same(uninterrupted, tmp_path):
+def test_a_run_that_is_killed_several_times_ends_the_same(uninterrupted, tmp_path):
     for step in ("step 5/", "step 25/"):  # before the first checkpoint; between two
         process = start_main(tmp_path, *TINY)
         follow(process, step)

@@ -14,7 +14,7 @@ def kept(monkeypatch):
 
 
 @pytest.mark.parametrize("count,marker", [(1, "o"), (10, "o"), (11, "")])
-def test_few_points_are_marked_and_steps_are_whole(tmp_path, kept, count, marker):
+def test_few_points_are_marked_and_steps_are_integers(tmp_path, kept, count, marker):
     lines = [dict(step=20 + i, train_loss=2.3, train_error=0.9, learning_rate=0.01) for i in range(count)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     plots.plot_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")

@@ -1,32 +1,13 @@
-"""The prediction command on real files, and what it is made of: a run opened again, files read, neighbours found."""
+"""The prediction command on real files."""
 
-import shutil
 import subprocess
 import sys
 
-import jax
 import numpy as np
-import pytest
 from PIL import Image
-from runners import ROOT, corrupt, largest_file, saved_state, tiny_config
+from runners import ROOT
 
-from alexnet_jax import AlexNet, activations, run
-from alexnet_jax.checkpoint import CheckpointError
 from alexnet_jax.data.images import read_image
-from alexnet_jax.summary import layer_summary
-from alexnet_jax.train import train_and_evaluate
-
-
-@pytest.fixture(scope="module")
-def folder(fashion_mnist, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    train_and_evaluate(tiny_config(num_train_steps=40, eval_every=20, learning_rate=0.02), folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def opened(folder):
-    return run.open_run(folder)
 
 
 def predict(folder, *flags):
@@ -34,35 +15,7 @@ def predict(folder, *flags):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
-def test_a_run_opens_as_it_was_saved(folder, opened):
-    before = sorted((p, p.stat().st_mtime_ns) for p in folder.rglob("*"))
-    state = saved_state(folder, 40)
-    for layer, leaves in opened.params.items():
-        for name, x in leaves.items():
-            np.testing.assert_array_equal(x, state[f"/params/{layer}/{name}"])
-    assert opened.step == 40 and opened.names[9] == "Ankle boot"
-    train_images = opened.load("train[:1000]").images
-    np.testing.assert_allclose(opened.preprocess.mean, train_images.mean(0), rtol=1e-5, atol=1e-4)
-    assert before == sorted((p, p.stat().st_mtime_ns) for p in folder.rglob("*"))
-
-
-def test_its_error_is_the_one_that_training_found(folder, opened):
-    result = train_and_evaluate(tiny_config(num_train_steps=40, eval_every=20, learning_rate=0.02), folder)
-    assert opened.error(opened.load("test[:200]")) == pytest.approx(result["test_top1_error"])
-    p = opened.predict(opened.load("test[:7]").images)
-    assert p.shape == (7, 10)
-    np.testing.assert_allclose(p.sum(1), 1, rtol=1e-5)
-
-
-def test_activations_in_parts_are_those_of_the_whole(opened, monkeypatch):
-    images = opened.load("test[:23]").images
-    exact = activations(opened.model, opened.params, opened.preprocess.center_crop(images))
-    monkeypatch.setattr(run, "AT_A_TIME", 10)  # the last part is filled up
-    np.testing.assert_allclose(opened.activations(images), exact["fc7"], rtol=1e-4, atol=1e-5)
-    assert opened.activations(images, "conv4").shape == exact["conv4"].shape
-
-
-def test_files_of_any_kind(folder, opened, tmp_path):
+def test_files_of_any_kind(trained, opened, tmp_path):
     test = opened.load("test[:2]")
     Image.fromarray(test.images[0, ..., 0]).save(tmp_path / "boot.png")
     Image.fromarray(test.images[1, ..., 0]).convert("RGB").resize((280, 280), Image.Resampling.NEAREST).save(
@@ -74,7 +27,7 @@ def test_files_of_any_kind(folder, opened, tmp_path):
     half = (tmp_path / "boot.png").read_bytes()
     (tmp_path / "half.png").write_bytes(half[: len(half) // 2])
     names = "boot.png", "text.png", "large.webp", "half.png", "transparent.png", "none.gif"
-    done = predict(folder, f"--out={tmp_path / 'out.png'}", *(tmp_path / name for name in names))
+    done = predict(trained, f"--out={tmp_path / 'out.png'}", *(tmp_path / name for name in names))
     assert done.returncode == 1 and "Traceback" not in done.stderr
     for name in ("text.png", "half.png", "none.gif"):
         assert f"Error: {tmp_path / name}: " in done.stderr
@@ -90,7 +43,7 @@ def test_files_of_any_kind(folder, opened, tmp_path):
     assert Image.open(tmp_path / "out.png").size[0] > 300
 
 
-def test_a_folder_that_is_not_there_and_a_wrong_out_are_named(tmp_path):
+def test_a_missing_folder_and_a_wrong_out_are_named(tmp_path):
     assert f"{tmp_path / 'none'}" in (done := predict(tmp_path / "none", "x.png")).stderr and "--out" not in done.stderr
     done = predict(tmp_path, "x.png", f"--out={tmp_path / 'none' / 'o.png'}")
     assert done.returncode == 1 and done.stderr.startswith("Error: --out=") and done.stderr.count("\n") == 1
@@ -99,47 +52,3 @@ def test_a_folder_that_is_not_there_and_a_wrong_out_are_named(tmp_path):
 def test_no_run_is_one_line(tmp_path):
     done = predict(tmp_path, "x.png")
     assert done.returncode == 1 and "holds no run" in done.stderr and done.stderr.count("\n") == 1, done.stderr
-
-
-def test_a_corrupt_checkpoint_is_named_and_left_alone(folder, tmp_path):
-    copy = shutil.copytree(folder, tmp_path / "copy")
-    corrupt(largest_file(copy / "checkpoints" / "40"))
-    with pytest.raises(CheckpointError, match="checkpoints/40 is corrupt") as error:
-        run.open_run(copy)
-    assert "\n" not in str(error.value) and (copy / "checkpoints" / "40").exists()
-
-
-@pytest.mark.parametrize("content,words", [
-    ("{", "not a config"), ('{"widht": 3}', "widht"), (None, "no checkpoint yet"),
-])  # fmt: skip
-def test_a_folder_that_holds_no_run_to_read(fashion_mnist, tmp_path, content, words):
-    text = '{"train_split": "train[:50]"}' if content is None else content
-    (tmp_path / "config.json").write_text(text)
-    with pytest.raises(run.RunError, match=words):
-        run.open_run(tmp_path)
-
-
-def test_nearest_against_numpy(monkeypatch):
-    rng = np.random.default_rng(0)
-    queries, keys = rng.normal(size=(25, 3, 4)), rng.normal(size=(60, 3, 4))
-    distance = np.linalg.norm((queries[:, None] - keys[None]).reshape(25, 60, -1), axis=-1)
-    monkeypatch.setattr(run, "AT_A_TIME", 10)
-    np.testing.assert_array_equal(run.nearest(queries, keys, 5), np.argsort(distance, axis=1)[:, :5])
-    assert run.precision([1, 2], np.array([[1, 1, 2], [1, 2, 2]])) == pytest.approx(4 / 6)
-    with pytest.raises(ValueError, match="expected at least 61"):
-        run.nearest(queries, keys, 61)
-
-
-def test_the_layers_of_the_paper_as_a_table():
-    lines = layer_summary(AlexNet(), (224, 224, 3)).splitlines()
-    assert lines[2].split() == ["conv1", "55×55×96", "11×11×3×96", "34,944"]
-    assert lines[-1].split() == ["total", "60,965,224"]
-
-
-def test_the_towers_influence_each_other_from_conv3_on(opened):
-    images = opened.preprocess.center_crop(opened.load("test[:5]").images)
-    influence = run.tower_influence(opened.model, opened.params, images)
-    assert {name for name, change in influence.items() if change == 0} == {
-        "conv1", "norm1", "pool1", "conv2", "norm2", "pool2"
-    }  # fmt: skip
-    assert list(influence)[-1] == "fc8" and jax.tree.all(jax.tree.map(np.isfinite, influence))

@@ -180,7 +180,7 @@ def test_what_is_skipped_is_named(image_folder, tmp_path, caplog):
     ]
 
 
-@pytest.mark.parametrize("size", [20_000, 700_000])  # too little for a shard; for the sums beside it
+@pytest.mark.parametrize("size", [20_000, 700_000])  # too little for a shard; for the sums next to it
 def test_a_full_disk_is_one_line(image_folder, tmp_path, size):
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))  # noqa: E731
     flags = ("--dataset=small", f"--data_dir={image_folder}", f"--out={tmp_path}", "--workers=1")

@@ -7,12 +7,12 @@ from alexnet_jax.augment import rgb_pca
 from alexnet_jax.preprocess import fit
 
 
-def colour_images(n=40, side=8):
+def color_images(n=40, side=8):
     return np.random.default_rng(0).integers(0, 256, (n, side, side, 3), dtype=np.uint8)
 
 
-def test_mean_image_is_subtracted_and_the_border_is_mean_colour():
-    images = colour_images()
+def test_mean_image_is_subtracted_and_the_border_is_mean_color():
+    images = color_images()
     p = fit(images, pad=2, crop=12, resize=0, flip=False, lighting=False)
     np.testing.assert_allclose(p.mean, images.mean(0), rtol=1e-6)
     x = np.asarray(p.center_crop(images))
@@ -22,12 +22,12 @@ def test_mean_image_is_subtracted_and_the_border_is_mean_colour():
 
 
 def test_scale_and_enlargement():
-    images = colour_images()
+    images = color_images()
     small = np.asarray(fit(images, 0, 8, 0, False, False, scale=0.5).center_crop(images), np.float64)
     np.testing.assert_allclose(small, (images - images.mean(0)) / 2, atol=1e-4)
     large = fit(images, 0, 8, 32, False, False, scale=0.5)
     assert large.image_shape == (32, 32, 3)
-    # Four pixels for one: the centre of pixel 4r lies 5/8 of the way from the centre of r - 1 to that of r.
+    # Four pixels for one: the center of pixel 4r lies 5/8 of the way from the center of r - 1 to that of r.
     weights = np.array([3 / 8, 5 / 8])
     expected = np.einsum("i,j,bijk->bk", weights, weights, small[:, 2:4, 3:5])
     x = np.asarray(large.center_crop(images))
@@ -36,7 +36,7 @@ def test_scale_and_enlargement():
 
 
 def test_training_augments_and_testing_does_not():
-    images = colour_images(200)
+    images = color_images(200)
     p = fit(images, pad=0, crop=6, resize=0, flip=True, lighting=True)
     first, second = (np.asarray(p.train(jax.random.key(k), images)) for k in (0, 1))
     assert (first != second).any(axis=(1, 2, 3)).all()  # lighting moves every image
@@ -45,14 +45,14 @@ def test_training_augments_and_testing_does_not():
     np.testing.assert_array_equal(p.ten_crop(images)[:, 4], p.center_crop(images))
 
 
-def test_without_random_crops_training_sees_the_central_patch():
-    images = colour_images()
+def test_without_random_crops_training_takes_the_center_crop():
+    images = color_images()
     p = fit(images, pad=1, crop=6, resize=0, flip=False, lighting=False, random_crop=False)
     np.testing.assert_array_equal(p.train(jax.random.key(0), images), p.center_crop(images))
 
 
 def test_lighting_has_the_scale_of_the_pixels():
-    images = colour_images(500)
+    images = color_images(500)
     p = fit(images, pad=0, crop=8, resize=0, flip=False, lighting=True)
     x = np.asarray(p.train(jax.random.key(0), images), np.float64) - (images - images.mean(0))
     shift = x[:, 0, 0] @ rgb_pca(images)[1]
@@ -60,13 +60,13 @@ def test_lighting_has_the_scale_of_the_pixels():
     np.testing.assert_allclose(shift.std(0), 0.1 * unit_eigenvalues * 255, rtol=0.15)
 
 
-def test_grey_images_have_no_lighting():
+def test_gray_images_have_no_lighting():
     with pytest.raises(ValueError, match="expected"):
-        fit(colour_images()[..., :1], 0, 8, 0, False, lighting=True)
+        fit(color_images()[..., :1], 0, 8, 0, False, lighting=True)
 
 
 def test_it_passes_whole_to_a_jitted_program():
-    images = colour_images()
+    images = color_images()
     p = fit(images, pad=1, crop=6, resize=0, flip=True, lighting=True, scale=0.5)
     assert len(jax.tree.leaves(p)) == 3  # the mean image, and the factors and directions of PCA lighting
     np.testing.assert_allclose(jax.jit(lambda p, x: p.ten_crop(x))(p, images), p.ten_crop(images), atol=1e-4)

@@ -73,7 +73,7 @@ def records(builder, split):
     return [np.asarray(Image.open(io.BytesIO(x["image"]))) for x in source], [x["label"] for x in source]
 
 
-def test_a_batch_is_a_function_of_key_and_step_whatever_the_number_of_workers(builder):
+def test_a_batch_is_a_function_of_key_and_step_with_any_number_of_workers(builder):
     images, labels = records(builder, "train")
     known = dict(zip(which(images), zip(images, labels, strict=True), strict=True))
     assert len(known) == TRAIN
@@ -144,7 +144,7 @@ def test_a_corrupt_record_is_named_in_one_line(folder, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_the_statistics_beside_the_data_set_are_used_and_measured_where_there_are_none(folder, tmp_path):
+def test_stored_statistics_are_used_and_missing_ones_are_measured(folder, tmp_path):
     copy = tmp_path / "small_256" / "1.0.0"
     shutil.copytree(folder, copy)
     builder, config = tfds.builder_from_directory(copy), imagenet2012.get_config()

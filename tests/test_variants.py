@@ -19,7 +19,7 @@ from alexnet_jax.preprocess import Preprocess, fit
 
 VARIANTS = ("paper", "source2012", "caffe")
 each_variant = pytest.mark.parametrize("variant", VARIANTS)
-STEM = Stem(5, 2, 0)  # on 36×36 images the last window hangs over by one pixel
+STEM = Stem(5, 2, 0)  # on 36×36 images conv1 adds one row and column of padding
 
 
 @each_variant
@@ -106,7 +106,7 @@ def test_recipe(variant, batch, drops, patience, lighting, ten_crop):
 
 
 def places_and_flips(variant, count, first=0):
-    """Of each training image: its crop's row, its column, and whether it is mirrored."""
+    """Of each training image: its crop's row, its column, and whether it is flipped."""
     image = 100 * np.arange(12)[:, None] + np.arange(12)
     images = np.broadcast_to(image[None, :, :, None], (count, 12, 12, 1)).astype(np.float32)
     config = imagenet2012.get_config(variant)
@@ -144,16 +144,16 @@ def test_lighting(variant):
         lighting_divisor=config.lighting_divisor,
     )  # fmt: skip
     x = np.asarray(jax.jit(preprocess.train)(jax.random.key(0), images), np.float64)
-    centred = images - images.mean(0)
+    centered = images - images.mean(0)
     covariance = np.cov(images.reshape(-1, 3).T.astype(np.float64))
     eigenvalues, eigenvectors = np.linalg.eigh(covariance)
     divisor = 1.0 if variant == "paper" else 1.1
-    shift = x * divisor - centred
+    shift = x * divisor - centered
     np.testing.assert_allclose(shift, np.broadcast_to(shift[:, :1, :1], shift.shape), atol=1e-3)
     unit = eigenvalues / 255**2  # of pixels in 0 to 1
     expected = 255 * 0.1 * (unit if variant == "paper" else np.sqrt(unit))
     np.testing.assert_allclose((shift[:, 0, 0] @ eigenvectors).std(0), expected, rtol=0.05)
-    np.testing.assert_allclose(preprocess.center_crop(images), centred, atol=1e-3)  # testing is not touched
+    np.testing.assert_allclose(preprocess.center_crop(images), centered, atol=1e-3)  # testing is not touched
 
 
 def test_source2012_on_two_devices():

@@ -69,7 +69,7 @@ def test_bfloat16_stays_so_and_is_computed_in_float32():
     (13, (3, 3, 192, 192), 1, ((1, 1), (1, 1))),
 ])  # fmt: skip
 @pytest.mark.parametrize("sharded", [False, True])
-def test_the_papers_layers_are_the_same_in_both_forms(side, shape, stride, padding, sharded):
+def test_the_papers_layers_are_the_same_in_both_implementations(side, shape, stride, padding, sharded):
     random = np.random.default_rng(3)
     x, w = random.standard_normal((4, side, side, shape[2])), random.standard_normal(shape)
     x, w = jnp.float32(x), jnp.float32(w)

@@ -8,17 +8,17 @@ def get_config() -> ml_collections.ConfigDict:
     """Return the config."""
     c = ml_collections.ConfigDict()
 
-    c.seed = 0  # every random number of a run comes from it
+    c.seed = 0  # every random number of a run derives from it
 
-    # Data. Splits in TFDS's notation. Validation steers the schedule; the test split is read once, at the end.
+    # Data. Splits are in TFDS's notation. Validation sets the schedule; the test split is read once, at the end.
     c.dataset = "fashion_mnist"  # a TFDS name
     c.data_dir = ""  # where TFDS keeps prepared data sets; "": ~/tensorflow_datasets
     c.source_dir = ""  # a folder with the four IDX files of Fashion-MNIST, if you have them
     c.train_split = "train[:55000]"
     c.validation_split = "train[55000:]"
     c.test_split = "test"
-    c.streaming = False  # read from the disk all along, by worker processes; False: the whole set lies on each device
-    c.loader_workers = 0  # the processes that decode what is streamed; 0: one a core, 16 at most
+    c.streaming = False  # read from disk during training, by worker processes; False: each device holds the data set
+    c.loader_workers = 0  # processes that decode a streamed data set; 0: one per core, 16 at most
 
     # The inputs of the network (section 4.1).
     c.pad = 0  # border of mean color, in pixels, added before cropping
@@ -66,7 +66,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.mesh = ml_collections.ConfigDict()
     c.mesh.data = -1  # parts of a batch; -1: all devices, or all pairs of them with tower=2
     c.mesh.tower = 1  # or 2: each tower on devices of its own
-    c.mesh.cpu_devices = 1  # virtual devices that a CPU is split into
+    c.mesh.cpu_devices = 1  # virtual devices of a CPU
 
     # How often, in steps.
     c.log_every = 100

@@ -1,4 +1,4 @@
-"""The operations of section 3 that a framework does not give in the paper's form, with their gradients.
+"""The operations of sections 3 and 4 that JAX and Flax do not have as the paper defines them, with their gradients.
 
 Arrays are NHWC. Each function is pure and jittable. `ops_for` gives the bundle that the
 network takes by default on a device; `PLAIN` is that of XLA's own operations.

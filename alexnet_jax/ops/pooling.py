@@ -38,11 +38,11 @@ def _max_pool_backward(window, stride, residuals, g):
     batch, height, width, channels = x.shape
     rows, columns = y.shape[1:3]
     extra = (window - 1) // stride
-    winner = jnp.full(y.shape, -1, jnp.int32)
+    argmax = jnp.full(y.shape, -1, jnp.int32)  # the position in the window, row by row
     for i, j, tap in reversed(list(_taps(x, window, stride))):
-        winner = jnp.where(tap == y, i * window + j, winner)
+        argmax = jnp.where(tap == y, i * window + j, argmax)
     edges = ((0, 0, 0), (extra, extra, 0), (extra, extra, 0), (0, 0, 0))
-    winner, g = lax.pad(winner, -1, edges), lax.pad(g, jnp.zeros((), g.dtype), edges)
+    argmax, g = lax.pad(argmax, -1, edges), lax.pad(g, jnp.zeros((), g.dtype), edges)
     shape = (batch, rows + extra, stride, columns + extra, stride, channels)
     r, c = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (2, 4))
 
@@ -53,7 +53,7 @@ def _max_pool_backward(window, stride, residuals, g):
     dx = jnp.zeros((), x.dtype)
     for a, b in itertools.product(range(extra + 1), repeat=2):
         i, j = r + stride * a, c + stride * b
-        is_maximum = (at_pixels(winner, a, b) == i * window + j) & (j < window)
+        is_maximum = (at_pixels(argmax, a, b) == i * window + j) & (j < window)
         dx += jnp.where(is_maximum, at_pixels(g, a, b), 0)
     dx = dx.reshape(batch, shape[1] * stride, shape[3] * stride, channels)[:, :height, :width]
     return (jnp.pad(dx, ((0, 0), (0, height - dx.shape[1]), (0, width - dx.shape[2]), (0, 0))),)

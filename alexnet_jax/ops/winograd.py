@@ -1,8 +1,9 @@
-"""Convolution by Winograd's minimal filtering, with several times fewer multiplications than its definition has.
+"""Convolution by Winograd's minimal filtering, with several times fewer multiplications than its definition.
 
-F(m, r) makes m × m outputs of an r × r kernel from (m + r − 1)² products of channel matrices where the definition takes
-m² r²: 2.25 times fewer with F(2, 3), 4.6 times with F(3, 5). With d a tile of inputs and g the kernel, the outputs are
-Aᵀ [(G g Gᵀ) ⊙ (Bᵀ d B)] A; the matrices follow from m + r − 2 points and ∞ (Toom and Cook). Here m = (r + 1) // 2.
+F(m, r) computes m × m outputs of an r × r kernel from (m + r − 1)² products of channel matrices, the definition from
+m² r²: 2.25 times as many as F(2, 3), 4.6 times as many as F(3, 5). With d a tile of inputs and g the kernel, the
+outputs are Aᵀ [(G g Gᵀ) ⊙ (Bᵀ d B)] A; the matrices follow from m + r − 2 points and ∞ (Toom and Cook). Here
+m = (r + 1) // 2.
 """
 
 from collections.abc import Sequence
@@ -36,7 +37,7 @@ def _filtering(r):
     return m, *matrices(m, r)
 
 
-def _between(matrix: np.ndarray, grid: Grid) -> Grid:
+def _transform(matrix: np.ndarray, grid: Grid) -> Grid:
     """Return matrix · grid · matrixᵀ, without the products by 0."""
 
     def times(vectors):
@@ -74,19 +75,19 @@ def _outputs(x, kernel, padding):
     m, a, g, b = _filtering(r)
     height, width = (size + sum(edges) - r + 1 for size, edges in zip(x.shape[1:3], padding, strict=True))
     x, sides = _whole_tiles(x, (height, width), m, r, padding)
-    inputs, kernels = _between(b, _tiles(x, m + r - 1, m)), _between(g, [list(row) for row in kernel])
+    inputs, kernels = _transform(b, _tiles(x, m + r - 1, m)), _transform(g, [list(row) for row in kernel])
     products = [[d @ k for d, k in zip(*rows, strict=True)] for rows in zip(inputs, kernels, strict=True)]
     tiles = (batch, sides[0] // m, sides[1] // m, features)
-    outputs = [jnp.stack([y.reshape(tiles) for y in row], 3) for row in _between(a.T, products)]
+    outputs = [jnp.stack([y.reshape(tiles) for y in row], 3) for row in _transform(a.T, products)]
     return jnp.stack(outputs, 2).reshape(batch, *sides, features)[:, :height, :width]
 
 
 def _kernel_gradient(x, gradient, r, padding):
     m, a, g, b = _filtering(r)
     x, sides = _whole_tiles(x, gradient.shape[1:3], m, r, padding)
-    inputs, outputs = _between(b, _tiles(x, m + r - 1, m)), _between(a, _tiles(_pad(gradient, (0, 0), sides), m, m))
+    inputs, outputs = _transform(b, _tiles(x, m + r - 1, m)), _transform(a, _tiles(_pad(gradient, (0, 0), sides), m, m))
     products = [[d.T @ y for d, y in zip(*rows, strict=True)] for rows in zip(inputs, outputs, strict=True)]
-    return jnp.stack([jnp.stack(row) for row in _between(g.T, products)])
+    return jnp.stack([jnp.stack(row) for row in _transform(g.T, products)])
 
 
 def _in_parts(function, count, *images):

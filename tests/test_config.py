@@ -1,0 +1,41 @@
+"""Configs that cannot work."""
+
+import pytest
+from runners import tiny_config
+
+from alexnet_jax.config import ConfigError
+from alexnet_jax.data import DataError
+from alexnet_jax.train import train_and_evaluate
+
+
+@pytest.mark.parametrize("fields,words", [
+    (dict(batch_size=0), "config.batch_size=0: expected"),
+    (dict(batch_size=1001), "config.batch_size=1001.*1,000 examples"),
+    (dict(image_size=40), "config.image_size=40.*28×28"),
+    (dict(image_size=12), "config.image_size=12.*too small"),
+    (dict(lighting=True), "config.lighting=True.*three"),
+    (dict(variant="resnet"), "config.variant='resnet'.*paper"),
+    (dict(widths=(7, 8, 8, 8, 8, 8, 8)), "config.widths=.*even"),
+    (dict(widths=(8, 8, 8, 8, 8, 8, 0)), "config.widths=.*even"),
+    (dict(widths=(0, 8, 8, 8, 8, 8, 8), towers=1), "config.widths=.*leaves out a layer after conv1"),
+    (dict(towers=3), "config.towers=3: expected 1 or 2"),
+    (dict(towers=1, mesh=dict(tower=2)), "config.towers=1: expected 2 on two devices"),
+    (dict(activation="sigmoid"), "config.activation='sigmoid': expected one of relu, tanh"),
+    (dict(lrn_alpha=-1.0), "config.lrn_alpha=-1.0: expected"),
+    (dict(pool_window=1), "config.pool_window=1: expected 2 or more"),
+    (dict(dropout=1.0), "config.dropout=1.0: expected a rate"),
+    (dict(kernel_std=(0.1, 0.1)), "config.kernel_std=.*eight"),
+    (dict(stem=(5, 0, 2)), "config.stem=.*stride"),
+    (dict(dtype="float16"), "config.dtype='float16'.*bfloat16"),
+    (dict(learning_rate=-1.0), "config.learning_rate=-1.0"),
+    (dict(mesh=dict(tower=3)), "config.mesh.tower=3.*1 or 2"),
+    (dict(mesh=dict(data=8, tower=2)), "config.mesh of data=8, tower=2 does not fit .* CPU"),
+    (dict(batch_size=51, mesh=dict(data=2)), "config.batch_size=51: the mesh splits a batch into 2 parts"),
+    (dict(dataset="fashion"), "config.dataset='fashion'"),
+    (dict(test_split="exam"), "split 'exam'"),
+])  # fmt: skip
+def test_a_config_that_cannot_work_is_one_line(fashion_mnist, tmp_path, fields, words):
+    with pytest.raises((ConfigError, DataError), match=words) as error:
+        train_and_evaluate(tiny_config(**fields), tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()

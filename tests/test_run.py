@@ -1,0 +1,78 @@
+"""A run opened from its working directory, and what its network computes."""
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from runners import TRAINED, corrupt, largest_file, saved_state, tiny_config
+
+from alexnet_jax import activations, run
+from alexnet_jax.checkpoint import CheckpointError
+from alexnet_jax.train import train_and_evaluate
+
+
+def test_a_run_opens_as_it_was_saved(trained, opened):
+    before = sorted((p, p.stat().st_mtime_ns) for p in trained.rglob("*"))
+    state = saved_state(trained, 40)
+    for layer, leaves in opened.params.items():
+        for name, x in leaves.items():
+            np.testing.assert_array_equal(x, state[f"/params/{layer}/{name}"])
+    assert opened.step == 40 and opened.names[9] == "Ankle boot"
+    train_images = opened.load("train[:1000]").images
+    np.testing.assert_allclose(opened.preprocess.mean, train_images.mean(0), rtol=1e-5, atol=1e-4)
+    assert before == sorted((p, p.stat().st_mtime_ns) for p in trained.rglob("*"))
+
+
+def test_its_error_is_that_of_the_training(trained, opened):
+    result = train_and_evaluate(tiny_config(**TRAINED), trained)
+    assert opened.error(opened.load("test[:200]")) == pytest.approx(result["test_top1_error"])
+    p = opened.predict(opened.load("test[:7]").images)
+    assert p.shape == (7, 10)
+    np.testing.assert_allclose(p.sum(1), 1, rtol=1e-5)
+
+
+def test_activations_in_parts_are_those_of_the_whole(opened, monkeypatch):
+    images = opened.load("test[:23]").images
+    exact = activations(opened.model, opened.params, opened.preprocess.center_crop(images))
+    monkeypatch.setattr(run, "AT_A_TIME", 10)  # the last part is padded
+    np.testing.assert_allclose(opened.activations(images), exact["fc7"], rtol=1e-4, atol=1e-5)
+    assert opened.activations(images, "conv4").shape == exact["conv4"].shape
+
+
+def test_a_corrupt_checkpoint_is_named_and_left_alone(trained, tmp_path):
+    copy = shutil.copytree(trained, tmp_path / "copy")
+    corrupt(largest_file(copy / "checkpoints" / "40"))
+    with pytest.raises(CheckpointError, match="checkpoints/40 is corrupt") as error:
+        run.open_run(copy)
+    assert "\n" not in str(error.value) and (copy / "checkpoints" / "40").exists()
+
+
+@pytest.mark.parametrize("content,words", [
+    ("{", "not a config"), ('{"widht": 3}', "widht"), (None, "no checkpoint yet"),
+])  # fmt: skip
+def test_a_folder_that_holds_no_run_to_read(fashion_mnist, tmp_path, content, words):
+    text = '{"train_split": "train[:50]"}' if content is None else content
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(run.RunError, match=words):
+        run.open_run(tmp_path)
+
+
+def test_nearest_against_numpy(monkeypatch):
+    rng = np.random.default_rng(0)
+    queries, keys = rng.normal(size=(25, 3, 4)), rng.normal(size=(60, 3, 4))
+    distance = np.linalg.norm((queries[:, None] - keys[None]).reshape(25, 60, -1), axis=-1)
+    monkeypatch.setattr(run, "AT_A_TIME", 10)
+    np.testing.assert_array_equal(run.nearest(queries, keys, 5), np.argsort(distance, axis=1)[:, :5])
+    assert run.precision([1, 2], np.array([[1, 1, 2], [1, 2, 2]])) == pytest.approx(4 / 6)
+    with pytest.raises(ValueError, match="expected at least 61"):
+        run.nearest(queries, keys, 61)
+
+
+def test_the_towers_influence_each_other_from_conv3_on(opened):
+    images = opened.preprocess.center_crop(opened.load("test[:5]").images)
+    influence = run.tower_influence(opened.model, opened.params, images)
+    assert {name for name, change in influence.items() if change == 0} == {
+        "conv1", "norm1", "pool1", "conv2", "norm2", "pool2"
+    }  # fmt: skip
+    assert list(influence)[-1] == "fc8" and jax.tree.all(jax.tree.map(np.isfinite, influence))
