@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from alexnet_jax.ops.space_to_depth import space_to_depth, zero_pad
+
 # The most accurate of a dozen choices: with F(3, 5) the errors are ten times those of the definition, below 1e-5.
 POINTS = (0, 1, -1, 2, 1 / 2, -3 / 2)
 
@@ -58,16 +60,10 @@ def _tiles(x: jax.Array, side: int, step: int) -> Grid:
     return [[pixel(i, j) for j in range(side)] for i in range(side)]
 
 
-def _pad(x: jax.Array, low: Sequence[int], sizes: Sequence[int]) -> jax.Array:
-    """Return images with `low` zeros before, and zeros after up to `sizes`: [B, *sizes, C]."""
-    edges = [(before, size - before - n, 0) for before, size, n in zip(low, sizes, x.shape[1:3], strict=True)]
-    return lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *edges, (0, 0, 0)))
-
-
 def _whole_tiles(x, outputs, m, r, padding):
     """Return images padded until the outputs [H, W] are whole tiles, and the [H, W] of these outputs."""
     outputs = [-(-size // m) * m for size in outputs]
-    return _pad(x, [low for low, _ in padding], [size + r - 1 for size in outputs]), outputs
+    return zero_pad(x, [low for low, _ in padding], [size + r - 1 for size in outputs]), outputs
 
 
 def _outputs(x, kernel, padding):
@@ -85,7 +81,7 @@ def _outputs(x, kernel, padding):
 def _kernel_gradient(x, gradient, r, padding):
     m, a, g, b = _filtering(r)
     x, sides = _whole_tiles(x, gradient.shape[1:3], m, r, padding)
-    inputs, outputs = _transform(b, _tiles(x, m + r - 1, m)), _transform(a, _tiles(_pad(gradient, (0, 0), sides), m, m))
+    inputs, outputs = _transform(b, _tiles(x, m + r - 1, m)), _transform(a, _tiles(zero_pad(gradient, (0, 0), sides), m, m))
     products = [[d.T @ y for d, y in zip(*rows, strict=True)] for rows in zip(inputs, outputs, strict=True)]
     return jnp.stack([jnp.stack(row) for row in _transform(g.T, products)])
 
@@ -133,7 +129,7 @@ def conv(x: jax.Array, kernel: jax.Array, stride: int, padding: Sequence[tuple[i
     x, kernel = (a.astype(jnp.promote_types(dtype, jnp.float32)) for a in (x, kernel))
     parts = 1
     if stride > 1:
-        x, kernel = _blocks(x, kernel, stride, padding)
+        x, kernel = space_to_depth(x, kernel, stride, padding)
         padding = ((0, 0), (0, 0))
         # The tiles of a few of conv1's images stay in the CPU's cache.
         parts = max(1, len(x) // next(few for few in (8, 6, 4, 3, 2, 1) if len(x) % few == 0))
@@ -145,16 +141,3 @@ def _zero_of(x):
     """Return 0, varying on the axes of a `jax.shard_map` that x varies on: an array to which it is added gets as its
     gradient the sum over these axes."""
     return lax.stop_gradient(x[:0].sum())
-
-
-def _blocks(x, kernel, stride, padding):
-    """Return images and kernel of the equal convolution of stride 1, over blocks of stride × stride pixels."""
-    size, _, channels, features = kernel.shape
-    side = -(-size // stride)
-    rows, columns = ((n + sum(edges) - size) // stride + side for n, edges in zip(x.shape[1:3], padding, strict=True))
-    x = _pad(x, [low for low, _ in padding], (rows * stride, columns * stride))
-    x = x.reshape(-1, rows, stride, columns, stride * channels).swapaxes(2, 3)
-    kernel = jnp.pad(kernel, ((0, side * stride - size),) * 2 + ((0, 0),) * 2)
-    kernel = kernel.reshape(side, stride, side, stride * channels, features).swapaxes(1, 2)
-    inputs = stride * stride * channels
-    return x.reshape(*x.shape[:3], inputs), kernel.reshape(side, side, inputs, features)
