@@ -13,5 +13,5 @@ def get_config() -> ml_collections.ConfigDict:
     c.resize = 224
     c.dtype = "bfloat16"
     c.num_epochs = 30.0
-    c.plateau_patience = 3
+    c.linear_decay = True
     return c

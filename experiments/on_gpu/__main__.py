@@ -1,7 +1,7 @@
 """What has to be seen on a real GPU, in the order of its worth: python -m experiments.on_gpu --workdir DIR
 
-Each step is a process with a budget of its own, is stopped at its end, and leaves its results in DIR as they come;
-DIR/on_gpu.json says what each step did. Set up the data first: TFDS's Fashion-MNIST and CIFAR-10 in `--data_dir`.
+Each step is a process with a budget, is stopped at its end, and leaves its results in DIR as they come; DIR/on_gpu.json
+lists what each step did. `--data_dir` holds TFDS's Fashion-MNIST and CIFAR-10.
 """
 
 import argparse
@@ -40,70 +40,99 @@ TINY = (
     "--config.num_train_steps=4", "--config.log_every=2", "--config.widths=8,16,16,16,16,32,32",
     "--config.batch_size=20",
 )  # fmt: skip
-STEPS = (
-    Step("correctness", 90, ("experiments.on_gpu.correctness", "--budget={budget}"), ("--quick",)),
-    Step("speed", 180, ("experiments.on_gpu.speed", "--budget={budget}"), ("--quick", "--batches=2,4,8")),
-    Step("fashion_mnist_224", 110, training("fashion_mnist_224"), TINY),
-    Step("fashion_mnist", 35, training("fashion_mnist"), TINY),
-    Step("cifar10", 35, training("cifar10"), TINY),
-    Step("claims", 90, ("experiments.on_gpu.claims", "--budget={budget}", "--data_dir={data_dir}"),
-         ("--quick", "--seeds=2", "--only=overfitting")),
-)  # fmt: skip
+CLAIMS = ("experiments.on_gpu.claims", "--budget={budget}", "--data_dir={data_dir}")
+QUICK_CLAIMS = ("--quick", "--seeds=2", "--only=overfitting")
+FASTER = ("--config.learning_rate=0.02", "--config.warmup_steps=500")
+# Groups run one after the other, the steps of a group side by side: their seconds are no result.
+GROUPS = (
+    (
+        Step("correctness", 70, ("experiments.on_gpu.correctness", "--budget={budget}"), ("--quick",)),
+        Step("figure_1", 70, (*CLAIMS, "--only=relu", "--seeds=3"), QUICK_CLAIMS),
+    ),
+    (Step("speed", 140, ("experiments.on_gpu.speed", "--budget={budget}"), ("--quick", "--batches=2,4,8")),),
+    (Step("fashion_mnist_224", 75, training("fashion_mnist_224"), TINY),),
+    (
+        Step("fashion_mnist_224_faster", 100, training("fashion_mnist_224", *FASTER), TINY),
+        Step("fashion_mnist", 100, training("fashion_mnist"), TINY),
+        Step("cifar10", 100, training("cifar10"), TINY),
+    ),
+    (
+        Step(
+            "loop",
+            45,
+            ("experiments.benchmark", "--parts=loop", "--config.data_dir={data_dir}"),
+            ("--quick", *TINY[:3], "--config.batch_size=20", "--config.widths=8,16,16,16,16,32,32"),
+        ),
+    ),
+    (Step("claims", 90, (*CLAIMS, "--only=lrn,overfitting,filters"), QUICK_CLAIMS),),
+)
 
 
-def run(step: Step, budget: float, workdir: Path, data_dir: str, quick: bool) -> dict:
-    """Run one step; its exit code, seconds and what became of it."""
+def start(step: Step, budget: float, workdir: Path, data_dir: str, quick: bool) -> tuple[subprocess.Popen, list[str]]:
+    """Start one step, its output in DIR/STEP/log.txt; its process and command."""
     folder = workdir / step.name
     folder.mkdir(parents=True, exist_ok=True)
-    values = {"budget": str(round(budget - 5)), "data_dir": data_dir}
+    values = {"budget": str(round(budget - 4)), "data_dir": data_dir}
     arguments = [argument.format(**values) for argument in (*step.command, *(step.quick if quick else ()))]
     command = [sys.executable, "-m", *arguments, f"--workdir={folder}"]
     print(f"\n{step.name}, {budget:.0f} s: {' '.join(command[2:])}", flush=True)
-    start, outcome, environment = time.monotonic(), "ended", os.environ | {"PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     with open(folder / "log.txt", "w") as log:
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
-        for stop, then in ((signal.SIGTERM, "stopped at the end of its budget"), (signal.SIGKILL, "killed after it")):
-            try:
-                process.wait(budget if stop == signal.SIGTERM else GRACE_S)
-            except subprocess.TimeoutExpired:
-                outcome = then
-                os.killpg(process.pid, stop)
-        process.wait()
-    lines = [line for line in (folder / "log.txt").read_text(errors="replace").splitlines() if line.strip()]
-    print("\n".join(line[:300] for line in lines[-15:]), flush=True)
-    return {
-        "command": command[2:], "budget_s": budget, "seconds": round(time.monotonic() - start, 1),
-        "exit_code": process.returncode, "outcome": outcome,
-    }  # fmt: skip
+    return process, command[2:]
+
+
+def finish(process: subprocess.Popen, seconds: float) -> str:
+    """Wait for a step, and stop it when its seconds are over; what became of it."""
+    outcome = "ended"
+    for stop, then in ((signal.SIGTERM, "stopped at the end of its budget"), (signal.SIGKILL, "killed after it")):
+        try:
+            process.wait(max(0.1, seconds) if stop == signal.SIGTERM else GRACE_S)
+        except subprocess.TimeoutExpired:
+            outcome = then
+            os.killpg(process.pid, stop)
+    process.wait()
+    return outcome
 
 
 def main() -> None:
-    names = [step.name for step in STEPS]
+    steps = [step for group in GROUPS for step in group]
+    names = [step.name for step in steps]
     parser = argparse.ArgumentParser(prog="python -m experiments.on_gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", type=Path, required=True, help="for on_gpu.json and a folder for each step")
     parser.add_argument("--budget", type=float, default=540, help="seconds for all steps together (default: 540)")
     parser.add_argument("--only", default=",".join(names), help=f"steps with commas (default: {','.join(names)})")
-    parser.add_argument("--data_dir", default="", help="where TFDS keeps both data sets (default: ~/tensorflow_datasets)")
+    parser.add_argument(
+        "--data_dir", default="", help="the folder of the TFDS data sets (default: ~/tensorflow_datasets)"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it works")
     flags = parser.parse_args()
-    if unknown := set(flags.only.split(",")) - set(names):
+    only = flags.only.split(",")
+    if unknown := set(only) - set(names):
         sys.exit(f"Error: --only: unknown step {min(unknown)!r}; expected some of {', '.join(names)}")
     end = time.monotonic() + flags.budget
-    record = {"date": f"{datetime.date.today()}", "budget_s": flags.budget, "quick": flags.quick, "steps": {}}
-    for step in STEPS:
-        if step.name not in flags.only.split(","):
-            continue
-        left = end - time.monotonic()
-        last = step.name == flags.only.split(",")[-1]
-        budget = left - GRACE_S if last else min(step.budget, left - GRACE_S)  # the last takes what is left
+    record: dict = {"date": f"{datetime.date.today()}", "budget_s": flags.budget, "quick": flags.quick, "steps": {}}
+    groups = [chosen for group in GROUPS if (chosen := [step for step in group if step.name in only])]
+    for group in groups:
+        left, begin = end - time.monotonic() - GRACE_S, time.monotonic()
+        budget = left if group is groups[-1] else min(group[0].budget, left)  # the last takes what is left
         if budget < 15:
-            record["steps"][step.name] = {"outcome": f"skipped: {left:.0f} s were left"}
-        else:
-            record["steps"][step.name] = run(step, budget, flags.workdir, flags.data_dir, flags.quick)
+            record["steps"] |= {step.name: {"outcome": f"skipped: {left:.0f} s were left"} for step in group}
+            continue
+        running = [(step, *start(step, budget, flags.workdir, flags.data_dir, flags.quick)) for step in group]
+        for step, process, command in running:
+            outcome = finish(process, begin + budget - time.monotonic())
+            record["steps"][step.name] = {
+                "command": command, "budget_s": round(budget), "seconds": round(time.monotonic() - begin, 1),
+                "exit_code": process.returncode, "outcome": outcome,
+            }  # fmt: skip
+            text = (flags.workdir / step.name / "log.txt").read_text(errors="replace")
+            lines = [line for line in text.splitlines() if line.strip() and "cuda_timer" not in line]
+            print("\n".join(line[:300] for line in lines[-14:]), flush=True)
         write_json(flags.workdir / "on_gpu.json", record)
-    print("\n" + json.dumps({k: v.get("seconds", 0) or v["outcome"] for k, v in record["steps"].items()}), flush=True)
+    print("\n" + json.dumps({name: step["outcome"] for name, step in record["steps"].items()}), flush=True)
     failed = [name for name, step in record["steps"].items() if step.get("exit_code", 1) not in (0, -15, 143)]
     if failed:
         sys.exit(f"Error: failed or skipped: {', '.join(failed)}; {flags.workdir / 'on_gpu.json'} says why")
