@@ -9,6 +9,7 @@ def get_config() -> ml_collections.ConfigDict:
     """Return the config."""
     c = default.get_config()
     c.pad = 2
+    c.crop_last_position = True  # shifts of up to two pixels to every side
     c.image_size = 28
     c.resize = 224
     c.dtype = "bfloat16"
