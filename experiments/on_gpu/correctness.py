@@ -8,7 +8,6 @@ step; DIR/train_step.hlo.txt.gz is that step's HLO, optimized for this device. T
 
 import argparse
 import concurrent.futures
-import contextlib
 import gzip
 import os
 import sys
@@ -258,7 +257,7 @@ def conv_checks(
 def dropout_checks(name: str, operation: Callable, shape: Sequence[int]) -> list[Check]:
     """`operation(key, x, rate, towers, first_example, first_tower)`: its values, its share of zeros, its parts."""
     x, g, key, (batch, units) = _normal(0, shape), _normal(1, shape), jax.random.key(2), shape
-    mask = np.asarray(operation(key, jnp.ones(shape), 0.5, 2, 0, 0)) != 0
+    mask = np.asarray(jax.jit(lambda: operation(key, jnp.ones(shape), 0.5, 2, 0, 0))()) != 0
 
     def oracle():
         return {"result": reference.dropout(x, mask), "dx": reference.dropout(g, mask)}
@@ -322,7 +321,7 @@ def random_crop_checks(name: str, operation: Callable, shape: Sequence[int], siz
     images, key = _normal(0, shape, 60), jax.random.key(1)
     rows, columns = np.indices(shape[1:3], np.float32)
     coordinates = np.broadcast_to(np.stack([rows, columns], -1), (*shape[:3], 2))
-    places = np.asarray(operation(key, jnp.asarray(coordinates), size))[:, 0, 0].astype(int)
+    places = np.asarray(jax.jit(lambda x: operation(key, x, size))(coordinates))[:, 0, 0].astype(int)
     oracle = lambda: {"result": reference.crop(images, places, size)}  # noqa: E731
     drawn = lambda x: {"result": operation(key, x, size)}  # noqa: E731
     return [Check(name, drawn, oracle, (images,), {"": exact}, dtypes=("float32",))]
@@ -332,7 +331,7 @@ def random_flip_checks(name: str, operation: Callable, shape: Sequence[int]) -> 
     """`operation(key, images)`; an image of coordinates says which ones it flipped."""
     images, key = _normal(0, shape, 60), jax.random.key(1)
     coordinates = np.broadcast_to(np.arange(shape[2], dtype=np.float32)[:, None], (*shape[:3], 1))
-    flipped = np.asarray(operation(key, jnp.asarray(coordinates)))[:, 0, 0, 0] > 0
+    flipped = np.asarray(jax.jit(partial(operation, key))(coordinates))[:, 0, 0, 0] > 0
     oracle = lambda: {"result": reference.flip(images, flipped)}  # noqa: E731
     drawn = lambda x: {"result": operation(key, x)}  # noqa: E731
     return [Check(name, drawn, oracle, (images,), {"": exact}, dtypes=("float32",))]
@@ -344,7 +343,7 @@ def pca_lighting_checks(name: str, operation: Callable, shape: Sequence[int]) ->
     eigenvalues = np.float32([55.5, 4.8, 1.15])
     eigenvectors = np.linalg.qr(_normal(1, (3, 3)))[0]
     with jax.default_matmul_precision("highest"):
-        shift = operation(key, jnp.zeros((shape[0], 1, 1, 3)), jnp.ones(3), jnp.eye(3))
+        shift = jax.jit(partial(operation, key))(jnp.zeros((shape[0], 1, 1, 3)), jnp.ones(3), jnp.eye(3))
     alpha = np.asarray(shift)[:, 0, 0]
 
     def drawn(images):  # the shift alone too: it is small beside the pixels
@@ -382,7 +381,7 @@ class _DropoutKeys(nn.Module):
 def network_checks(name: str, model: AlexNet, side: int, batch: int) -> list[Check]:
     """The paper's variant of the network: logits in testing, and in training the loss, logits and all gradients.
 
-    Kernels are of a size that keeps the activations' from layer to layer, at which LRN scales them by a half.
+    Kernels are of a size that keeps the activations' from layer to layer; LRN scales them noticeably.
     """
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, side, side, 3)))["params"]
     params = {
@@ -395,10 +394,13 @@ def network_checks(name: str, model: AlexNet, side: int, batch: int) -> list[Che
     params["fc8"]["kernel"] *= 0.05  # logits of about 1, so that no class is certain
     images, labels = _normal(0, (batch, side, side, 3), 60), np.arange(batch) % model.num_classes
     key = jax.random.key(3)
-    masks = [
-        np.asarray(dropout(k, jnp.ones((batch, units)), 0.5, model.towers)) != 0
-        for k, units in zip(_DropoutKeys().apply({}, rngs={"dropout": key}), model.widths[5:], strict=True)
-    ]
+
+    @jax.jit
+    def draw_masks():
+        keys = zip(_DropoutKeys().apply({}, rngs={"dropout": key}), model.widths[5:], strict=True)
+        return [dropout(k, jnp.ones((batch, units)), 0.5, model.towers) != 0 for k, units in keys]
+
+    masks = jax.tree.map(np.asarray, draw_masks())
 
     def result(test_logits, loss, logits, gradients):
         leaves = {f"d{layer}.{leaf}": g for layer, of in gradients.items() for leaf, g in of.items()}
@@ -508,41 +510,48 @@ def train_step(setting: Setting, path: Path) -> dict[str, Any]:
 
 
 class _Schedule:
-    """Checks in a pool of threads, so that NumPy works while XLA compiles; none starts after the budget's end."""
+    """Checks in threads, so that NumPy works while XLA compiles; none starts, or is waited for, past the budget."""
 
     def __init__(self, budget: float):
         self.began = time.monotonic()
         self.deadline = self.began + budget
         threads = max(2, (os.cpu_count() or 2) // 2)
-        self._oracles, self._cases = (concurrent.futures.ThreadPoolExecutor(threads) for _ in range(2))
-        self._expected = {}
+        self._pools = [concurrent.futures.ThreadPoolExecutor(count) for count in (1, threads, threads)]
+        self._groups, self._oracles, self._cases = self._pools
 
-    def start(self, name: str, function: Callable, *arguments: Any) -> concurrent.futures.Future:
-        """Start `function`, which returns records; where it returns none, one says why."""
+    def start(self, function: Callable[[], list[dict[str, Any]]]) -> concurrent.futures.Future:
+        return self._cases.submit(self._unless_late, function)
 
-        def records():
-            if time.monotonic() > self.deadline:
-                return [{"name": name, "skipped": "budget"}]
-            try:
-                return function(*arguments)
-            except Exception as error:  # of whatever kind: the other checks go on
-                return [{"name": name, "error": f"{type(error).__name__}: {error}", "ok": False}]
+    def start_group(self, make: Callable[[], list[Check]]) -> concurrent.futures.Future:
+        """Make a group's checks and start their cases, one group after the other: a future of [(name, future)]."""
 
-        return self._cases.submit(records)
+        def cases():
+            checks = make()
+            oracles = {check.oracle: self._oracles.submit(self._unless_late, check.oracle) for check in checks}
+            return [
+                (f"{check.name}, {case[0]}, {case[1]}",
+                 self.start(partial(run_case, check, *case, oracles[check.oracle].result)))
+                for check in checks for case in check.cases()
+            ]  # fmt: skip
 
-    def start_case(self, check: Check, dtype: str, precision: str) -> concurrent.futures.Future:
-        if check.oracle not in self._expected:
-            self._expected[check.oracle] = self._oracles.submit(check.oracle)
-        expected = self._expected[check.oracle]
-        return self.start(f"{check.name}, {dtype}, {precision}", run_case, check, dtype, precision, expected.result)
+        return self._groups.submit(self._unless_late, cases)
 
-    def result(self, name: str, future: concurrent.futures.Future) -> list[dict[str, Any]]:
-        with contextlib.suppress(concurrent.futures.TimeoutError):
-            return future.result(max(0.0, self.deadline - time.monotonic()) + 0.1)
-        return [{"name": name, "skipped": "budget"}]
+    def _unless_late(self, function):
+        if time.monotonic() > self.deadline:
+            raise TimeoutError
+        return function()
+
+    def wait(self, name: str, future: concurrent.futures.Future) -> tuple[Any, list[dict[str, Any]]]:
+        """Return the future's result, or None and a record that says why there is none."""
+        try:
+            return future.result(max(0.0, self.deadline - time.monotonic())), []
+        except TimeoutError:
+            return None, [{"name": name, "skipped": "budget"}]
+        except Exception as error:  # of whatever kind: the other checks go on
+            return None, [{"name": name, "error": f"{type(error).__name__}: {error}", "ok": False}]
 
     def close(self) -> None:
-        for pool in (self._oracles, self._cases):
+        for pool in self._pools:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -566,31 +575,29 @@ def run(setting: Setting, groups: dict[str, Callable[[], list[Check]]], workdir:
         "seconds": seconds, "train_step": None, "records": records,
     }  # fmt: skip
     print(f"{'':44} {'':8} {'':7} {'error':>9} {'largest':>9} {'tolerance':>9}")
-    hlo = schedule.start("train step", lambda: [train_step(setting, workdir / "train_step.hlo.txt.gz")])
-    cases = {}
-    for group, make in groups.items():
-        try:
-            checks = make()
-        except Exception as error:  # of whatever kind: the other groups go on
-            records.append({"name": group, "error": f"{type(error).__name__}: {error}", "ok": False})
-            continue
-        cases[group] = [(c.name, schedule.start_case(c, *case)) for c in checks for case in c.cases()]
-    for record in records:
-        print(line(record))
-    for group, futures in cases.items():
-        found = [record for name, future in futures for record in schedule.result(name, future)]
+    hlo = schedule.start(partial(train_step, setting, workdir / "train_step.hlo.txt.gz"))
+    started = {group: schedule.start_group(make) for group, make in groups.items()}
+
+    def write(group):
         seconds[group] = time.monotonic() - schedule.began
-        records += found
         write_json(workdir / "correctness.json", report)
+        print(f"{group}: complete {seconds[group]:.1f} s after the start", flush=True)
+
+    for group, future in started.items():
+        cases, found = schedule.wait(group, future)
+        for name, case in cases or ():
+            result, reason = schedule.wait(name, case)
+            found += result or reason
+        records += found
         for record in found:
             print(line(record))
-        print(f"{group}: complete {seconds[group]:.1f} s after the start", flush=True)
-    (report["train_step"],) = schedule.result("train step", hlo)
-    seconds["train step"] = time.monotonic() - schedule.began
+        write(group)
+    report["train_step"], reason = schedule.wait("train step", hlo)
+    records += reason
     schedule.close()
-    write_json(workdir / "correctness.json", report)
-    print(f"train step: {report['train_step']}, {seconds['train step']:.1f} s after the start", flush=True)
-    return all(record.get("ok", True) for record in (*records, report["train_step"]))
+    print("\n".join(map(line, reason)) or f"train step: {report['train_step']}")
+    write("train step")
+    return all(record.get("ok", True) for record in records)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
