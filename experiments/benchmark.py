@@ -165,7 +165,9 @@ def _update(model: AlexNet, setting: Setting) -> dict[str, Any]:
 
 def with_plain(model: AlexNet, *names: str) -> AlexNet:
     """Return the network with these of its operations replaced by XLA's own."""
-    return model.clone(ops=(model.ops or ops_for(jax.devices()[0]))._replace(**{name: getattr(PLAIN, name) for name in names}))
+    return model.clone(
+        ops=(model.ops or ops_for(jax.devices()[0]))._replace(**{name: getattr(PLAIN, name) for name in names})
+    )
 
 
 def forms(setting: Setting) -> dict[str, Any]:

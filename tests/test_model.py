@@ -59,53 +59,6 @@ def test_initial_values_of_section_5():
         np.testing.assert_array_equal(params[name]["bias"], float(one))
 
 
-<<<<<<< HEAD
-=======
-def numpy_conv(layer, x, stride, padding, groups, after=(0, 0)):
-    """A grouped convolution in float64 with SciPy's correlation; `after` is more padding, at the bottom and right."""
-    kernel, bias = (np.asarray(layer[leaf], np.float64) for leaf in ("kernel", "bias"))
-    x = np.pad(x, ((0, 0), (padding, padding + after[0]), (padding, padding + after[1]), (0, 0)))
-    out_group, in_group = kernel.shape[3] // groups, x.shape[3] // groups
-    maps = []
-    for o in range(kernel.shape[3]):
-        first = (o // out_group) * in_group
-        maps.append([
-            sum(correlate2d(image[..., first + c], kernel[..., c, o], "valid") for c in range(in_group))
-            for image in x
-        ])  # fmt: skip
-    return np.moveaxis(maps, 0, 3)[:, ::stride, ::stride] + bias
-
-
-def numpy_forward(params, images, stem, kept=0.5, f=lambda x: np.maximum(x, 0), alpha=1e-4, window=3, towers=2):
-    """The grouped network in float64, written from section 3.5 alone; α of None is no normalization."""
-    p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
-
-    def conv(x, name, stride, padding, groups, *extra_padding):
-        if name not in p:
-            return x
-        return f(numpy_conv(p[name], x, stride, padding, 1 if towers == 1 else groups, *extra_padding))
-
-    def lrn(x):
-        if alpha is None:
-            return x
-        return np.concatenate([numpy_lrn(t, 2.0, 5, alpha, 0.75) for t in np.split(x, towers, axis=-1)], -1)
-
-    def pool(x):
-        return numpy_max_pool(x, window, 2)
-
-    extra_padding = [-(s + 2 * stem.padding - stem.kernel) % stem.stride for s in images.shape[1:3]]
-    x = conv(np.asarray(images, np.float64), "conv1", stem.stride, stem.padding, 1, extra_padding)
-    x = pool(lrn(x))
-    x = pool(lrn(conv(x, "conv2", 1, 2, 2)))
-    x = conv(x, "conv3", 1, 1, 1)
-    x = conv(x, "conv4", 1, 1, 2)
-    x = pool(conv(x, "conv5", 1, 1, 2)).reshape(len(images), -1)
-    for name in [name for name in ("fc6", "fc7") if name in p]:
-        x = f(x @ p[name]["kernel"] + p[name]["bias"]) * kept
-    return x @ p["fc8"]["kernel"] + p["fc8"]["bias"]
-
-
->>>>>>> app
 class ForwardTest(chex.TestCase):
     @chex.variants(with_jit=True, without_jit=True)
     def test_against_numpy(self):

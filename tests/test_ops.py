@@ -12,45 +12,6 @@ from alexnet_jax import OPS, PLAIN, ops
 from alexnet_jax.ops import lrn
 
 
-<<<<<<< HEAD
-=======
-def numpy_lrn(a, k, n, alpha, beta):
-    """Return the formula of section 3.3, in float64."""
-    a = np.asarray(a, np.float64)
-    channels = a.shape[-1]
-    b = np.empty_like(a)
-    for i in range(channels):
-        low, high = max(0, i - n // 2), min(channels - 1, i + n // 2)
-        b[..., i] = a[..., i] / (k + alpha * (a[..., low : high + 1] ** 2).sum(-1)) ** beta
-    return b
-
-
-def numpy_lrn_gradient(a, g, k, n, alpha, beta):
-    """Σ_j g_j ∂b_j/∂a_i, element by element, in float64."""
-    a, g = np.asarray(a, np.float64), np.asarray(g, np.float64)
-    channels = a.shape[-1]
-    da = np.zeros_like(a)
-    for j in range(channels):
-        low, high = max(0, j - n // 2), min(channels - 1, j + n // 2)
-        scale = k + alpha * (a[..., low : high + 1] ** 2).sum(-1)
-        da[..., j] += g[..., j] * scale**-beta
-        for i in range(low, high + 1):
-            da[..., i] -= g[..., j] * a[..., j] * beta * scale ** (-beta - 1) * 2 * alpha * a[..., i]
-    return da
-
-
-def numpy_spatial_norm(a, size, scale, power, min_div):
-    """Each map normalized over size×size pixels around each one, in float64."""
-    a = np.asarray(a, np.float64)
-    b, half = np.empty_like(a), size // 2
-    for r in range(a.shape[1]):
-        for c in range(a.shape[2]):
-            window = a[:, max(0, r - half) : r + half + 1, max(0, c - half) : c + half + 1]
-            b[:, r, c] = a[:, r, c] / (min_div + scale / size**2 * (window**2).sum((1, 2))) ** power
-    return b
-
-
->>>>>>> app
 class LocalResponseNormTest(chex.TestCase):
     @chex.variants(with_jit=True, without_jit=True)
     @parameterized.parameters(

@@ -361,10 +361,13 @@ def fused_relu_lrn_pool(
     if reason := unsupported(x, towers, k, n, alpha, window, stride):
         raise ValueError(f"fused_relu_lrn_pool: {reason}")
     if bias.shape != x.shape[3:]:
-        raise ValueError(f"fused_relu_lrn_pool: bias of shape {bias.shape}: expected one number a channel, {x.shape[3:]}")
+        raise ValueError(
+            f"fused_relu_lrn_pool: bias of shape {bias.shape}: expected one number a channel, {x.shape[3:]}"
+        )
     axes = jax.typeof(x).manual_axis_type.varying - jax.typeof(bias).manual_axis_type.varying
     bias = lax.pcast(bias, tuple(axes), to="varying") if axes else bias
-    layer = _Layer(*x.shape, towers, float(k), n // 2, float(alpha), float(beta), interpret)
+    batch, height, width, channels = x.shape
+    layer = _Layer(batch, height, width, channels, towers, float(k), n // 2, float(alpha), float(beta), interpret)
     return _relu_lrn_pool(x, bias, layer, blocks)
 
 

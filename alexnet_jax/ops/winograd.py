@@ -81,7 +81,10 @@ def _outputs(x, kernel, padding):
 def _kernel_gradient(x, gradient, r, padding):
     m, a, g, b = _filtering(r)
     x, sides = _whole_tiles(x, gradient.shape[1:3], m, r, padding)
-    inputs, outputs = _transform(b, _tiles(x, m + r - 1, m)), _transform(a, _tiles(zero_pad(gradient, (0, 0), sides), m, m))
+    inputs, outputs = (
+        _transform(b, _tiles(x, m + r - 1, m)),
+        _transform(a, _tiles(zero_pad(gradient, (0, 0), sides), m, m)),
+    )
     products = [[d.T @ y for d, y in zip(*rows, strict=True)] for rows in zip(inputs, outputs, strict=True)]
     return jnp.stack([jnp.stack(row) for row in _transform(g.T, products)])
 
