@@ -58,8 +58,9 @@ def conv(
 ) -> jax.Array:
     """Return the two-dimensional convolution, ungrouped, of [B, H, W, I] with a square HWIO kernel: [B, H', W', O].
 
-    On a CPU it is Winograd's where that is faster, and on an NVIDIA GPU conv1 runs over blocks of 4×4 pixels. The gradient is a `jax.custom_vjp` of reverse mode only. Where XLA's
-    partitioner is to split the batch (`jax.jit` of sharded arrays, no `jax.shard_map`), use `PLAIN.conv`.
+    On a CPU it is Winograd's where that is faster, and on an NVIDIA GPU conv1 runs over blocks of 4×4 pixels. The
+    gradient is a `jax.custom_vjp` of reverse mode only. Where XLA's partitioner is to split the batch (`jax.jit` of
+    sharded arrays, no `jax.shard_map`), use `PLAIN.conv`.
 
     Args:
       padding: zeros before and after, of the height and of the width.

@@ -333,8 +333,8 @@ def unsupported(x: jax.Array, towers: int, k: float, n: int, alpha: float, windo
         return f"n={n}: expected a positive odd number up to {2 * LANES + 1}"
     if x.ndim != 4 or min(x.shape[1:3]) < WINDOW or towers < 1 or x.shape[3] % (LANES * towers) or x.size >= 2**31:
         return (
-            f"shape {x.shape}, towers={towers}: expected [B, H, W, C] with H and W from {WINDOW}, a multiple of {LANES} "
-            "channels in each tower, and fewer than 2^31 elements"
+            f"shape {x.shape}, towers={towers}: expected [B, H, W, C] with H and W from {WINDOW}, a multiple of "
+            f"{LANES} channels in each tower, and fewer than 2^31 elements"
         )
     if k <= 0 or alpha <= 0:
         return f"k={k}, alpha={alpha}: expected both to be above 0"
