@@ -14,5 +14,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.resize = 224
     c.dtype = "bfloat16"
     c.num_epochs = 30.0
+    c.learning_rate = 0.02
+    c.warmup_steps = 500
     c.linear_decay = True
     return c

@@ -1,7 +1,7 @@
 """The paper's network at 224×224 in bfloat16 next to PyTorch: python -m experiments.on_gpu.speed --workdir DIR
 
-First everything is compiled, PyTorch's programs in a process of their own; then each case takes turns with PyTorch's.
-What is not compiled after three fifths of the budget is recorded as skipped.
+Each case is compiled while PyTorch compiles its own in another process; then both take turns. The cases are in the
+order of their worth, and those for which the budget leaves no time are recorded as skipped.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from alexnet_jax import AlexNet
+from alexnet_jax.errors import one_line
 from alexnet_jax.ops import OPS, PLAIN, Ops
 from alexnet_jax.runtime.files import write_json
 from experiments import measure
@@ -87,6 +88,28 @@ def time_case(case: Case, call: Call, peer: Peer | None) -> dict[str, Any]:
     return record
 
 
+def measure_case(
+    case: Case, model: AlexNet, shape: tuple[int, int, int], pool: concurrent.futures.Executor, peer: Peer | None,
+    workdir: Path,
+) -> dict[str, Any]:  # fmt: skip
+    """Compile a case here and in PyTorch's process at the same time, then time both; the record of it."""
+    future, answer = pool.submit(compile_case, case, model, shape), None
+    if peer and case.ops == "default":
+        what = {"network": network(model, shape), "batch": case.batch, "dtype": "bfloat16", **TORCH}
+        answer = peer.ask("open", name=str(case), train=case.mode == "training", **what)
+        answer = answer or {"error": peer.last_words()}
+    call = future.result()
+    record = call.cost | {"bytes": step_bytes(model, case.batch, shape)[case.mode]}
+    record |= time_case(case, call, peer if answer and "error" not in answer else None)
+    if answer and "error" in answer:
+        record["torch_error"] = answer["error"]
+    if peer:
+        peer.ask("close")
+    name = str(case).replace(", ", "_").replace(" ", "_").replace("'", "")
+    (workdir / f"{name}.hlo.txt.gz").write_bytes(gzip.compress(call.text().encode()))
+    return record
+
+
 def line(case: Case, record: dict[str, Any], matmul: float) -> str:
     """One line for people."""
     text = f"{case}: {record['images_per_s']:,.0f} images/s ({1e3 * record['seconds']:.2f} ms a step)"
@@ -101,7 +124,6 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, required=True, help="for speed.json and the compiled programs")
     parser.add_argument("--budget", type=float, default=180, help="seconds (default: 180)")
     parser.add_argument("--batches", default="128,512,2048", help="three, with commas (default: 128,512,2048)")
-    parser.add_argument("--threads", type=int, default=3, help="programs that are compiled side by side (default: 3)")
     parser.add_argument("--torch-python", default=sys.executable, help="a Python that has PyTorch (default: this one)")
     parser.add_argument("--quick", action="store_true", help="a small network, to see that it works")
     flags = parser.parse_args()
@@ -127,43 +149,22 @@ def main() -> None:
     print(f"{result['device']}, JAX {jax.__version__}, PyTorch {version}: matrix product {rates['matmul'] / 1e12:.0f} "
           f"TFLOP/s, copy {rates['copy'] / 1e12:.2f} TB/s", flush=True)  # fmt: skip
 
-    pool, deadline = concurrent.futures.ThreadPoolExecutor(flags.threads), start + 0.62 * flags.budget
-    futures = {case: pool.submit(compile_case, case, model, shape) for case in todo}
-    errors: dict[Case, str] = {}
-    opened: set[Case] = set()
-    for case in todo if version else ():
-        if case.ops == "default" and time.monotonic() < deadline:
-            what = {"network": network(model, shape), "batch": case.batch, "dtype": "bfloat16", **TORCH}
-            answer = peer.ask("open", name=str(case), train=case.mode == "training", **what)
-            if answer and "error" not in answer:
-                opened.add(case)
-            else:
-                errors[case] = (answer or {"error": peer.last_words()})["error"]
-    concurrent.futures.wait(futures.values(), timeout=max(0, deadline - time.monotonic()))
-    for future in futures.values():
-        future.cancel()
-    concurrent.futures.wait([f for f in futures.values() if f.running()], timeout=45)  # it would disturb the timing
-    print(f"compiled after {time.monotonic() - start:.0f} s", flush=True)
-
-    for case, future in futures.items():
-        record = case._asdict() | ({"torch_error": errors[case]} if case in errors else {})
-        try:
-            if not future.done() or future.cancelled() or time.monotonic() > start + flags.budget - 8:
-                record["skipped"] = "no time"
-            else:
-                call = future.result()
-                record |= call.cost | {"bytes": step_bytes(model, case.batch, shape)[case.mode]}
-                record |= time_case(case, call, peer if case in opened else None)
-                name = str(case).replace(", ", "_").replace(" ", "_").replace("'", "")
-                (flags.workdir / f"{name}.hlo.txt.gz").write_bytes(gzip.compress(call.text().encode()))
-        except Exception as error:  # the other cases are kept
-            record["error"] = " ".join(str(error).split())[:300]
+    pool, longest = concurrent.futures.ThreadPoolExecutor(1), 0.0
+    for case in todo:
+        begin = time.monotonic()
+        record = case._asdict()
+        if begin + longest > start + flags.budget:
+            record["skipped"] = "no time"
+        else:
+            try:
+                record |= measure_case(case, model, shape, pool, peer if version else None, flags.workdir)
+            except Exception as error:  # the other cases are kept
+                record["error"] = one_line(error)
+            longest = max(longest, time.monotonic() - begin)
         result["cases"].append(record)
         print(line(case, record, rates["matmul"]) if "seconds" in record else record, flush=True)
         write_json(flags.workdir / "speed.json", result)
-    peer.ask("close")
-    sys.stdout.flush()
-    os._exit(0)  # a program that is still compiling does not hold the process
+    peer.close()
 
 
 if __name__ == "__main__":
