@@ -1,5 +1,8 @@
 import gzip
 import json
+import subprocess
+import sys
+import time
 from functools import partial
 
 import jax.numpy as jnp
@@ -7,7 +10,9 @@ import numpy as np
 import pytest
 
 from alexnet_jax import local_response_norm, max_pool, ops
-from experiments.on_gpu import correctness
+from alexnet_jax.ops import pooling
+from experiments.on_gpu import __main__ as on_gpu
+from experiments.on_gpu import correctness, speed
 
 
 def test_a_quick_run_finds_all_right(tmp_path, capsys):
@@ -29,7 +34,7 @@ def test_a_quick_run_finds_all_right(tmp_path, capsys):
 
 
 def wrong_pool_gradient(x, window, stride):  # shares a maximum's gradient between all that hold it
-    return jnp.max(jnp.stack([tap for _, _, tap in ops._taps(x, window, stride)]), 0)
+    return jnp.max(jnp.stack([tap for _, _, tap in pooling._taps(x, window, stride)]), 0)
 
 
 SHAPE = (2, 9, 9, 8)
@@ -78,3 +83,24 @@ def test_a_result_that_is_no_number_fails():
     assert not record(np.array([1, np.nan, 1]))["ok"] and record(np.ones(3)) == {
         "error": 0.0, "largest": 0.0, "tolerance": 1.0, "ok": True
     }  # fmt: skip
+
+
+def test_a_step_is_stopped_at_the_end_of_its_seconds():
+    for code, expected in (("import time; time.sleep(60)", "stopped at the end of its budget"), ("", "ended")):
+        begin = time.monotonic()
+        process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+        assert on_gpu.finish(process, 5 if expected == "ended" else 0.5) == expected
+        assert time.monotonic() - begin < 20
+
+
+def test_steps_are_known_by_name(tmp_path):
+    command = [sys.executable, "-m", "experiments.on_gpu", f"--workdir={tmp_path}", "--only=speed,sped"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: --only: unknown step 'sped'; expected some of correctness,")
+
+
+def test_cases_are_in_the_order_of_their_worth():
+    cases = [str(case) for case in speed.cases([128, 512, 2048])]
+    assert cases[:4] == ["training 512", "training 2048", "training 128", "inference 512"]
+    assert cases[6:] == [f"training 512, {name}" for name in speed.VARIANTS if name != "default"]
