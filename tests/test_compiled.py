@@ -28,7 +28,7 @@ ENTRY %main (a: bf16[4,4], b: f32[8,16]) -> f32[8,16] {
   %done = bf16[8,4]{1,0} all-gather-done(%start)
   %s = (s32[], f32[8,16]{1,0}) tuple(%zero, %b)
   %w = (s32[], f32[8,16]{1,0}) while(%s), condition=%k, body=%body, backend_config={"known_trip_count":{"n":"3"}}
-  %g = (bf16[2,2]{1,0}, u8[0]{0}) custom-call(%a, %done), custom_call_target="lib", metadata={op_name="transpose(a)/conv1"}
+  %g = (bf16[2,2], u8[0]) custom-call(%a, %done), custom_call_target="lib", metadata={op_name="transpose(a)/conv1"}
   ROOT %r = f32[8,16]{1,0} get-tuple-element(%w), index=1
 }
 """
