@@ -116,8 +116,8 @@ def test_the_harness_measures_every_layout(tmp_path):
     one = by_name["one_device"]
     assert not one["collectives"] and one["optimizer_bytes"] == one["parameter_bytes"] > 0
     assert by_name["tower"]["parameter_bytes"] * 2 == one["parameter_bytes"]
-    assert by_name["fully_sharded"]["parameter_bytes"] * 8 == one["parameter_bytes"]
-    gathered = {c["layer"] for c in by_name["fully_sharded"]["collectives"] if c["kind"] == "all-gather"}
+    assert by_name["fsdp"]["parameter_bytes"] * 8 == one["parameter_bytes"]
+    gathered = {c["layer"] for c in by_name["fsdp"]["collectives"] if c["kind"] == "all-gather"}
     assert {"conv1", "conv5", "fc6", "fc8"} <= gathered
     back = [c for c in by_name["one_weird_trick"]["collectives"] if c["layer"] == "fc6" and c["backward"]]
     assert all(c["whole"] < 4 * (16 * 32 + 32) for c in back)  # fc6's gradient stays where its kernel is

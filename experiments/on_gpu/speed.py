@@ -22,9 +22,9 @@ from alexnet_jax import AlexNet
 from alexnet_jax.ops import OPS, PLAIN, Ops
 from alexnet_jax.runtime.files import write_json
 from experiments import measure
-from experiments.benchmark import Call, inference, training_step
-from experiments.layers import step_bytes
-from experiments.peer import Peer, network
+from experiments.benchmark.layers import step_bytes
+from experiments.benchmark.peer import Peer, network
+from experiments.benchmark.programs import Call, inference, training_step
 
 # In the place of the operations that the network takes by default on this device.
 VARIANTS: dict[str, Ops | None] = {
@@ -138,7 +138,7 @@ def main() -> None:
             if answer and "error" not in answer:
                 opened.add(case)
             else:
-                errors[case] = (answer or {"error": peer.last_words()})["error"]
+                errors[case] = (answer or {"error": peer.last_error()})["error"]
     concurrent.futures.wait(futures.values(), timeout=max(0, deadline - time.monotonic()))
     for future in futures.values():
         future.cancel()
