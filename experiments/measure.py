@@ -42,8 +42,8 @@ def device() -> str:
     first = jax.devices()[0]
     if first.platform != "cpu":
         return first.device_kind
-    found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else None
-    return f"{found.group(1) if found else 'CPU'}, {available_cores()} cores"
+    name = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else None
+    return f"{name.group(1) if name else 'CPU'}, {available_cores()} cores"
 
 
 def size(tree: Any) -> int:

@@ -101,13 +101,13 @@ def stops_at(rows: Sequence[dict[str, Any]], layout: str) -> str:
 
     One device, which does not communicate, is the first count.
     """
-    known = [r for r in rows if r["layout"] == layout and r["step_s"]]
-    best = 1, known[0]["compute_s"] * known[0]["devices"]
-    for row in known:
+    points = [r for r in rows if r["layout"] == layout and r["step_s"]]
+    best = 1, points[0]["compute_s"] * points[0]["devices"]
+    for row in points:
         if row["devices"] > 1 and row["step_s"] > 0.9 * best[1]:
             return f"{best[0]}"
         best = row["devices"], row["step_s"]
-    return f"{best[0]}" if len(known) == 1 else f"beyond {best[0]}"
+    return f"{best[0]}" if len(points) == 1 else f"beyond {best[0]}"
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -129,11 +129,11 @@ def plot(rows: Sequence[dict[str, Any]], path: Path, caption: str = "") -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for layout in dict.fromkeys(r["layout"] for r in rows):
-        known = [r for r in rows if r["layout"] == layout and r["step_s"]]
-        counts = [r["devices"] for r in known]
-        (line,) = axes.loglog(counts, [1e3 * r["step_s"] for r in known], "o-", label=title(layout))
-        if any(r["communicate_s"] for r in known):
-            axes.loglog(counts, [1e3 * r["communicate_s"] for r in known], "--", color=line.get_color(), linewidth=0.8)
+        points = [r for r in rows if r["layout"] == layout and r["step_s"]]
+        counts = [r["devices"] for r in points]
+        (line,) = axes.loglog(counts, [1e3 * r["step_s"] for r in points], "o-", label=title(layout))
+        if any(r["communicate_s"] for r in points):
+            axes.loglog(counts, [1e3 * r["communicate_s"] for r in points], "--", color=line.get_color(), linewidth=0.8)
     counts = sorted({r["devices"] for r in rows if r["step_s"]})
     axes.set_xticks(counts, [str(n) for n in counts])
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

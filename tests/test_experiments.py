@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -224,6 +225,32 @@ def test_it_runs_resumes_and_reports(tmp_path):
 def test_what_cannot_run_is_one_line(tmp_path, name, flags, words):
     done = experiment(name, f"--workdir={tmp_path}", *flags)
     assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    "raised", [UserError("config.lrn=3: expected True or False"), OSError(28, "No space left", "x")]
+)
+def test_an_error_names_its_own_cause(tmp_path, monkeypatch, raised):
+    def run(study):
+        raise raised
+
+    module = SimpleNamespace(__spec__=SimpleNamespace(name="experiments.fails"), __doc__="Fails.", BUDGETS={}, run=run)
+    monkeypatch.setattr(sys, "argv", ["fails", f"--workdir={tmp_path}", "--quick"])
+    with pytest.raises(SystemExit) as stop:
+        study.main(module)
+    assert stop.value.code == f"Error: {raised}"
+
+
+def test_a_workdir_that_cannot_be_created_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    done = experiment("filters", f"--workdir={tmp_path}/file", "--quick")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert f"--workdir={tmp_path}/file" in done.stderr and "expected a folder to write to" in done.stderr
+
+
+def test_the_help_of_summary():
+    done = experiment("summary", "--help")
+    assert done.returncode == 0 and "Write the table of experiments/README.md" in done.stdout
 
 
 def test_the_notebook_from_top_to_bottom(fashion_mnist, tmp_path, monkeypatch):

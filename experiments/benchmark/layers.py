@@ -52,15 +52,15 @@ def layers_of(model: AlexNet, batch: int, shape: tuple[int, int, int]) -> list[L
     def without_params(function, params, inputs):
         return [function(x) for x in inputs]
 
-    found = []
+    layers = []
     for before, name in zip(("images", *OUTPUTS), OUTPUTS, strict=False):
         if name in LAYERS:
-            found.append(Layer(name, partial(with_params, name), params[name], calls[name][1], name != "conv1"))
+            layers.append(Layer(name, partial(with_params, name), params[name], calls[name][1], name != "conv1"))
         else:
             lrn = lambda x: local_response_norm(x, *variant.lrn)  # noqa: E731
             function = partial(without_params, lrn if name.startswith("norm") else max_pool)
-            found.append(Layer(name, function, {}, towers(outputs[before])))
-    return found
+            layers.append(Layer(name, function, {}, towers(outputs[before])))
+    return layers
 
 
 def forward_and_backward(layer: Layer) -> tuple[Callable, Callable]:

@@ -38,13 +38,13 @@ def plot(records: Record, path: Path) -> None:
 
 
 def _draw_roofline(axes: Axes, part: Record, dtype: str) -> None:
-    known = [r for r in part["layers"] if r["flops"] > 0 and r["seconds"] > LEAST and r["dtype"] == dtype]
-    intensity = [r["flops"] / r["bytes"] for r in known]
+    layers = [r for r in part["layers"] if r["flops"] > 0 and r["seconds"] > LEAST and r["dtype"] == dtype]
+    intensity = [r["flops"] / r["bytes"] for r in layers]
     top, copy = part["rates"]["matmul"][dtype], part["rates"]["copy"]
     reach = np.array([min(intensity) / 4, top / copy, max(intensity) * 8])  # room for names
     axes.loglog(reach, np.minimum(top, copy * reach) / 1e9, "k-", linewidth=1, label="roofline")
     for which in ("forward", "backward", "update"):
-        points = [r for r in known if r["pass"] == which]
+        points = [r for r in layers if r["pass"] == which]
         x, y = ([r["flops"] / r[by] / unit for r in points] for by, unit in (("bytes", 1), ("seconds", 1e9)))
         axes.loglog(x, y, "o", markersize=4, label=which)
         _label(axes, [r["layer"] for r in points], x, y, "right" if which == "backward" else "left")

@@ -93,8 +93,8 @@ def memory_model(part: Record, dtype: str) -> tuple[float, float] | None:
 def _memory(part: Record) -> list[str]:
     lines = []
     for dtype in dtypes_of(part):
-        if found := memory_model(part, dtype):
-            fixed, image = found
+        if model := memory_model(part, dtype):
+            fixed, image = model
             donated = next(c["donated_bytes"] for c in part["cases"] if c["pass"] == "training")
             lines.append(
                 f"Memory of a train step in {dtype}: {fixed / 1e6:.0f} MB and {image / 1e6:.2f} MB per image; "
@@ -215,9 +215,9 @@ def summary(records: Record) -> str:
                 text += f"; {best['ratio']:.2f} × PyTorch's fastest ({best['mode']}: {_count(best['images_per_s'])})"
             add("step", f"{case['pass']}, {case['dtype']}, batch {largest}", text)
         for dtype in dtypes_of(part):
-            if found := memory_model(part, dtype):
+            if model := memory_model(part, dtype):
                 add("step", f"memory of a train step, {dtype}",
-                    f"{found[0] / 1e6:.0f} MB and {found[1] / 1e6:.2f} MB per image")  # fmt: skip
+                    f"{model[0] / 1e6:.0f} MB and {model[1] / 1e6:.2f} MB per image")  # fmt: skip
     if part := records.get("operations"):
         for r in part["records"]:
             if len(r["plain"]) > 1:

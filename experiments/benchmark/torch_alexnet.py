@@ -87,12 +87,12 @@ def compute(network: dict, source: str, target: str) -> dict:
             getattr(net, layer).bias.copy_(torch.from_numpy(arrays[f"{layer}/bias"]))
     logits = net(torch.from_numpy(arrays["images"].transpose(0, 3, 1, 2).copy()))
     F.cross_entropy(logits, torch.from_numpy(arrays["labels"]).long()).backward()
-    found = {"logits": logits.detach().numpy()}
+    results = {"logits": logits.detach().numpy()}
     for layer in LAYERS:
         module = getattr(net, layer)
-        found[f"{layer}/kernel"] = _to_jax(layer, module.weight.grad.numpy(), last_maps)
-        found[f"{layer}/bias"] = module.bias.grad.numpy()
-    np.savez(target, **found)
+        results[f"{layer}/kernel"] = _to_jax(layer, module.weight.grad.numpy(), last_maps)
+        results[f"{layer}/bias"] = module.bias.grad.numpy()
+    np.savez(target, **results)
     return {}
 
 

@@ -27,14 +27,14 @@ class Collective(NamedTuple):
     layer: str  # conv1 … fc8; "metrics" for loss and error
     axis: str  # the mesh axes that the group spans, joined by "+"
     backward: bool
-    whole: int  # bytes of the array: after a gather, before a scatter, on each device of an all-reduce
+    array_bytes: int  # of the array after a gather, before a scatter, on each device of an all-reduce
     received: int  # bytes that reach each device when the group passes its parts around a ring
 
     @classmethod
-    def make(cls, kind: str, layer: str, axis: str, backward: bool, whole: int, parts: int) -> "Collective":
-        once = whole * (parts - 1) // parts
-        received = {"all-reduce": 2 * once, "collective-permute": whole}.get(kind, once)
-        return cls(kind, layer, axis, backward, whole, received)
+    def make(cls, kind: str, layer: str, axis: str, backward: bool, array_bytes: int, parts: int) -> "Collective":
+        once = array_bytes * (parts - 1) // parts
+        received = {"all-reduce": 2 * once, "collective-permute": array_bytes}.get(kind, once)
+        return cls(kind, layer, axis, backward, array_bytes, received)
 
 
 class _Instruction(NamedTuple):
@@ -61,8 +61,8 @@ def _parse(text: str) -> tuple[dict[str, _Instruction], dict[str, list[str]]]:
     for line in text.splitlines():
         if start := _COMPUTATION.match(line):
             current = computations.setdefault(start.group(1), [])
-        elif found := _INSTRUCTION.match(line):
-            name, shape, opcode, rest = found.groups()
+        elif match := _INSTRUCTION.match(line):
+            name, shape, opcode, rest = match.groups()
             arguments = rest.partition("), ")[0] if "), " in rest else rest
             op_name = re.search(r'op_name="([^"]*)"', rest)
             calls = re.search(r"calls=%?([\w.\-]+)", rest)
@@ -153,5 +153,5 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
             backward = "transpose(" in own or "transpose(" in op_name
             sums[kind, layer, axis, backward, parts] += size
     order = {layer: i for i, layer in enumerate(LAYERS)}
-    found = [Collective.make(*key[:4], whole, key[4]) for key, whole in sums.items()]
-    return sorted(found, key=lambda c: (c.backward, order.get(c.layer, len(order)), c.axis, c.kind))
+    summed = [Collective.make(*key[:4], array_bytes, key[4]) for key, array_bytes in sums.items()]
+    return sorted(summed, key=lambda c: (c.backward, order.get(c.layer, len(order)), c.axis, c.kind))

@@ -77,13 +77,13 @@ def measure(layout: Layout, model: AlexNet, shape: tuple[int, ...], batch: int, 
         state, metrics = compiled(state, data, key)
         jax.block_until_ready((state, metrics))
         times.append(time.perf_counter() - start)
-    found = collectives(compiled.as_text(), mesh)
+    actual = collectives(compiled.as_text(), mesh)
     minimum = expected(layout, model, shape, batch, mesh.shape[DATA], mesh.shape[TOWER])
     return record | {
         "step_s": statistics.median(times[1:]),
-        "received_bytes": sum(c.received for c in found),
+        "received_bytes": sum(c.received for c in actual),
         "minimum_bytes": sum(c.received for c in minimum),
-        "collectives": [c._asdict() for c in found],
+        "collectives": [c._asdict() for c in actual],
         "expected": [c._asdict() for c in minimum],
     }
 
@@ -112,16 +112,16 @@ def study(
     for name, value in {"devices": devices, "batch": batch, "steps": steps}.items():
         if value < 1:
             raise UserError(f"--{name}={value}: expected a positive number")
-    known = {layout.name: layout for layout in LAYOUTS}
+    layouts_by_name = {layout.name: layout for layout in LAYOUTS}
     for name in layouts or ():
-        if name not in known:
-            raise UserError(f"--layouts: unknown layout {name!r}; the known ones are {', '.join(known)}")
+        if name not in layouts_by_name:
+            raise UserError(f"--layouts: unknown layout {name!r}; the known ones are {', '.join(layouts_by_name)}")
     if sharding.make_mesh(cpu_devices=devices).size < devices:
         raise UserError(f"--devices={devices}: there are {jax.device_count()} {jax.devices()[0].platform} device(s)")
     model, fitted = model or AlexNet(), []
-    for name in layouts or known:
+    for name in layouts or layouts_by_name:
         try:
-            fitted.append(fit(known[name], model, devices, batch))
+            fitted.append(fit(layouts_by_name[name], model, devices, batch))
         except UserError as error:
             if layouts:
                 raise

@@ -42,8 +42,8 @@ def layer_table(record: dict[str, Any]) -> str:
             for c in collectives
         }
 
-    found, minimum = by_place(record["collectives"]), by_place(record["expected"])
-    rows = [(*place, found.get(place, "—"), minimum.get(place, "—")) for place in found | minimum]
+    actual, minimum = by_place(record["collectives"]), by_place(record["expected"])
+    rows = [(*place, actual.get(place, "—"), minimum.get(place, "—")) for place in actual | minimum]
     header = ("layer", "pass", "axis", "collective", "received (kB)", "minimum (kB)")
     return text_table(rows, header, markdown=True)
 

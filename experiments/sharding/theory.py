@@ -28,26 +28,26 @@ def expected(
     params = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
     outputs = jax.eval_shape(partial(activations, model), params, image)
     weight_bytes = {layer: 4 * sum(x.size for x in jax.tree.leaves(params[layer])) for layer in LAYERS}
-    found = []
+    needed = []
 
     def gather(layer, axis, parts, images):  # the activations, and their gradient
         arrays = [INPUT_OF[layer]] + ["fc8"] * (layer == "fc8")  # the logits too
         size = sum(4 * images * outputs[name].size for name in arrays)
-        found.append(Collective.make("all-gather", layer, axis, False, size, parts))
-        found.append(Collective.make("reduce-scatter", layer, axis, True, size, parts))
+        needed.append(Collective.make("all-gather", layer, axis, False, size, parts))
+        needed.append(Collective.make("reduce-scatter", layer, axis, True, size, parts))
 
     for layer in LAYERS:
         rule = layout.rule(layer) if layout.rules else Rule("")
         if tower > 1 and layer in INPUT_OF:
             gather(layer, TOWER, tower, batch // data)
         if data > 1 and rule.gather:
-            found.append(Collective.make("all-gather", layer, DATA, False, weight_bytes[layer], data))
-            found.append(Collective.make("reduce-scatter", layer, DATA, True, weight_bytes[layer], data))
+            needed.append(Collective.make("all-gather", layer, DATA, False, weight_bytes[layer], data))
+            needed.append(Collective.make("reduce-scatter", layer, DATA, True, weight_bytes[layer], data))
         elif data > 1 and rule.kernels:
             gather(layer, DATA, data, batch)
         elif data > 1:
-            found.append(Collective.make("all-reduce", layer, DATA, True, weight_bytes[layer] // tower, data))
+            needed.append(Collective.make("all-reduce", layer, DATA, True, weight_bytes[layer] // tower, data))
     axes = [axis for axis, size in ((DATA, data), (TOWER, tower)) if size > 1]
     if axes:
-        found.append(Collective.make("all-reduce", "metrics", "+".join(axes), False, 8, data * tower))  # loss, error
-    return sorted(found, key=lambda c: (c.backward, (*LAYERS, "metrics").index(c.layer), c.axis, c.kind))
+        needed.append(Collective.make("all-reduce", "metrics", "+".join(axes), False, 8, data * tower))  # loss, error
+    return sorted(needed, key=lambda c: (c.backward, (*LAYERS, "metrics").index(c.layer), c.axis, c.kind))
