@@ -22,7 +22,7 @@ class FourLayers(nn.Module):
     Attributes:
       lrn: whether LRN follows the ReLU of both convolutions.
       dtype: of the activations.
-      data_axis, tower_axis: the mesh axes that the train step names; this network has no towers.
+      data_axis, tower_axis: the mesh axes that the train step sets; this network has no towers.
     """
 
     num_classes: int = 10
@@ -33,14 +33,14 @@ class FourLayers(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-        def convolve(name, x, std):  # 5×5, ReLU, LRN, overlapping pooling that rounds the output size up
+        def convolve(name, x, std):  # 5×5, ReLU, LRN, overlapping pooling in ceil mode
             init = nn.initializers.normal(std)
             x = nn.relu(nn.Conv(64, (5, 5), padding=2, kernel_init=init, dtype=self.dtype, name=name)(x))
             if self.lrn:
                 x = local_response_norm(x, k=1.0, n=5, alpha=0.001 / 5, beta=0.75)
             return max_pool(jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0))), window=3, stride=2)  # x ≥ 0
 
-        def connect_locally(name, x):
+        def locally_connected(name, x):
             layer = nn.ConvLocal(
                 32, (3, 3), padding=1, kernel_init=nn.initializers.normal(0.04), dtype=self.dtype, name=name
             )
@@ -48,15 +48,15 @@ class FourLayers(nn.Module):
 
         x = convolve("conv1", images.astype(self.dtype), 0.0001)  # 12×12×64
         x = convolve("conv2", x, 0.01)  # 6×6×64
-        x = connect_locally("local3", x)  # 6×6×32
-        x = connect_locally("local4", x)  # 6×6×32
+        x = locally_connected("local3", x)  # 6×6×32
+        x = locally_connected("local4", x)  # 6×6×32
         x = x.reshape(x.shape[0], -1)
         x = nn.Dense(self.num_classes, kernel_init=nn.initializers.normal(0.01), dtype=self.dtype, name="fc10")(x)
         return x.astype(jnp.float32)
 
 
 def optimizer() -> optax.GradientTransformationExtraArgs:
-    """The update of the parameter files: biases at twice the rate, no decay for convolutions, 0.004 for the others."""
+    """Return the update of the parameter files: biases at twice the rate, weight decay 0 (convolutions) or 0.004."""
     groups = {
         "convolutions": paper_sgd(weight_decay=0.0, bias_rate=2.0, bias_decay=0.0),
         "others": paper_sgd(weight_decay=0.004, bias_rate=2.0, bias_decay=0.0),

@@ -1,7 +1,7 @@
-"""Images/s of the loader beside its decoder alone and PyTorch's DataLoader: python -m experiments.loader --workdir DIR
+"""Compare the loader with its decoder alone and with PyTorch's DataLoader: python -m experiments.loader --workdir DIR
 
-The same 256×256 JPEGs for all, `--workers` processes each, one after the other in several rounds of one run. A
-contender that is not measured stands still, with its buffers full.
+All read the same 256×256 JPEGs with `--workers` processes, in alternation. A loader that is not being measured is idle,
+with full buffers.
 """
 
 import argparse
@@ -31,15 +31,17 @@ from alexnet_jax.errors import UserError
 from alexnet_jax.preparation.local import VERSION, prepare
 from alexnet_jax.runtime.files import write_json
 from alexnet_jax.runtime.workers import available_cores
+from alexnet_jax.tables import table
+from experiments.command import errors_on_one_line, make_workdir, write_text
 
 DECODER, LOADER, PLACED = "decoder alone", "loader", "loader, onto the device"
 CROPPED, TORCH = "loader, onto the device, crop and flip", "torch DataLoader, Pillow, crop and flip"
 BATCH_SIZE = 128
-SKIPPED = 8  # batches before each measurement, a worker: those that waited
+SKIPPED = 8  # batches per worker before each measurement: those in the buffers
 
 
 def make_images(folder: Path, count: int = 200) -> None:
-    """Pictures with the spectrum of photographs, where none are given."""
+    """Draw images with the spectrum of photographs."""
     folder.mkdir(parents=True)
     for i in range(count):
         rng = np.random.default_rng(i)
@@ -51,7 +53,7 @@ def make_images(folder: Path, count: int = 200) -> None:
 
 
 def prepare_once(images: Path | None, workdir: Path) -> tuple[Path, list[bytes]]:
-    """The data set's folder, and its JPEGs as files."""
+    """Prepare the data set, unless it is prepared; return its folder and its JPEGs as bytes."""
     out = workdir / "loader_256" / VERSION
     if not out.exists():
         root = workdir / "images"
@@ -61,11 +63,11 @@ def prepare_once(images: Path | None, workdir: Path) -> tuple[Path, list[bytes]]
             (root / "train" / "all").mkdir(parents=True, exist_ok=True)
             for path in sorted(p for p in images.rglob("*") if p.is_file()):
                 (root / "train" / "all" / "_".join(path.relative_to(images).parts)).write_bytes(path.read_bytes())
-        prepare("loader", root, workdir, shard_size=8)  # many files, as a large set has
+        prepare("loader", root, workdir, shard_size=8)  # many files, as of a large data set
     builder = tfds.builder_from_directory(out)
     files = [example["image"] for example in open_source(builder, "train")]
     if len(files) < BATCH_SIZE:
-        raise data.DataError(f"{len(files)} images; expected {BATCH_SIZE} or more, and with them a new --workdir")
+        raise UserError(f"--images: {len(files)} images; expected at least {BATCH_SIZE}, and with them a new --workdir")
     (workdir / "jpegs").mkdir(exist_ok=True)
     for i, file in enumerate(files):
         (workdir / "jpegs" / f"{i}.jpg").write_bytes(file)
@@ -82,13 +84,13 @@ def _decode_for(seconds: float, files: list[bytes]) -> float:
 
 
 def decoder_alone(files: list[bytes], pool: Pool, workers: int) -> Callable[[float], float]:
-    """The decoder on files in memory, into the same array over and over, in the processes of a pool."""
+    """Return a function of seconds to the decoder's images/s: files in memory, one output array, a pool's processes."""
     pool.starmap(_decode_for, [(0.1, files)] * workers)
     return lambda seconds: sum(pool.starmap(_decode_for, [(seconds, files)] * workers))
 
 
 def rate(batches: Iterator[Any], batch_size: int, workers: int, seconds: float) -> float:
-    """Images/s of an endless iterator over batches."""
+    """Return images/s of an endless iterator over batches."""
     for _ in range(SKIPPED * workers):
         next(batches)
     count, started = 0, time.perf_counter()
@@ -99,7 +101,7 @@ def rate(batches: Iterator[Any], batch_size: int, workers: int, seconds: float) 
 
 
 def loader(folder: Path, batch_size: int, workers: int) -> Iterator[Any]:
-    """Batches in memory, as the loader hands them to the devices."""
+    """Return an iterator over batches in host memory."""
     builder = tfds.builder_from_directory(folder)
     order = streaming.Shuffled(data.split_size(builder, "train"), batch_size, seed=0)
     decoder = streaming.Decoder(builder, "train", slice(None))
@@ -107,7 +109,7 @@ def loader(folder: Path, batch_size: int, workers: int) -> Iterator[Any]:
 
 
 def placed(folder: Path, batch_size: int, workers: int) -> Iterator[data.Batch]:
-    """Batches on the device, as training gets them; what JAX does itself is waited for."""
+    """Yield batches on the device, as training reads them, when they have arrived."""
     builder, key, step = tfds.builder_from_directory(folder), jax.random.key(0), 0
     streamed = streaming.StreamedData(builder, "train", batch_size, sharding.one_device(), workers)
     with contextlib.closing(streamed):
@@ -123,14 +125,14 @@ def _crop_and_flip(key: jax.Array, images: jax.Array) -> jax.Array:
 
 
 def cropped(batches: Iterator[data.Batch]) -> Iterator[jax.Array]:
-    """What the train step does first, here without the rest of it."""
+    """Yield the batches after crop and flip, with which the train step begins."""
     with contextlib.closing(batches):
         for i, batch in enumerate(batches):
             yield jax.block_until_ready(_crop_and_flip(jax.random.key(i), batch.images))
 
 
 class Folder:
-    """The same JPEGs for torch: read, decoded by Pillow, cropped and mirrored at random, uint8."""
+    """The same JPEGs for PyTorch: read, decoded by Pillow, with random crop and horizontal flip, uint8."""
 
     def __init__(self, folder: Path):
         self.paths = sorted(folder.iterdir())
@@ -148,14 +150,14 @@ class Folder:
 
 
 def torch_loader(folder: Path, batch_size: int, workers: int) -> Iterator[Any]:
-    """PyTorch's DataLoader over `Folder`."""
-    from torch.utils.data import DataLoader
+    """Return PyTorch's DataLoader over `Folder`."""
+    from torch.utils.data import DataLoader  # PyTorch is optional
 
     return iter(DataLoader(Folder(folder), batch_size, num_workers=workers, multiprocessing_context="spawn"))
 
 
 def compare(workdir: Path, images: Path | None, workers: int, rounds: int, seconds: float) -> dict[str, Any]:
-    """Rates of all contenders in each round, their medians, and the two ratios of medians."""
+    """Return the rates of all loaders in each round, their medians, and two ratios of medians."""
     folder, files = prepare_once(images, workdir)
     with contextlib.ExitStack() as opened:
         pool = opened.enter_context(multiprocessing.get_context("spawn").Pool(workers))
@@ -168,16 +170,16 @@ def compare(workdir: Path, images: Path | None, workers: int, rounds: int, secon
             opened.enter_context(contextlib.closing(batches))
         if importlib.util.find_spec("torch"):
             iterators[TORCH] = torch_loader(workdir / "jpegs", BATCH_SIZE, workers)
-        contenders = {DECODER: decoder_alone(files, pool, workers)}
-        contenders |= {name: partial(rate, batches, BATCH_SIZE, workers) for name, batches in iterators.items()}
-        for measure in contenders.values():
+        loaders = {DECODER: decoder_alone(files, pool, workers)}
+        loaders |= {name: partial(rate, batches, BATCH_SIZE, workers) for name, batches in iterators.items()}
+        for measure in loaders.values():
             measure(0.0)  # starts its processes
-        rates = {name: [] for name in contenders}
+        rates = {name: [] for name in loaders}
         for i in range(rounds):
-            for name, measure in contenders.items():
+            for name, measure in loaders.items():
                 rates[name].append(measure(seconds))
                 print(f"round {i + 1}/{rounds}  {name}  {rates[name][-1]:.0f} images/s", flush=True)
-    medians = {name: statistics.median(found) for name, found in rates.items()}
+    medians = {name: statistics.median(each) for name, each in rates.items()}
     return {
         "date": f"{datetime.date.today():%-d %B %Y}",
         "cores": available_cores(),
@@ -191,41 +193,41 @@ def compare(workdir: Path, images: Path | None, workers: int, rounds: int, secon
     }
 
 
-def show(result: dict[str, Any]) -> str:
-    """The result as a table in Markdown."""
-    lines = ["| | images/s | range |", "| --- | --- | --- |"]
-    for name, found in result["images_per_s"].items():
-        lines.append(f"| {name} | {result['median'][name]:.0f} | {min(found):.0f} to {max(found):.0f} |")
-    over_torch = result["loader_over_torch"]
-    peer = f"with crop and flip × {over_torch:.2f} of PyTorch's" if over_torch else "PyTorch is not installed"
-    return "\n".join([
-        *lines, "",
-        f"Medians of {len(found)} rounds; {result['workers']} processes on {result['cores']} cores; 256×256 JPEGs of "
-        f"{result['jpeg_bytes'] / 1000:.1f} KB; {result['date']}. The loader is at {result['loader_over_decoder']:.1%} "
-        f"of its decoder; {peer}.",
-    ])  # fmt: skip
+def markdown(result: dict[str, Any]) -> str:
+    """Return the result in Markdown."""
+    rows = [
+        (name, f"{result['median'][name]:.0f}", f"{min(rates):.0f} to {max(rates):.0f}")
+        for name, rates in result["images_per_s"].items()
+    ]
+    rounds, over_torch = len(result["images_per_s"][LOADER]), result["loader_over_torch"]
+    torch = f"with crop and flip, {over_torch:.2f} times PyTorch's" if over_torch else "PyTorch is not installed"
+    return (
+        f"{table(rows, ('stage', 'images/s', 'range'), markdown=True)}\n\n"
+        f"Medians of {rounds} rounds; {result['workers']} processes on {result['cores']} cores; 256×256 JPEGs of "
+        f"{result['jpeg_bytes'] / 1000:.1f} KB; {result['date']}. The loader reaches "
+        f"{result['loader_over_decoder']:.1%} of its decoder's rate; {torch}."
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.loader", description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", type=Path, required=True, help="for the prepared set, loader.json and loader.md")
-    parser.add_argument("--images", type=Path, help="a folder of images; without it they are drawn")
-    parser.add_argument("--workers", type=int, default=0, help="processes; 0: one a core")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=4.0, help="of one measurement")
+    parser.add_argument("--images", type=Path, help="a folder of images (default: images are drawn)")
+    parser.add_argument("--workers", type=int, default=0, help="worker processes (default: one per core)")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each loader (default: 5)")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of one measurement (default: 4)")
     flags = parser.parse_args()
-    if flags.images and not any(path.is_file() for path in flags.images.rglob("*")):
-        sys.exit(f"Error: --images={flags.images}: expected a folder with images")
-    if flags.rounds < 1 or flags.seconds <= 0 or flags.workers < 0:
-        sys.exit("Error: expected --rounds of at least 1, --seconds above 0 and --workers of 0 or more")
-    workers = flags.workers or available_cores()
-    try:
+    with errors_on_one_line():
+        if flags.images and not any(path.is_file() for path in flags.images.rglob("*")):
+            raise UserError(f"--images={flags.images}: expected a folder with images")
+        if flags.rounds < 1 or flags.seconds <= 0 or flags.workers < 0:
+            raise UserError("expected --rounds of at least 1, --seconds above 0 and --workers of 0 or more")
+        make_workdir(flags.workdir)
+        workers = flags.workers or available_cores()
         result = compare(flags.workdir.absolute(), flags.images, workers, flags.rounds, flags.seconds)
         write_json(flags.workdir / "loader.json", result)
-        (flags.workdir / "loader.md").write_text(show(result) + "\n")
-    except (UserError, OSError) as error:
-        sys.exit(f"Error: {error}")
-    print(f"\n{show(result)}\n\nWritten to {flags.workdir}")
+        write_text(flags.workdir / "loader.md", markdown(result) + "\n")
+    print(f"\n{markdown(result)}\n\nWritten to {flags.workdir}")
 
 
 if __name__ == "__main__":

@@ -1,23 +1,44 @@
-"""How the cost of each layout grows: python -m experiments.projection --records DIR/sharding.json --workdir DIR
+"""Project the step time of each layout to more devices: python -m experiments.projection --records FILE --workdir DIR
 
-From the bytes and FLOPs that `experiments.sharding` read out of the compiled programs, the step time on more devices
-than are at hand. The batch stays the same (strong scaling); a step computes, then communicates, without overlap or
-latency. What a program moved beyond the least that its layout needs, it is taken to move anywhere, in proportion.
+The bytes and FLOPs are those that `experiments.sharding` read from the compiled programs. The batch stays the same
+(strong scaling); a step computes, then communicates, without overlap and without latency. A program that moved more
+than the minimum of its layout is assumed to move more by the same factor on any number of devices.
 """
 
 import argparse
 import json
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
+
 from alexnet_jax import AlexNet
+from alexnet_jax.errors import UserError, one_line
+from alexnet_jax.runtime.files import write_json
+from alexnet_jax.tables import table as text_table
+from experiments.command import errors_on_one_line, make_workdir, save_figure, write_text
 from experiments.sharding import LAYOUTS, expected
+from experiments.sharding.layouts import title
 
 DEVICES = (2, 8, 64, 512)
 SCALES = "A layout stops scaling where the next number of devices no longer makes a step 10 % shorter."
+KEYS = {"layout", "mesh", "batch", "flops", "received_bytes", "minimum_bytes"}
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Read the records of `experiments.sharding`; raises UserError if the file has something else."""
+    try:
+        records = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"--records={path}: {error.strerror}; expected sharding.json of experiments.sharding") from None
+    except ValueError as error:
+        raise UserError(f"--records={path} is corrupt ({one_line(error)}); run experiments.sharding again") from None
+    if not records or not isinstance(records, list) or not all(isinstance(r, dict) and set(r) >= KEYS for r in records):
+        raise UserError(f"--records={path}: expected what experiments.sharding writes, with at least one layout")
+    return records
 
 
 def project(
@@ -29,10 +50,10 @@ def project(
     model: AlexNet | None = None,
     shape: tuple[int, ...] = (224, 224, 3),
 ) -> list[dict[str, Any]]:
-    """Predicted seconds of a step of each recorded layout.
+    """Return the predicted seconds of a step of each recorded layout.
 
-    A device receives the bytes that the layout needs there, times what its compiled program moved over that minimum
-    where it was measured; it computes the measured FLOPs of an image, times its share of the batch.
+    A device receives the minimum of bytes that the layout needs, times the ratio of received to minimum bytes of the
+    compiled program; it computes the measured FLOPs of an image, times its share of the batch.
 
     Args:
       records: of `experiments.sharding.study`, with the same model and shape.
@@ -44,19 +65,17 @@ def project(
       Records of layout, devices, compute_s, communicate_s, step_s; step_s is None where the layout has no such mesh.
 
     Raises:
-      ValueError: a speed that is not positive, or a batch that the devices do not divide.
+      UserError: a speed that is not positive, a batch that the devices do not divide, or an unknown layout.
     """
     if not (0 < link < math.inf and 0 < compute < math.inf):
-        raise ValueError(f"--link={link:g} --compute={compute:g}: expected positive speeds")
+        raise UserError(f"--link={link:g} --compute={compute:g}: expected positive speeds")
     if batch < 1:
-        raise ValueError(f"--batch={batch}: expected at least 1")
+        raise UserError(f"--batch={batch}: expected at least 1")
     if bad := [n for n in devices if batch % n]:
-        raise ValueError(f"--batch={batch}: {bad[0]} devices do not divide it")
-    if not records or not isinstance(records, list) or not all("collectives" in r for r in records):
-        raise ValueError("expected what experiments.sharding writes, with at least one layout")
-    if unknown := {r["layout"] for r in records} - {layout.name for layout in LAYOUTS}:
-        raise ValueError(f"unknown layout {min(unknown)!r}")
+        raise UserError(f"--batch={batch}: {bad[0]} devices do not divide it; expected a multiple of it")
     layouts = {layout.name: layout for layout in LAYOUTS}
+    if unknown := {r["layout"] for r in records} - set(layouts):
+        raise UserError(f"--records: unknown layout {min(unknown)!r}; the known ones are {', '.join(layouts)}")
     rows = []
     for record in records:
         layout = layouts[record["layout"]]
@@ -78,50 +97,43 @@ def project(
 
 
 def stops_at(rows: Sequence[dict[str, Any]], layout: str) -> str:
-    """Where more devices no longer help: the last count whose step is at least 10 % shorter than the one before.
+    """Return where a layout stops scaling: the last count whose step is at least 10 % shorter than the one before.
 
-    One device, which has nobody to wait for, is the first of them.
+    One device, which does not communicate, is the first count.
     """
-    known = [r for r in rows if r["layout"] == layout and r["step_s"]]
-    best = 1, known[0]["compute_s"] * known[0]["devices"]
-    for row in known:
+    points = [r for r in rows if r["layout"] == layout and r["step_s"]]
+    best = 1, points[0]["compute_s"] * points[0]["devices"]
+    for row in points:
         if row["devices"] > 1 and row["step_s"] > 0.9 * best[1]:
             return f"{best[0]}"
         best = row["devices"], row["step_s"]
-    return f"{best[0]}" if len(known) == 1 else f"beyond {best[0]}"
+    return f"{best[0]}" if len(points) == 1 else f"beyond {best[0]}"
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Milliseconds of a step, with the part of it that is communication, as a Markdown table."""
+    """Return the milliseconds of a step and the share of communication as a Markdown table."""
     counts = sorted({r["devices"] for r in rows if r["step_s"]})
-    lines = [
-        ("layout", *(f"{n} device{'s' * (n > 1)}" for n in counts), "stops scaling at"),
-        ("---",) * (len(counts) + 2),
-    ]
+    header = ("layout", *(f"{n} device{'s' * (n > 1)}" for n in counts), "stops scaling at")
+    lines = []
     for layout in dict.fromkeys(r["layout"] for r in rows):
-        cells = {r["devices"]: r for r in rows if r["layout"] == layout and r["step_s"]}
-        shown = ["—"] * len(counts)
-        for i, n in enumerate(counts):
-            if n in cells:
-                step_s, communicate_s = cells[n]["step_s"], cells[n]["communicate_s"]
-                shown[i] = f"{1e3 * step_s:.2f} ({communicate_s / step_s:.0%})"
-        lines.append((layout.replace("_", " "), *shown, stops_at(rows, layout)))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        cells = {
+            r["devices"]: f"{1e3 * r['step_s']:.2f} ({r['communicate_s'] / r['step_s']:.0%})"
+            for r in rows if r["layout"] == layout and r["step_s"]
+        }  # fmt: skip
+        lines.append((title(layout), *(cells.get(n, "—") for n in counts), stops_at(rows, layout)))
+    return text_table(lines, header, markdown=True)
 
 
-def plot(rows: Sequence[dict[str, Any]], path: Path, title: str = "") -> None:
-    """Step time against devices, both on logarithmic scales; dashed is what communication alone takes."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator
-
+def plot(rows: Sequence[dict[str, Any]], path: Path, caption: str = "") -> None:
+    """Plot the step time against the devices, on logarithmic scales; dashed lines are communication alone."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for layout in dict.fromkeys(r["layout"] for r in rows):
-        known = [r for r in rows if r["layout"] == layout and r["step_s"]]
-        counts = [r["devices"] for r in known]
-        (line,) = axes.loglog(counts, [1e3 * r["step_s"] for r in known], "o-", label=layout.replace("_", " "))
-        if any(r["communicate_s"] for r in known):
-            axes.loglog(counts, [1e3 * r["communicate_s"] for r in known], "--", color=line.get_color(), linewidth=0.8)
+        points = [r for r in rows if r["layout"] == layout and r["step_s"]]
+        counts = [r["devices"] for r in points]
+        (line,) = axes.loglog(counts, [1e3 * r["step_s"] for r in points], "o-", label=title(layout))
+        if any(r["communicate_s"] for r in points):
+            axes.loglog(counts, [1e3 * r["communicate_s"] for r in points], "--", color=line.get_color(), linewidth=0.8)
     counts = sorted({r["devices"] for r in rows if r["step_s"]})
     axes.set_xticks(counts, [str(n) for n in counts])
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -129,11 +141,11 @@ def plot(rows: Sequence[dict[str, Any]], path: Path, title: str = "") -> None:
     axes.minorticks_off()
     one = next(r["compute_s"] * r["devices"] for r in rows if r["step_s"])
     axes.axhline(1e3 * one, color="0.7", linewidth=0.8, zorder=0)
-    axes.set_title(title, fontsize=10)
+    axes.set_title(caption, fontsize=10)
     axes.set_xlabel("devices")
     axes.set_ylabel("step (ms); dashed: communication")
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
 
 
 def main() -> None:
@@ -144,20 +156,14 @@ def main() -> None:
     parser.add_argument("--compute", type=float, default=200e12, help="FLOP/s of a device (default: 200e12)")
     parser.add_argument("--batch", type=int, default=4096, help="images in a step, over all devices (default: 4096)")
     flags = parser.parse_args()
-    try:
-        records = json.loads(flags.records.read_text())
-        rows = project(records, flags.link, flags.compute, flags.batch)
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        sys.exit(f"Error: {error}" if str(error).startswith("--") else f"Error: --records={flags.records}: {error}")
-    assumptions = f"{flags.batch} images, {flags.link / 1e9:g} GB/s, {flags.compute / 1e12:g} TFLOP/s"
-    text = f"Step time in ms (share of communication): {assumptions}\n\n{table(rows)}\n\n{SCALES}\n"
-    try:
-        flags.workdir.mkdir(parents=True, exist_ok=True)
-        (flags.workdir / "projection.json").write_text(json.dumps(rows, indent=2) + "\n")
-        (flags.workdir / "projection.md").write_text(text)
+    with errors_on_one_line():
+        rows = project(read_records(flags.records), flags.link, flags.compute, flags.batch)
+        assumptions = f"{flags.batch} images, {flags.link / 1e9:g} GB/s, {flags.compute / 1e12:g} TFLOP/s"
+        text = f"Step time in ms (share of communication): {assumptions}\n\n{table(rows)}\n\n{SCALES}\n"
+        make_workdir(flags.workdir)
+        write_json(flags.workdir / "projection.json", rows)
+        write_text(flags.workdir / "projection.md", text)
         plot(rows, flags.workdir / "projection.png", assumptions)
-    except OSError as error:
-        sys.exit(f"Error: --workdir={flags.workdir}: {error}")
     print(f"{text}\nWritten to {flags.workdir}")
 
 

@@ -1,7 +1,7 @@
 """Several runs of one network as one program: the runs are a vmapped axis, and the steps of a chunk are one scan.
 
-On a GPU a small network waits for the launch of each kernel, so ten runs side by side take little longer than one. The
-batches, the augmentation and the dropout masks of a run are those of `alexnet_jax.main` with the same seed.
+On a GPU a small network is limited by the launch of each kernel: ten runs in one program take little longer than one.
+The batches, the augmentation and the dropout masks of a run are those of `alexnet_jax.main` with the same seed.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ from alexnet_jax.train_step import TrainState, create_state, make_update, state_
 
 
 class Task(NamedTuple):
-    """What the runs share."""
+    """The network, the training functions and the data that the runs share."""
 
     model: nn.Module
     optimizer: optax.GradientTransformationExtraArgs
@@ -41,7 +41,7 @@ class Runs:
     """The runs of one task, a seed and a factor of the learning rate for each; R of them.
 
     Args:
-      task: what they share.
+      task: of all runs.
       seeds: [R] integers.
       rates: [R] factors of the task's learning rate; None for 1.
     """
@@ -58,7 +58,11 @@ class Runs:
         self._wrong = jax.jit(self._count_wrong, static_argnames="ten_crop")
 
     def advance(self, steps: int) -> dict[str, np.ndarray]:
-        """Train so many steps, in one epoch; the metrics of each step, [R, steps]."""
+        """Train for a number of steps, all in one epoch, and return the metrics of each step, [R, steps].
+
+        Raises:
+          ValueError: the steps leave the epoch.
+        """
         if self.step % self.task.steps_per_epoch + steps > self.task.steps_per_epoch:
             raise ValueError(f"advance: {steps} steps from step {self.step} leave the epoch; expected fewer")
         self.state, metrics = self._advance(self.state, self.rates, *self.arrays, steps=steps)
@@ -75,7 +79,7 @@ class Runs:
         return sharded(state, rates, images, labels)
 
     def errors(self, examples: Examples, ten_crop: bool = False, batch_size: int = 500) -> np.ndarray:
-        """The top-1 error of each run on a set, [R]."""
+        """Return the top-1 error of each run on a set, [R]."""
         wrong = np.zeros(len(self.seeds))
         for start in range(0, len(examples.labels), batch_size):
             images, labels = (x[start : start + batch_size] for x in examples)
@@ -91,7 +95,7 @@ class Runs:
 
 
 def _scan(task: Task, steps: int, state: TrainState, rates, images, labels):
-    def order(key, epoch):  # as data.DeviceData draws it
+    def order(key, epoch):  # that of data.DeviceData
         return jax.random.permutation(jax.random.fold_in(key, epoch), len(labels))
 
     keys = jax.vmap(lambda data: jax.random.split(jax.random.wrap_key_data(data)))(state.key)

@@ -1,7 +1,7 @@
-"""What the experiments share: budgets, runs that go on where they stopped, noise and verdicts, and the files.
+"""What the experiments share: budgets, runs that resume, and the files of the results.
 
-An experiment is a module with `CLAIMS`, `BUDGETS`, `run(study)`, which trains and gives records,
-`judge(records)`, which gives a `Finding` for each claim, and `plot(records, path)`. Its command is `main(module)`.
+An experiment is a module with `CLAIMS`, `BUDGETS`, `run(study)`, which trains and returns records, `judge(records)`,
+which returns a `Finding` for each claim, and `plot(records, path)`. Its command is `main(module)`.
 """
 
 import argparse
@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from scipy import stats
 
 from alexnet_jax.configs import cifar10
 from alexnet_jax.errors import UserError
@@ -29,20 +28,20 @@ from alexnet_jax.runtime.files import write_json
 from alexnet_jax.setup import build_mesh, build_model
 from alexnet_jax.tables import table
 from alexnet_jax.train import Interrupted, train_and_evaluate
-from alexnet_jax.workdir import WorkdirError
+from alexnet_jax.workdir import CONFIG, METRICS, RESULT, WorkdirError
+from experiments.command import errors_on_one_line, make_workdir, write_text
 
-NAMES = ("relu_vs_tanh", "ablations", "filters", "retrieval", "variants")
 CLASSES, CHANNELS = 10, 3  # of CIFAR-10
 
 
 class Budget(NamedTuple):
-    """How much of CIFAR-10 a run sees."""
+    """How much of CIFAR-10 a run trains on."""
 
     images: int  # to train
     epochs: float
     validation: int = 2000
     test: int = 10_000
-    shrink: int = 1  # what the widths are divided by
+    shrink: int = 1  # divisor of the widths
 
     def __str__(self) -> str:
         smaller = f", widths ÷ {self.shrink}" if self.shrink > 1 else ""
@@ -53,7 +52,7 @@ QUICK = Budget(images=256, epochs=2, validation=64, test=64, shrink=4)
 
 
 class Claim(NamedTuple):
-    """What the paper says, and its figure."""
+    """A claim, and the paper's figure for it."""
 
     key: str
     text: str
@@ -61,62 +60,17 @@ class Claim(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """What was found, with its spread, and the verdict."""
+    """A result with its spread, and the verdict."""
 
     ours: str
     verdict: str
 
 
-class Comparison(NamedTuple):
-    """A difference of means, and the noise that it must exceed: half of its 95 % confidence interval."""
-
-    difference: float
-    noise: float
-
-    def verdict(self, claimed: float) -> str:
-        """Whether the difference has the sign of `claimed`, or the noise hides it."""
-        if not abs(self.difference) > self.noise:
-            return "within the noise"
-        return "holds" if self.difference * claimed > 0 else "the reverse"
-
-    def __str__(self) -> str:
-        return f"{self.difference:+.2f} ± {self.noise:.2f}".replace("-", "−")
-
-
-def compare(ours: Sequence[float], others: Sequence[float]) -> Comparison:
-    """Mean of `ours` minus mean of `others`, with Welch's interval: the runs of both are independent.
-
-    Raises:
-      ValueError: fewer than two runs of either, which have no spread.
-    """
-    if min(len(ours), len(others)) < 2:
-        raise ValueError("a spread needs at least two runs")
-    a, b = (np.var(x, ddof=1) / len(x) for x in (ours, others))
-    difference = float(np.mean(ours) - np.mean(others))
-    if not a + b:
-        return Comparison(difference, 0.0)
-    degrees = (a + b) ** 2 / (a**2 / (len(ours) - 1) + b**2 / (len(others) - 1))
-    return Comparison(difference, float(stats.t.ppf(0.975, degrees) * math.sqrt(a + b)))
-
-
-def compare_paired(ours: Sequence[float], others: Sequence[float]) -> Comparison:
-    """As `compare`, of two measurements of the same runs, whose differences alone count (Student's interval)."""
-    if len(ours) != len(others) or len(ours) < 2:
-        raise ValueError("a spread needs at least two pairs")
-    d = np.subtract(ours, others)
-    return Comparison(float(d.mean()), float(stats.t.ppf(0.975, len(d) - 1) * d.std(ddof=1) / math.sqrt(len(d))))
-
-
-def spread(values: Sequence[float], digits: int = 1) -> str:
-    """Mean ± standard deviation."""
-    return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}"
-
-
 def kernel_std(config: ml_collections.ConfigDict) -> tuple[float, ...]:
-    """The kernels' initial standard deviations at which the output of every layer has a mean square of 1 on noise.
+    """Return the initial standard deviations of the kernels at which each layer's output has a mean square of 1.
 
-    So every form of the network starts at the same scale, and none suffers from values that were made for another. (The
-    logits have 1 too; tanh, which ends at 1, has 0.4, as of a normal distribution.)
+    The input is noise. Every variant of the network thus starts at the same scale. The mean square is that of the
+    logits too; after tanh it is 0.4, as for an input with a normal distribution.
     """
     model, side = build_model(config, CLASSES), config.resize or config.image_size
     images = jax.random.normal(jax.random.key(0), (32, side, side, CHANNELS))
@@ -130,30 +84,31 @@ def kernel_std(config: ml_collections.ConfigDict) -> tuple[float, ...]:
         params = {k: {"kernel": x, "bias": jnp.zeros(x.shape[-1])} for k, x in kernels.items()}
         return {k: jnp.sqrt(jnp.mean(x**2)) for k, x in activations(model, params, images).items()}
 
-    for layer in [layer for layer in LAYERS if layer in std]:  # each stands on those before it
-        wanted = 0.4**0.5 if config.activation == "tanh" and layer != "fc8" else 1.0
+    for layer in [layer for layer in LAYERS if layer in std]:  # each depends on those before it
+        target = 0.4**0.5 if config.activation == "tanh" and layer != "fc8" else 1.0
         for _ in range(5 if config.activation == "tanh" else 1):
-            found = root_mean_squares({k: std[k] * x for k, x in kernels.items()})
-            std[layer] *= wanted / float(found[layer])
+            measured = root_mean_squares({k: std[k] * x for k, x in kernels.items()})
+            std[layer] *= target / float(measured[layer])
     for before, layer in (("fc6", "fc7"), ("fc7", "fc8")):
-        if before in std:  # training sees more of what is kept than testing, which this was
+        if before in std:  # measured without dropout, which raises the mean square in training
             std[layer] *= math.sqrt(1 - config.dropout)
     return tuple(float(f"{std.get(layer, 1.0):.3g}") for layer in LAYERS)
 
 
 class Study:
-    """One experiment under way: its budget, its seeds, and its folder, in which every run has its own."""
+    """One experiment: its budget, its seeds, and its working directory, with a folder for each run."""
 
     def __init__(self, workdir: Path, budget: Budget, label: str, seeds: int, data_dir: str):
         self.workdir, self.budget, self.label, self.data_dir = workdir, budget, label, data_dir
         self.seeds, self.device, self.seconds = range(seeds), "", 0.0
         self._std = {}
-        self.results = workdir / label if label == "quick" else workdir  # which a quick run leaves as they are
+        self.results = workdir / label if label == "quick" else workdir  # a quick study replaces no results
 
     def config(self, **fields) -> ml_collections.ConfigDict:
-        """The common recipe, with some fields of its own: the compact network on CIFAR-10.
+        """Return the common config, the compact network on CIFAR-10, with some fields changed.
 
-        Maps of 23, 11 and 5 pixels are halved to the same size with z = 3 and z = 2, like the paper's of 55, 27 and 13.
+        Pooling halves maps of 23, 11 and 5 pixels to the same size with z = 3 and with z = 2, as it does the paper's
+        maps of 55, 27 and 13 pixels.
         """
         c, b = cifar10.get_config(), self.budget
         c.data_dir = self.data_dir
@@ -168,39 +123,39 @@ class Study:
         c.plateau_patience = 0
         c.drop_at_epochs = (0.64 * b.epochs, 0.86 * b.epochs)
         c.warmup_steps = 100
-        c.kernel_std = None  # which `train` fills in
+        c.kernel_std = None  # `train` sets it
         c.update(fields)
         c.widths = tuple(w // b.shrink for w in c.widths)
         return c
 
     def train(self, arm: str, config: ml_collections.ConfigDict, seed: int) -> dict[str, Any]:
-        """One run, or what it left if it is finished: its result, its curve, and its folder.
+        """Train one run, unless it is finished, and return its record: result, curve, and folder.
 
-        It starts from the config's `kernel_std`, or from that of the function `kernel_std`.
+        The initial kernels have the config's `kernel_std`, or that of the function `kernel_std`.
 
         Raises as `train_and_evaluate` does.
         """
         folder = self.workdir / self.label / arm / f"seed{seed}"
         config.seed = seed
-        if (folder / "config.json").exists():  # begun, maybe on another machine
+        if (folder / CONFIG).exists():  # begun, maybe on another machine
             try:
-                self._std[arm] = tuple(json.loads((folder / "config.json").read_text())["kernel_std"])
+                self._std[arm] = tuple(json.loads((folder / CONFIG).read_text())["kernel_std"])
             except (ValueError, KeyError, TypeError):
-                raise WorkdirError(f"{folder / 'config.json'} is corrupt; delete {folder}") from None
+                raise WorkdirError(f"{folder / CONFIG} is corrupt; delete {folder}") from None
         config.kernel_std = self._std[arm] = self._std.get(arm) or config.kernel_std or kernel_std(config)
-        if not (folder / "result.json").exists():
+        if not (folder / RESULT).exists():
             print(f"\n{arm}, seed {seed}: {self.budget}", flush=True)
         result = train_and_evaluate(config, folder)
         self.device = result["device"]
-        self.seconds += result["seconds"]  # of all calls, if it was interrupted
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        whole = [x for x in lines if "train_error" in x and x["step"] % config.log_every == 0]  # of so many steps each
-        curve = [(x["epoch"], x["train_error"]) for x in whole]
+        self.seconds += result["seconds"]  # with those before an interruption
+        lines = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+        means = [x for x in lines if "train_error" in x and x["step"] % config.log_every == 0]  # of `log_every` steps
+        curve = [(x["epoch"], x["train_error"]) for x in means]
         validation = [x["validation_top1_error"] for x in lines if "validation_top1_error" in x]
         return {"seed": seed, **result, "curve": curve, "validation": validation, "folder": str(folder)}
 
     def measure(self, record: dict[str, Any], name: str, call: Callable[[Run], Any]) -> None:
-        """Adds `call(run)` to the record of a run, under a name; it is kept in the run's folder."""
+        """Add `call(run)` to the record of a run, under a name; the run's folder keeps it."""
         path = Path(record["folder"]) / "measured.json"
         measured = json.loads(path.read_text()) if path.exists() else {}
         if name not in measured:
@@ -209,21 +164,21 @@ class Study:
         record[name] = measured[name]
 
     def open(self, record: dict[str, Any]) -> Run:
-        """The run of a record."""
+        """Return the run of a record."""
         return open_run(record["folder"], self.data_dir)
 
 
 def main(module: Any) -> None:
-    """The command of an experiment."""
+    """Run the command of an experiment."""
     name = module.__spec__.name.split(".")[-1]
     doc = module.__doc__.splitlines()[0]
     parser = argparse.ArgumentParser(prog=f"python -m experiments.{name}", description=doc)
     parser.add_argument("--workdir", type=Path, required=True, help=f"for the runs and {name}.json, .md and .png")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each form (default: 3)")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each network (default: 3)")
     budgets = {**module.BUDGETS, "quick": QUICK}
     texts = "; ".join(f"{label}: {budget}" for label, budget in budgets.items())
     parser.add_argument("--budget", choices=budgets, default="full", help=f"{texts} (default: full)")
-    parser.add_argument("--quick", action="store_true", help="--budget=quick: whether it works, not what is true")
+    parser.add_argument("--quick", action="store_true", help="--budget=quick, to see that it works; no result")
     parser.add_argument("--data_dir", default="", help="where TFDS keeps CIFAR-10 (default: ~/tensorflow_datasets)")
     if hasattr(module, "PARTS"):
         parser.add_argument("--only", help=f"with commas, some of {', '.join(module.PARTS)} (default: all)")
@@ -231,28 +186,25 @@ def main(module: Any) -> None:
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what it writes
     label = "quick" if flags.quick else flags.budget
     try:
-        if flags.seeds < 2:
-            raise ValueError(f"--seeds={flags.seeds}: expected at least 2; one run has no spread")
-        parts = flags.only.split(",") if getattr(flags, "only", None) else getattr(module, "PARTS", ())
-        if unknown := set(parts) - set(getattr(module, "PARTS", ())):
-            raise ValueError(f"--only: unknown part {min(unknown)!r}; the known ones are {', '.join(module.PARTS)}")
-        use_compilation_cache()  # one compilation serves all seeds
-        study = Study(flags.workdir, budgets[label], label, flags.seeds, flags.data_dir)
-        study.results.mkdir(parents=True, exist_ok=True)
-        build_mesh(study.config())  # before anything starts the backend: a CPU is split into devices
-        records = module.run(study, parts) if parts else module.run(study)
-        write(module, name, study, records)
-    except (ValueError, OSError) as error:
-        sys.exit(f"Error: {error}" if str(error).startswith("--") else f"Error: --workdir={flags.workdir}: {error}")
-    except UserError as error:
-        sys.exit(f"Error: {error}")
+        with errors_on_one_line():
+            if flags.seeds < 2:
+                raise UserError(f"--seeds={flags.seeds}: expected at least 2; one run has no spread")
+            parts = flags.only.split(",") if getattr(flags, "only", None) else getattr(module, "PARTS", ())
+            if unknown := set(parts) - set(getattr(module, "PARTS", ())):
+                raise UserError(f"--only: unknown part {min(unknown)!r}; the known ones are {', '.join(module.PARTS)}")
+            use_compilation_cache()  # one compilation serves all seeds
+            study = Study(flags.workdir, budgets[label], label, flags.seeds, flags.data_dir)
+            make_workdir(study.results)
+            build_mesh(study.config())  # before anything starts the backend: a CPU is split into devices
+            records = module.run(study, parts) if parts else module.run(study)
+            _write(module, name, study, records)
     except Interrupted as stop:
         print(stop, flush=True)
         sys.exit(128 + stop.signal)
 
 
-def write(module: Any, name: str, study: Study, records: dict[str, Any]) -> None:
-    """NAME.json, NAME.md and NAME.png in the study's folder; prints the table."""
+def _write(module: Any, name: str, study: Study, records: dict[str, Any]) -> None:
+    """Write NAME.json, NAME.md and NAME.png, and print the table."""
     findings = module.judge(records)
     document = {
         "experiment": name,
@@ -268,17 +220,7 @@ def write(module: Any, name: str, study: Study, records: dict[str, Any]) -> None
     write_json(study.results / f"{name}.json", document)
     rows = [(c.text, c.paper, *findings[c.key]) for c in module.CLAIMS if c.key in findings]
     text = f"{study.label} budget: {study.budget}; {len(study.seeds)} seeds; {study.device}\n\n"
-    text += markdown(("claim", "the paper", "here", "verdict"), rows)
-    (study.results / f"{name}.md").write_text(text + "\n")
+    text += table(rows, ("claim", "the paper", "here", "verdict"), markdown=True)
+    write_text(study.results / f"{name}.md", text + "\n")
     module.plot(records, study.results / f"{name}.png")
     print(f"\n{text}\n\nWritten to {study.results}")
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    return table(rows, header, markdown=True)
-
-
-def percent(records: Sequence[dict[str, Any]], key: str = "test_top1_error") -> list[float]:
-    """One value of every run, in per cent."""
-    return [100 * record[key] for record in records]

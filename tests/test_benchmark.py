@@ -13,12 +13,16 @@ import pytest
 from runners import ROOT
 
 from alexnet_jax import AlexNet
+from alexnet_jax.errors import UserError
 from alexnet_jax.model import LAYERS, OUTPUTS
-from experiments import benchmark, benchmark_report, layers, measure
-from experiments.peer import Peer, differences
+from experiments import measure
+from experiments.benchmark import __main__ as command
+from experiments.benchmark import growth, layers, operations, programs, report, step
+from experiments.benchmark.peer import Peer, differences
+from experiments.benchmark.setting import Setting
 
 SMALL = AlexNet(num_classes=10, widths=(8, 16, 16, 16, 16, 32, 32))
-SETTING = benchmark.Setting(SMALL, (64, 64, 3), (2, 4), ("float32",), 1, sys.executable, quick=True)
+SETTING = Setting(SMALL, (64, 64, 3), (2, 4), ("float32",), 1, sys.executable, quick=True)
 # Multiplications and additions of an image forward, by the sizes of section 3.5: kernels × channels that each sees ×
 # (pixels × taps, along a side, less the taps that fall on the padding)².
 PAPER = {
@@ -58,13 +62,13 @@ def test_the_least_bytes_are_each_array_once():
 
 
 def test_a_training_step_counts_as_its_layers_do():
-    call = benchmark.training_step(SMALL, 2, (64, 64, 3))
+    call = programs.training_step(SMALL, 2, (64, 64, 3))
     together = 0
     for layer in layers.layers_of(SMALL, 2, (64, 64, 3)):
         outputs = jax.eval_shape(layer.function, layer.params, layer.inputs)
         both = layers.forward_and_backward(layer)[1]
         together += measure.flops(jax.jit(both).trace(layer.params, layer.inputs, outputs))
-    assert together < call.cost["flops"] < 1.5 * together  # the images, the loss and the update beside them
+    assert together < call.cost["flops"] < 1.5 * together  # also the images, the loss and the update
     state, _ = call.run()
     assert call.cost["donated_bytes"] >= measure.size((state.params, state.opt_state))
     assert call.cost["program_bytes"] > call.cost["donated_bytes"]
@@ -85,7 +89,7 @@ def test_pytorch_computes_the_same():
 
 @pytest.mark.skipif(importlib.util.find_spec("torch") is not None, reason="PyTorch is installed here")
 def test_without_pytorch_it_is_measured_alone(capsys):
-    result = benchmark.step(SETTING._replace(batches=(2,)))
+    result = step.run(SETTING._replace(batches=(2,)))
     assert result["torch"] is None and [c["peers"] for c in result["cases"]] == [[], []]
     assert "Measured alone, without PyTorch: ModuleNotFoundError" in capsys.readouterr().out
 
@@ -95,12 +99,12 @@ def test_the_python_that_is_named_must_have_pytorch(tmp_path):
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     python.chmod(0o755)
-    with pytest.raises(ValueError, match="python cannot import torch: ModuleNotFoundError: No module named 'torch'"):
-        benchmark.step(SETTING._replace(batches=(2,), torch_python=str(python)))
+    with pytest.raises(UserError, match="python cannot import torch: ModuleNotFoundError: No module named 'torch'"):
+        step.run(SETTING._replace(batches=(2,), torch_python=str(python)))
 
 
-@pytest.mark.parametrize("names", [*((name,) for name in benchmark.BY_HAND), benchmark.BY_HAND], ids=", ".join)
-def test_the_plain_forms_compute_the_same(names):
+@pytest.mark.parametrize("names", [*((name,) for name in operations.OWN), operations.OWN], ids=", ".join)
+def test_xlas_operations_compute_the_same(names):
     images = np.random.default_rng(3).normal(0, 64, (2, 64, 64, 3)).astype(np.float32)
     params = jax.tree.map(lambda x: 5 * x, SMALL.init(jax.random.key(0), images)["params"])
 
@@ -108,7 +112,7 @@ def test_the_plain_forms_compute_the_same(names):
         return jax.grad(lambda params: (model.apply({"params": params}, images) ** 2).sum())(params)
 
     expected = gradients(SMALL)
-    found = gradients(benchmark.with_plain(SMALL, *names))
+    found = gradients(operations.with_plain(SMALL, *names))
     for layer, leaves in expected.items():
         for name, gradient in leaves.items():
             largest = np.abs(gradient).max()
@@ -118,12 +122,12 @@ def test_the_plain_forms_compute_the_same(names):
 
 def test_the_exponent_of_a_curve():
     curve = [{"flops": x, "seconds": 3 * x**1.5} for x in (1e9, 2e9, 7e9)]
-    assert benchmark._exponent(curve) == pytest.approx(1.5)
+    assert growth.exponent(curve) == pytest.approx(1.5)
 
 
 def test_the_memory_of_an_image():
     cases = [{"pass": "training", "dtype": "float32", "batch": b, "program_bytes": 500 + 7 * b} for b in (1, 8, 32)]
-    assert benchmark_report.memory_model({"cases": cases}, "float32") == pytest.approx((500, 7))
+    assert report.memory_model({"cases": cases}, "float32") == pytest.approx((500, 7))
 
 
 def test_the_command_and_what_it_leaves(tmp_path):
@@ -154,5 +158,5 @@ def test_the_command_and_what_it_leaves(tmp_path):
 ])  # fmt: skip
 def test_bad_flags_are_one_line(tmp_path, flags, words):
     with pytest.raises(SystemExit) as stop:
-        benchmark.main([f"--workdir={tmp_path / 'out'}", *flags])
+        command.main([f"--workdir={tmp_path / 'out'}", *flags])
     assert words in stop.value.code and "\n" not in stop.value.code and not (tmp_path / "out").exists()

@@ -1,9 +1,10 @@
-"""The experiments: what they conclude from records whose answer is known, and that they run, go on and report."""
+"""The experiments: what they conclude from records whose answer is known, and that they run, resume and report."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,10 @@ from scipy import stats
 
 from alexnet_jax import VARIANTS, activations
 from alexnet_jax.config import as_json, check_config, check_data
+from alexnet_jax.errors import UserError
 from alexnet_jax.setup import build_model
 from alexnet_jax.workdir import WorkdirError
-from experiments import ablations, filters, relu_vs_tanh, retrieval, study, summary, variants
+from experiments import ablations, comparison, filters, relu_vs_tanh, retrieval, study, summary, variants
 
 STUDY = study.Study(Path("unused"), study.QUICK, "quick", 2, "")
 
@@ -25,25 +27,25 @@ def test_the_noise_is_welchs_interval():
     rng = np.random.default_rng(0)
     a, b = rng.normal(0, 1, 5), rng.normal(1, 3, 3)
     interval = stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
-    found = study.compare(a, b)
+    found = comparison.compare(a, b)
     np.testing.assert_allclose([found.difference - found.noise, found.difference + found.noise], interval)
     interval = stats.ttest_1samp(a[:3] - b, 0).confidence_interval(0.95)
-    found = study.compare_paired(a[:3], b)
+    found = comparison.compare_paired(a[:3], b)
     np.testing.assert_allclose([found.difference - found.noise, found.difference + found.noise], interval)
 
 
 def test_a_verdict_needs_more_than_the_noise():
-    assert study.compare([1, 1.1, 0.9], [2, 2.1, 1.9]).verdict(claimed=-1) == "holds"
-    assert study.compare([1, 1.1, 0.9], [2, 2.1, 1.9]).verdict(claimed=+1) == "the reverse"
-    assert study.compare([1, 2, 3], [2, 3, 4]).verdict(claimed=-1) == "within the noise"
-    assert study.compare([1, 1], [1, 1]).verdict(claimed=-1) == "within the noise"
-    assert study.compare([float("nan"), 1], [1, 1]).verdict(claimed=-1) == "within the noise"
+    assert comparison.compare([1, 1.1, 0.9], [2, 2.1, 1.9]).verdict(claimed=-1) == "holds"
+    assert comparison.compare([1, 1.1, 0.9], [2, 2.1, 1.9]).verdict(claimed=+1) == "the reverse"
+    assert comparison.compare([1, 2, 3], [2, 3, 4]).verdict(claimed=-1) == "within the noise"
+    assert comparison.compare([1, 1], [1, 1]).verdict(claimed=-1) == "within the noise"
+    assert comparison.compare([float("nan"), 1], [1, 1]).verdict(claimed=-1) == "within the noise"
     with pytest.raises(ValueError, match="at least two"):
-        study.compare([1], [1, 2])
+        comparison.compare([1], [1, 2])
 
 
 @pytest.mark.parametrize("fields", [{}, dict(lrn=False, dropout=0.0), dict(ablations.FOUR, activation="tanh")])
-def test_every_form_starts_at_the_same_scale(fields):
+def test_every_network_starts_at_the_same_scale(fields):
     config = STUDY.config(**fields)
     config.kernel_std = study.kernel_std(config)
     check_config(config)
@@ -59,12 +61,12 @@ def test_every_form_starts_at_the_same_scale(fields):
     assert 0.5 < found < 2
 
 
-def test_a_form_changes_its_fields_alone():
+def test_a_network_changes_only_its_fields():
     common = as_json(STUDY.config())
-    for form, fields in ablations.FORMS.items():
+    for network, fields in ablations.NETWORKS.items():
         config = as_json(STUDY.config(**fields))
         differing = {k for k in common if config[k] != common[k]}
-        assert differing == set(fields), form
+        assert differing == set(fields), network
     for name in VARIANTS:  # each is a network for these images
         config = STUDY.config(variant=name)
         check_config(config)
@@ -128,18 +130,18 @@ def test_ablations(tmp_path):
     ablations.plot(records, tmp_path / "plot.png")
 
 
-def test_colourfulness_and_specialization():
+def test_colorfulness_and_specialization():
     rng = np.random.default_rng(0)
-    grey = rng.normal(size=(5, 5, 1, 8)).repeat(3, axis=2)
+    gray = rng.normal(size=(5, 5, 1, 8)).repeat(3, axis=2)
     opponent = rng.normal(size=(5, 5, 1, 8)) * np.array([1, -1, 0])[:, None]
-    np.testing.assert_allclose(filters.colourfulness(grey), 0, atol=1e-9)
-    np.testing.assert_allclose(filters.colourfulness(opponent), 1)
-    random = filters.colourfulness(rng.normal(size=(9, 9, 3, 400)))
+    np.testing.assert_allclose(filters.colorfulness(gray), 0, atol=1e-9)
+    np.testing.assert_allclose(filters.colorfulness(opponent), 1)
+    random = filters.colorfulness(rng.normal(size=(9, 9, 3, 400)))
     assert random.mean() == pytest.approx(2 / 3, abs=0.01)
     difference, chance = filters.specialization([0.1, 0.2, 0.15, 0.1, 0.12, 0.9, 0.8, 0.85, 0.95, 0.7])
     assert difference == pytest.approx(0.706) and chance == pytest.approx(2 / 252, abs=0.003)  # of 10 over 5, two
     assert filters.specialization(random[:32])[1] > 0.05
-    runs = [dict(colourfulness=[0.1, 0.9], chance=c) for c in (0.01, 0.01, 0.3)]
+    runs = [dict(colorfulness=[0.1, 0.9], chance=c) for c in (0.01, 0.01, 0.3)]
     assert filters.judge({"runs": runs})["specialized"].verdict == "in some runs"
     assert filters.judge({"runs": runs[:2]})["specialized"].verdict == "holds"
 
@@ -179,7 +181,7 @@ def experiment(name, *flags):
 def test_few_seeds_and_parts_are_no_result(tmp_path, seeds, keys):
     document = {"budget": "reduced", "seeds": seeds, "findings": dict.fromkeys(keys)}
     (tmp_path / "ablations.json").write_text(json.dumps(document))
-    with pytest.raises(ValueError, match="ablations.json: expected 3 seeds or more and all claims"):
+    with pytest.raises(UserError, match="ablations.json: expected 3 seeds or more and all claims"):
         summary.collect(tmp_path, tmp_path)
 
 
@@ -197,7 +199,7 @@ def test_the_error_of_an_epoch_is_its_mean():
 
 
 @pytest.mark.skipif(not CIFAR10.exists(), reason="no prepared CIFAR-10 in $ALEXNET_TEST_DATA")
-def test_it_runs_goes_on_and_reports(tmp_path):
+def test_it_runs_resumes_and_reports(tmp_path):
     flags = ["filters", f"--workdir={tmp_path}", "--quick", "--seeds=2", f"--data_dir={CIFAR10}"]
     done = experiment(*flags)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -225,6 +227,32 @@ def test_what_cannot_run_is_one_line(tmp_path, name, flags, words):
     assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
+@pytest.mark.parametrize(
+    "raised", [UserError("config.lrn=3: expected True or False"), OSError(28, "No space left", "x")]
+)
+def test_an_error_names_its_own_cause(tmp_path, monkeypatch, raised):
+    def run(study):
+        raise raised
+
+    module = SimpleNamespace(__spec__=SimpleNamespace(name="experiments.fails"), __doc__="Fails.", BUDGETS={}, run=run)
+    monkeypatch.setattr(sys, "argv", ["fails", f"--workdir={tmp_path}", "--quick"])
+    with pytest.raises(SystemExit) as stop:
+        study.main(module)
+    assert stop.value.code == f"Error: {raised}"
+
+
+def test_a_workdir_that_cannot_be_created_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    done = experiment("filters", f"--workdir={tmp_path}/file", "--quick")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert f"--workdir={tmp_path}/file" in done.stderr and "expected a folder to write to" in done.stderr
+
+
+def test_the_help_of_summary():
+    done = experiment("summary", "--help")
+    assert done.returncode == 0 and "Write the table of experiments/README.md" in done.stdout
+
+
 def test_the_notebook_from_top_to_bottom(fashion_mnist, tmp_path, monkeypatch):
     cells = json.loads((ROOT / "experiments" / "explore.ipynb").read_text())["cells"]
     monkeypatch.chdir(tmp_path)
@@ -237,4 +265,4 @@ def test_the_notebook_from_top_to_bottom(fashion_mnist, tmp_path, monkeypatch):
     assert names["run"].step == 20 and names["result"]["steps"] == 20
     influence = names["influence"]
     assert influence["pool2"] == 0 and influence["conv3"] > 0
-    assert {p.stem for p in Path("explored").glob("*.png")} == {"lighting", "lrn", "maps", "neighbours", "predictions"}
+    assert {p.stem for p in Path("explored").glob("*.png")} == {"lighting", "lrn", "maps", "neighbors", "predictions"}

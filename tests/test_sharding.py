@@ -72,7 +72,7 @@ def test_the_compiled_step_communicates_what_the_paper_says_and_nothing_else(dat
     if (data, tower) == (2, 2):  # conv3 sees 3×3 maps of 16 channels, 8 images on each device: by hand, in bytes
         conv3 = [c for c in found if c["layer"] == "conv3" and c["axis"] == "tower"]
         assert [c["kind"] for c in conv3] == ["all-gather", "reduce-scatter"]
-        assert {c["whole"] for c in conv3} == {4 * 8 * 3 * 3 * 16} and {c["received"] for c in conv3} == {
+        assert {c["array_bytes"] for c in conv3} == {4 * 8 * 3 * 3 * 16} and {c["received"] for c in conv3} == {
             2 * 8 * 9 * 16
         }
 
@@ -116,11 +116,11 @@ def test_the_harness_measures_every_layout(tmp_path):
     one = by_name["one_device"]
     assert not one["collectives"] and one["optimizer_bytes"] == one["parameter_bytes"] > 0
     assert by_name["tower"]["parameter_bytes"] * 2 == one["parameter_bytes"]
-    assert by_name["fully_sharded"]["parameter_bytes"] * 8 == one["parameter_bytes"]
-    gathered = {c["layer"] for c in by_name["fully_sharded"]["collectives"] if c["kind"] == "all-gather"}
+    assert by_name["fsdp"]["parameter_bytes"] * 8 == one["parameter_bytes"]
+    gathered = {c["layer"] for c in by_name["fsdp"]["collectives"] if c["kind"] == "all-gather"}
     assert {"conv1", "conv5", "fc6", "fc8"} <= gathered
     back = [c for c in by_name["one_weird_trick"]["collectives"] if c["layer"] == "fc6" and c["backward"]]
-    assert all(c["whole"] < 4 * (16 * 32 + 32) for c in back)  # fc6's gradient stays where its kernel is
+    assert all(c["array_bytes"] < 4 * (16 * 32 + 32) for c in back)  # fc6's gradient stays where its kernel is
     for record in records:
         assert record["step_s"] > 0 and record["compile_s"] > 0 and record["temporary_bytes"] > 0
         assert record["received_bytes"] >= record["minimum_bytes"]

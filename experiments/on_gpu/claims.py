@@ -179,7 +179,7 @@ def first_filters(results: Results, of: Study, dataset: Dataset, test: data.Exam
     runs = results.train("filters", "11×11", task_of(config, dataset, train), epochs, seeds, test, parts=1)
     kernels = np.asarray(runs.state.params["conv1"]["kernel"])
     for run, kernel in zip(results.records["experiments"]["filters"]["11×11"]["runs"], kernels, strict=True):
-        values = filters.colourfulness(kernel)
+        values = filters.colorfulness(kernel)
         difference, chance = filters.specialization(values)
         run |= {"colorfulness": values.tolist(), "difference": difference, "chance": chance}
     np.savez_compressed(results.path.with_name("filters.npz"), kernels=kernels.astype(np.float16))

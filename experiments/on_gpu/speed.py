@@ -23,9 +23,9 @@ from alexnet_jax.errors import one_line
 from alexnet_jax.ops import OPS, PLAIN, Ops
 from alexnet_jax.runtime.files import write_json
 from experiments import measure
-from experiments.benchmark import Call, inference, training_step
-from experiments.layers import step_bytes
-from experiments.peer import Peer, network
+from experiments.benchmark.layers import step_bytes
+from experiments.benchmark.peer import Peer, network
+from experiments.benchmark.programs import Call, inference, training_step
 
 # In the place of the operations that the network takes by default on this device.
 VARIANTS: dict[str, Ops | None] = {
@@ -97,7 +97,7 @@ def measure_case(
     if peer and case.ops == "default":
         what = {"network": network(model, shape), "batch": case.batch, "dtype": "bfloat16", **TORCH}
         answer = peer.ask("open", name=str(case), train=case.mode == "training", **what)
-        answer = answer or {"error": peer.last_words()}
+        answer = answer or {"error": peer.last_error()}
     call = future.result()
     record = call.cost | {"bytes": step_bytes(model, case.batch, shape)[case.mode]}
     record |= time_case(case, call, peer if answer and "error" not in answer else None)

@@ -1,4 +1,4 @@
-"""What a compiled program communicates: its collectives, each with its layer, its mesh axis and its bytes."""
+"""Read the collectives of a compiled program: the layer, the mesh axis and the bytes of each."""
 
 import re
 from collections import Counter
@@ -21,20 +21,20 @@ _OPERAND = re.compile(r"%([\w.\-]+)")
 
 
 class Collective(NamedTuple):
-    """One array that the devices of a group exchange."""
+    """One array that the devices of a group communicate."""
 
     kind: str  # one of KINDS
-    layer: str  # conv1 … fc8; "metrics" for what belongs to no layer
+    layer: str  # conv1 … fc8; "metrics" for loss and error
     axis: str  # the mesh axes that the group spans, joined by "+"
     backward: bool
-    whole: int  # bytes of the array: after a gather, before a scatter, on each device of an all-reduce
+    array_bytes: int  # of the array after a gather, before a scatter, on each device of an all-reduce
     received: int  # bytes that reach each device when the group passes its parts around a ring
 
     @classmethod
-    def make(cls, kind: str, layer: str, axis: str, backward: bool, whole: int, parts: int) -> "Collective":
-        once = whole * (parts - 1) // parts
-        received = {"all-reduce": 2 * once, "collective-permute": whole}.get(kind, once)
-        return cls(kind, layer, axis, backward, whole, received)
+    def make(cls, kind: str, layer: str, axis: str, backward: bool, array_bytes: int, parts: int) -> "Collective":
+        once = array_bytes * (parts - 1) // parts
+        received = {"all-reduce": 2 * once, "collective-permute": array_bytes}.get(kind, once)
+        return cls(kind, layer, axis, backward, array_bytes, received)
 
 
 class _Instruction(NamedTuple):
@@ -47,7 +47,7 @@ class _Instruction(NamedTuple):
 
 
 def _bytes(shape: str) -> int:
-    """The bytes of an array's or a tuple's shape, as HLO writes it."""
+    """Return the bytes of an array's or a tuple's shape, as HLO writes it."""
     total = 0
     for dtype, sizes in _ARRAY.findall(shape):
         bits = _BITS.get(dtype) or int(re.search(r"\d+$", dtype).group())
@@ -56,13 +56,13 @@ def _bytes(shape: str) -> int:
 
 
 def _parse(text: str) -> tuple[dict[str, _Instruction], dict[str, list[str]]]:
-    """All instructions by name, and the names in each computation."""
+    """Return all instructions by name, and the names in each computation."""
     instructions, computations, current = {}, {}, []
     for line in text.splitlines():
         if start := _COMPUTATION.match(line):
             current = computations.setdefault(start.group(1), [])
-        elif found := _INSTRUCTION.match(line):
-            name, shape, opcode, rest = found.groups()
+        elif match := _INSTRUCTION.match(line):
+            name, shape, opcode, rest = match.groups()
             arguments = rest.partition("), ")[0] if "), " in rest else rest
             op_name = re.search(r'op_name="([^"]*)"', rest)
             calls = re.search(r"calls=%?([\w.\-]+)", rest)
@@ -79,7 +79,7 @@ def _named_layer(op_name: str) -> str | None:
 
 
 def _groups(line: str) -> list[frozenset[int]]:
-    """The groups of device numbers among which a collective works; none stands for all devices in one."""
+    """Return the groups of device numbers of a collective; none stands for one group of all devices."""
     if listed := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}", line):
         return [frozenset(map(int, g.split(","))) for g in re.findall(r"\{([\d,]+)\}", listed.group(1))]
     if "replica_groups={}" in line:  # all devices as one group
@@ -99,7 +99,7 @@ def _groups(line: str) -> list[frozenset[int]]:
 
 
 def _axis(groups: list[frozenset[int]], mesh: Mesh) -> tuple[str, int]:
-    """The smallest set of mesh axes that holds every group, and the size of a group."""
+    """Return the smallest set of mesh axes that contains every group, and the size of a group."""
     numbers = np.arange(mesh.size).reshape(mesh.devices.shape)
     wide = [axis for axis in mesh.axis_names if mesh.shape[axis] > 1]
     for count in range(1, len(wide) + 1):
@@ -108,30 +108,30 @@ def _axis(groups: list[frozenset[int]], mesh: Mesh) -> tuple[str, int]:
             rows = np.moveaxis(numbers, places, range(-count, 0)).reshape(-1, prod(mesh.shape[a] for a in axes))
             if all(any(group <= set(row) for row in rows.tolist()) for group in groups):
                 return "+".join(axes), max(map(len, groups))
-    raise ValueError(f"the groups {groups} do not belong to the mesh {dict(mesh.shape)}")
+    raise ValueError(f"the groups {groups} are not those of any axes of the mesh {dict(mesh.shape)}")
 
 
 def collectives(text: str, mesh: Mesh) -> list[Collective]:
-    """The collectives of one program, in the order of LAYERS, forward before backward.
+    """Return the collectives of a program, in the order of LAYERS, forward before backward.
 
     Args:
       text: `compiled.as_text()` of a program compiled for the mesh.
 
-    An array inside a combined collective counts for itself, under the layer whose operation made it. Arrays with the
-    same kind, layer, axis and direction (a kernel's and a bias's gradient) are added up.
+    Each array of a combined collective is counted alone, under the layer whose operation produced it. Arrays of the
+    same kind, layer, axis and direction (the gradients of a kernel and of its bias) are summed.
     """
     instructions, computations = _parse(text)
 
     def origin(name: str, depth: int = 0) -> str:
-        """The op_name of the operation of a layer that made an array."""
-        made = instructions.get(name)
-        if made is None or depth > 8:
+        """Return the op_name of the layer's operation that produced an array."""
+        instruction = instructions.get(name)
+        if instruction is None or depth > 8:
             return ""
-        inside = [instructions[i].op_name for i in computations.get(made.calls, ())]
-        for op_name in (made.op_name, *reversed(inside)):
+        inside = [instructions[i].op_name for i in computations.get(instruction.calls, ())]
+        for op_name in (instruction.op_name, *reversed(inside)):
             if _named_layer(op_name):
                 return op_name
-        return next(filter(None, (origin(operand, depth + 1) for operand in made.operands)), "")
+        return next(filter(None, (origin(operand, depth + 1) for operand in instruction.operands)), "")
 
     sums: Counter[tuple] = Counter()
     for instruction in instructions.values():
@@ -143,9 +143,9 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
             continue
         axis, parts = _axis(groups, mesh)
         for operand in instruction.operands:
-            own, made = instruction.op_name, origin(operand)
-            alone = len(instruction.operands) == 1  # a combined collective bears the name of one of its parts
-            op_name = own if _named_layer(own) and alone else made
+            own, producer = instruction.op_name, origin(operand)
+            alone = len(instruction.operands) == 1  # a combined collective has the name of one of its parts
+            op_name = own if _named_layer(own) and alone else producer
             layer = _named_layer(op_name) or "metrics"
             if "[]" in instructions[operand].shape:  # the loss and the error are the only scalars
                 layer, op_name, own = "metrics", "", ""
@@ -153,5 +153,5 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
             backward = "transpose(" in own or "transpose(" in op_name
             sums[kind, layer, axis, backward, parts] += size
     order = {layer: i for i, layer in enumerate(LAYERS)}
-    found = [Collective.make(*key[:4], whole, key[4]) for key, whole in sums.items()]
-    return sorted(found, key=lambda c: (c.backward, order.get(c.layer, len(order)), c.axis, c.kind))
+    summed = [Collective.make(*key[:4], array_bytes, key[4]) for key, array_bytes in sums.items()]
+    return sorted(summed, key=lambda c: (c.backward, order.get(c.layer, len(order)), c.axis, c.kind))

@@ -1,4 +1,4 @@
-"""PyTorch beside us: `torch_alexnet` as a process, and whether it computes the same."""
+"""PyTorch in a process of its own: `torch_alexnet`, and how far its results are from ours."""
 
 import contextlib
 import json
@@ -12,11 +12,19 @@ import jax
 import numpy as np
 
 from alexnet_jax import AlexNet, cross_entropy, paper_sgd
+from alexnet_jax.errors import UserError
 from alexnet_jax.train_step import create_state
 
 
 class Peer:
-    """`torch_alexnet` as a process; `ask` sends it a request and waits for the answer."""
+    """A process of `torch_alexnet`.
+
+    Args:
+      python: a Python interpreter.
+
+    Raises:
+      UserError: it cannot be started.
+    """
 
     def __init__(self, python: str):
         command = [python, str(Path(__file__).with_name("torch_alexnet.py"))]
@@ -26,25 +34,26 @@ class Peer:
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
             )
         except OSError as error:
-            raise ValueError(f"--torch-python={python}: {error.strerror}") from None
+            raise UserError(f"--torch-python={python}: {error.strerror}; expected a Python interpreter") from None
 
     def ask(self, ask: str, **what: Any) -> dict[str, Any] | None:
-        """None if the process has ended, as it does where PyTorch is not installed; `last_words` says why."""
+        """Send a request and return the answer; None if the process has ended, as it does without PyTorch."""
         try:
             self.process.stdin.write(json.dumps({"ask": ask, **what}) + "\n")
             self.process.stdin.flush()
             return json.loads(self.process.stdout.readline() or "null")
-        except (BrokenPipeError, ValueError):  # it has ended, or is no Python
+        except (BrokenPipeError, ValueError):  # it has ended, or is not Python
             return None
 
-    def last_words(self) -> str:
-        """What the process said of its end: an exception's message in one line."""
+    def last_error(self) -> str:
+        """Return the message of the exception that ended the process, on one line."""
         self._errors.seek(0)
         lines = self._errors.read().strip().splitlines() or ["its process has ended"]
         first = max((i for i, line in enumerate(lines) if re.match(r"[\w.]+(Error|Exception)\b", line)), default=-1)
         return " ".join(lines[first:])
 
     def close(self) -> None:
+        """End the process."""
         with contextlib.suppress(BrokenPipeError):  # it has ended
             self.process.stdin.close()
         self.process.wait()
@@ -52,21 +61,21 @@ class Peer:
 
 
 def network(model: AlexNet, shape: tuple[int, int, int]) -> dict[str, Any]:
-    """What `torch_alexnet.AlexNet` is to be."""
+    """Return the arguments of `torch_alexnet.AlexNet` for the same network."""
     return {"image": shape[0], "channels": shape[2], "classes": model.num_classes, "widths": list(model.widths)}
 
 
 def differences(peer: Peer, model: AlexNet, shape: tuple[int, int, int], batch: int = 4) -> dict[str, float]:
-    """How far PyTorch's logits and gradients are from ours on the same weights and images, without dropout.
+    """Return how far PyTorch's logits and gradients are from ours on the same weights and images, without dropout.
 
     Args:
       shape: [H, W, C] of an image.
 
     Returns:
-      For the logits and each parameter's gradient, the largest difference by the largest element.
+      For the logits and each parameter's gradient, the largest difference divided by the largest element.
 
     Raises:
-      ValueError: PyTorch does not compute them.
+      UserError: PyTorch raises an error.
     """
     random = np.random.default_rng(1)
     images = random.integers(-128, 128, (batch, *shape)).astype(np.float32)
@@ -85,7 +94,7 @@ def differences(peer: Peer, model: AlexNet, shape: tuple[int, int, int], batch: 
         np.savez(source, images=images, labels=labels, **_by_path(params))
         answer = peer.ask("compute", network=network(model, shape), source=source, target=target)
         if answer is None or "error" in answer:
-            raise ValueError(f"PyTorch computes nothing: {(answer or {'error': peer.last_words()})['error']}")
+            raise UserError(f"PyTorch failed: {(answer or {'error': peer.last_error()})['error']}")
         theirs = np.load(target)
         return {k: float(np.abs(v - theirs[k]).max() / np.abs(v).max()) for k, v in ours.items()}
 

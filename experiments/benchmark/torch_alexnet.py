@@ -1,7 +1,7 @@
-"""The paper's network in PyTorch, the peer that `experiments.benchmark` alternates with.
+"""The paper's network in PyTorch, which the benchmark alternates with.
 
-A process of its own, `python experiments/torch_alexnet.py`, that needs torch and numpy alone: each line of standard
-input is a request in JSON, each line of standard output its answer. Arrays are passed in JAX's layout.
+It runs as a script in a process of its own and imports only torch and numpy. Each line of standard input is a request
+in JSON, each line of standard output its answer. Arrays have JAX's layout.
 """
 
 import json
@@ -18,7 +18,7 @@ LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
 
 
 class AlexNet(nn.Module):
-    """Section 3.5, with `groups=2` where a layer stays inside its tower; [B, C, H, W] to logits."""
+    """The network of section 3.5, with `groups=2` where a layer is confined to its tower; [B, C, H, W] to logits."""
 
     def __init__(self, image: int, channels: int, classes: int, widths: list[int]):
         super().__init__()
@@ -28,33 +28,32 @@ class AlexNet(nn.Module):
         self.conv3 = nn.Conv2d(two, three, 3, padding=1)
         self.conv4 = nn.Conv2d(three, four, 3, padding=1, groups=2)
         self.conv5 = nn.Conv2d(four, five, 3, padding=1, groups=2)
-        self.hang = -(image - 11) % 4  # the output size is rounded up
-        side = (image + self.hang - 11) // 4 + 1
+        self.extra_padding = -(image - 11) % 4  # ceil mode
+        side = (image + self.extra_padding - 11) // 4 + 1
         for _ in range(3):
             side = (side - 3) // 2 + 1
         self.fc6 = nn.Linear(side * side * five, six)
         self.fc7 = nn.Linear(six, seven)
         self.fc8 = nn.Linear(seven, classes)
 
-    def norm(self, x):
-        # PyTorch divides α by n.
+    def lrn(self, x):  # section 3.3; PyTorch divides α by n
         return torch.cat([F.local_response_norm(t, 5, alpha=5 * 1e-4, beta=0.75, k=2.0) for t in x.chunk(2, 1)], 1)
 
-    def drop(self, x):  # section 4.2; PyTorch's scales by 2 in training and not in testing
+    def dropout(self, x):  # section 4.2; PyTorch's scales by 2 in training
         return 0.5 * F.dropout(x, 0.5, self.training)
 
     def forward(self, x):
-        x = F.pad(x, (0, self.hang, 0, self.hang))
-        x = F.max_pool2d(self.norm(F.relu(self.conv1(x))), 3, 2)
-        x = F.max_pool2d(self.norm(F.relu(self.conv2(x))), 3, 2)
+        x = F.pad(x, (0, self.extra_padding, 0, self.extra_padding))
+        x = F.max_pool2d(self.lrn(F.relu(self.conv1(x))), 3, 2)
+        x = F.max_pool2d(self.lrn(F.relu(self.conv2(x))), 3, 2)
         x = F.relu(self.conv4(F.relu(self.conv3(x))))
         x = F.max_pool2d(F.relu(self.conv5(x)), 3, 2).flatten(1)
-        x = self.drop(F.relu(self.fc6(x)))
-        return self.fc8(self.drop(F.relu(self.fc7(x))))
+        x = self.dropout(F.relu(self.fc6(x)))
+        return self.fc8(self.dropout(F.relu(self.fc7(x))))
 
 
 def _to_torch(layer: str, kernel: np.ndarray, last_maps: int) -> np.ndarray:
-    """HWIO to OIHW, or [in, out] to [out, in]; fc6 reads the maps channel by channel."""
+    """Return a kernel HWIO as OIHW, or [in, out] as [out, in]; fc6 reads the maps channel by channel."""
     if kernel.ndim == 4:
         return kernel.transpose(3, 2, 0, 1)
     if layer == "fc6":
@@ -74,9 +73,9 @@ def _to_jax(layer: str, kernel: np.ndarray, last_maps: int) -> np.ndarray:
 
 
 def compute(network: dict, source: str, target: str) -> dict:
-    """Logits and gradients without dropout, of the images, labels and parameters in one .npz file, into another.
+    """Write logits and gradients without dropout into a .npz file, from images, labels and parameters in another.
 
-    In float64: in float32 two nearly equal pixels of a pooling window may change places, and their gradients with them.
+    In float64: in float32 another of two nearly equal pixels may be the maximum of a pooling window.
     """
     arrays = {name: array.astype(np.float64) for name, array in np.load(source).items()}
     net = AlexNet(**network).double().eval()
@@ -88,17 +87,17 @@ def compute(network: dict, source: str, target: str) -> dict:
             getattr(net, layer).bias.copy_(torch.from_numpy(arrays[f"{layer}/bias"]))
     logits = net(torch.from_numpy(arrays["images"].transpose(0, 3, 1, 2).copy()))
     F.cross_entropy(logits, torch.from_numpy(arrays["labels"]).long()).backward()
-    found = {"logits": logits.detach().numpy()}
+    results = {"logits": logits.detach().numpy()}
     for layer in LAYERS:
         module = getattr(net, layer)
-        found[f"{layer}/kernel"] = _to_jax(layer, module.weight.grad.numpy(), last_maps)
-        found[f"{layer}/bias"] = module.bias.grad.numpy()
-    np.savez(target, **found)
+        results[f"{layer}/kernel"] = _to_jax(layer, module.weight.grad.numpy(), last_maps)
+        results[f"{layer}/bias"] = module.bias.grad.numpy()
+    np.savez(target, **results)
     return {}
 
 
 class Timed:
-    """Training steps or inference on one random batch that lies on the device."""
+    """Train steps or inference on one random batch, which stays on the device."""
 
     def __init__(self, network: dict, batch: int, train: bool, dtype: str, compiled: bool, channels_last: bool):
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -128,9 +127,9 @@ class Timed:
             return F.softmax(self.net(self.images), dim=1)
 
     def seconds(self, steps: int) -> float:
-        """Of so many steps after one that is not counted, the device waited for at the end."""
+        """Return the seconds of so many steps after one that is not counted, until the device has finished."""
         cuda = self.device == "cuda"
-        self.step()  # takes the memory again that the others had meanwhile
+        self.step()  # allocates the memory again that the other programs had meanwhile
         if cuda:
             torch.cuda.synchronize()
         start = time.perf_counter()
@@ -139,14 +138,14 @@ class Timed:
         if cuda:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
-        if cuda:  # so that all forms and JAX find room on it
+        if cuda:  # memory for the other modes and for JAX
             torch.cuda.empty_cache()
         return seconds
 
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a compiler prints does not belong to the answers
+    os.dup2(2, 1)  # the output of a compiler is not an answer
     timed = {}
     for line in sys.stdin:
         request = json.loads(line)
@@ -166,7 +165,7 @@ def main() -> None:
             else:
                 timed.clear()
                 answer = {}
-        except Exception as error:  # one form that fails (no compiler, no memory) leaves the others
+        except Exception as error:  # a mode may fail (no compiler, no memory) without ending the others
             answer = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
         print(json.dumps(answer), file=answers, flush=True)
 

@@ -1,0 +1,111 @@
+"""The plots of the benchmark: layers under the roofline, images/s compared with PyTorch, growth and devices."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from experiments.benchmark.report import LEAST, Record, dtypes_of
+from experiments.command import save_figure
+
+
+def plot(records: Record, path: Path) -> None:
+    """Plot the parts that were measured."""
+    panels = []
+    if part := records.get("layers"):
+        panels += [(partial(_draw_roofline, dtype=dtype), part) for dtype in dtypes_of(part)]
+    if part := records.get("step"):
+        measured = dict.fromkeys((case["pass"], case["dtype"]) for case in part["cases"])
+        panels += [(partial(_draw_speed, which=which, dtype=dtype), part) for which, dtype in measured]
+    others = {"growth": _draw_growth, "devices": _draw_devices}
+    panels += [(draw, records[name]) for name, draw in others.items() if name in records]
+    if not panels:
+        return
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(6.2 * columns, 5 * rows), layout="constrained")
+    for i, (draw, part) in enumerate(panels):
+        axes = figure.add_subplot(rows, columns, i + 1)
+        draw(axes, part)
+        axes.grid(alpha=0.3)
+        axes.set_title(f"{axes.get_title()}: {part['device']}, {part['date']}", fontsize=10)
+        axes.legend(fontsize=8, frameon=False)
+    save_figure(figure, path)
+
+
+def _draw_roofline(axes: Axes, part: Record, dtype: str) -> None:
+    layers = [r for r in part["layers"] if r["flops"] > 0 and r["seconds"] > LEAST and r["dtype"] == dtype]
+    intensity = [r["flops"] / r["bytes"] for r in layers]
+    top, copy = part["rates"]["matmul"][dtype], part["rates"]["copy"]
+    reach = np.array([min(intensity) / 4, top / copy, max(intensity) * 8])  # room for names
+    axes.loglog(reach, np.minimum(top, copy * reach) / 1e9, "k-", linewidth=1, label="roofline")
+    for which in ("forward", "backward", "update"):
+        points = [r for r in layers if r["pass"] == which]
+        x, y = ([r["flops"] / r[by] / unit for r in points] for by, unit in (("bytes", 1), ("seconds", 1e9)))
+        axes.loglog(x, y, "o", markersize=4, label=which)
+        _label(axes, [r["layer"] for r in points], x, y, "right" if which == "backward" else "left")
+    axes.set(
+        xlabel="FLOP per byte (minimum of bytes)", ylabel="GFLOP/s", title=f"Layers, {dtype}, {part['batch']} images"
+    )
+
+
+def _label(axes: Axes, names: Sequence[str], x: Sequence[float], y: Sequence[float], side: str) -> None:
+    """Write names next to their points, on a logarithmic scale; points that are close share one label."""
+    at = np.log10(np.array([x, y])).T
+    apart = np.abs(at[:, None] - at[None]) > (0.3, 0.07)  # decades: what a label covers
+    groups = {}
+    for i, name in enumerate(names):
+        first = next((j for j in groups if not apart[i, j].any()), i)
+        groups.setdefault(first, []).append(name)
+    for i, together in groups.items():
+        axes.annotate(", ".join(together), (x[i], y[i]), fontsize=7, ha="left" if side == "right" else "right",
+                      va="center", xytext=(5 if side == "right" else -5, 0), textcoords="offset points")  # fmt: skip
+
+
+def _draw_speed(axes: Axes, part: Record, which: str, dtype: str) -> None:
+    cases = [c for c in part["cases"] if c["pass"] == which and c["dtype"] == dtype]
+    curves = {"this project": [(c["batch"], c["images_per_s"]) for c in cases]}
+    for mode in dict.fromkeys(peer["mode"] for case in cases for peer in case["peers"]):
+        speeds = [{peer["mode"]: peer["images_per_s"] for peer in case["peers"]} for case in cases]
+        # NaN: no line over a batch at which it was not measured.
+        curves[f"PyTorch {mode}"] = [(c["batch"], s.get(mode, np.nan)) for c, s in zip(cases, speeds, strict=True)]
+    for name, points in curves.items():
+        axes.plot(*zip(*points, strict=True), "o-", markersize=4, label=name)
+    _count_axis(axes, [c["batch"] for c in cases])
+    axes.set(xlabel="batch", ylabel="images/s", title=f"{which.capitalize()}, {dtype}")
+
+
+def _count_axis(axes: Axes, counts: Sequence[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(counts, map(str, counts))
+    axes.set_ylim(bottom=0)
+
+
+def _draw_growth(axes: Axes, part: Record) -> None:
+    for name, curve in part["curves"].items():
+        x, y = ([point[key] for point in curve] for key in ("flops", "seconds"))
+        label = f"{name} {curve[0]['value']} to {curve[-1]['value']}: exponent {part['exponents'][name]:.2f}"
+        axes.loglog(np.array(x) / 1e9, y, "o-", markersize=4, label=label)
+    low, high = axes.get_xlim()
+    start = axes.get_ylim()[0]
+    axes.loglog((low, high), (start, start * high / low), "k:", linewidth=1, label="linear")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set(xlabel="GFLOP per step", ylabel="seconds per step", title="Growth")
+
+
+def _draw_devices(axes: Axes, part: Record) -> None:
+    counts, seconds = ([point[key] for point in part["curve"]] for key in ("value", "seconds"))
+    axes.plot(counts, seconds, "o-", markersize=4, label="measured")
+    # Virtual devices share the cores: linear cost is the time of one device. Real ones divide it.
+    axes.plot(
+        counts, [seconds[0] / (1 if part["virtual"] else n) for n in counts], "k:", linewidth=1, label="linear cost"
+    )
+    _count_axis(axes, counts)
+    kind = "virtual devices" if part["virtual"] else "devices"
+    axes.set(xlabel=kind, ylabel="seconds per step", title=f"Data parallel, {part['batch']} images")

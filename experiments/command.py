@@ -1,0 +1,40 @@
+"""What the commands of the experiments share: errors on one line, the working directory, and its files."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from alexnet_jax.errors import UserError
+from alexnet_jax.runtime.files import replaced
+
+
+@contextlib.contextmanager
+def errors_on_one_line() -> Iterator[None]:
+    """Exit with code 1 and the text of an error that the user can mend; any other error keeps its traceback."""
+    try:
+        yield
+    except (UserError, OSError) as error:
+        sys.exit(f"Error: {error}")
+
+
+def make_workdir(path: Path) -> None:
+    """Create a working directory if it does not exist; raises UserError if it cannot be created."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--workdir={path}: {error.strerror}; expected a folder to write to") from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, the complete file or nothing."""
+    with replaced(path) as temporary:
+        temporary.write_text(text)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, the complete file or nothing."""
+    with replaced(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
