@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ from jax.test_util import check_grads
 from scipy.signal import correlate2d
 
 from alexnet_jax import OPS, PLAIN, ops
-from alexnet_jax.ops import lrn
+from alexnet_jax.ops import CUDA, lrn
 
 
 class LocalResponseNormTest(chex.TestCase):
@@ -213,3 +215,15 @@ def test_plain_operations_compute_the_same_and_have_forward_mode(name):
     if name != "dropout":
         with pytest.raises(TypeError, match="forward-mode"):
             jax.jvp(by_hand, (x,), (x,))
+
+
+@pytest.mark.parametrize("platform,kind,expected", [
+    ("cpu", "cpu", OPS), ("gpu", "NVIDIA H100 80GB HBM3", CUDA), ("gpu", "AMD Instinct MI300X", OPS),
+    ("tpu", "TPU v5e", OPS),
+])  # fmt: skip
+def test_the_operations_for_a_device(platform, kind, expected):
+    assert ops.ops_for(SimpleNamespace(platform=platform, device_kind=kind)) is expected
+
+
+def test_a_cpu_takes_the_operations_by_hand():
+    assert ops.ops_for(jax.devices("cpu")[0]) is OPS and OPS.relu_lrn_pool is None

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import reference
 from jax import lax
-from test_model import KERNELS, MAPS, SMALL, images_of, shapes, small_params
+from networks import KERNELS, MAPS, SMALL, images_of, shapes, small_params
 
 from alexnet_jax import OPS, AlexNet, Stem, activations, paper_sgd, sharding
 from alexnet_jax.config import ConfigError, check_config
