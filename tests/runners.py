@@ -1,6 +1,5 @@
 """What several test files use: paths, a tiny config, commands as a user starts them, and checkpoints."""
 
-import io
 import json
 import os
 import socket
@@ -12,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from PIL import Image
+import synthetic_data
 
 from alexnet_jax.configs import fashion_mnist
 
@@ -29,8 +28,11 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 # Code is compiled in less than half the time, and so is the suite; the program that it is made from is the same.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
-# A network of the same eight layers that trains in seconds, on a part of the real data.
+SYNTHETIC = ("--config.dataset=synthetic", f"--config.data_dir={synthetic_data.DATA_DIR}")  # of the fixture `synthetic`
+
+# A network of the same eight layers that trains in seconds.
 TINY = (
+    *SYNTHETIC,
     "--config.widths=8,16,16,16,16,32,32",
     "--config.kernel_std=0.28,0.1,0.12,0.12,0.12,0.3,0.25,0.05",
     "--config.train_split=train[:1000]",
@@ -52,6 +54,7 @@ SHARD = 8  # images in a shard of a data set that is prepared here
 def tiny_config(**fields):
     """The config of `TINY` with other steps, and some fields changed."""
     config = fashion_mnist.get_config()
+    config.dataset, config.data_dir = "synthetic", str(synthetic_data.DATA_DIR)
     config.widths = (8, 16, 16, 16, 16, 32, 32)
     config.kernel_std = (0.28, 0.1, 0.12, 0.12, 0.12, 0.3, 0.25, 0.05)
     config.train_split, config.validation_split, config.test_split = "train[:1000]", "train[1000:1200]", "test[:200]"
@@ -157,19 +160,6 @@ def corrupt(path, how="truncated"):
         path.write_bytes(content)
     else:
         path.unlink()
-
-
-def photograph(seed, width, height):
-    """Smooth colors, as uint8 [height, width, 3]."""
-    small = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), dtype=np.uint8)
-    return np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
-
-
-def encoded(image, file_format="JPEG", **options):
-    """An image as a file."""
-    file = io.BytesIO()
-    image.save(file, file_format, **options)
-    return file.getvalue()
 
 
 def files_of(folder):

@@ -16,7 +16,7 @@ def entries(folder):
     return {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
 
 
-def test_the_second_start_compiles_nothing_and_ends_the_same(fashion_mnist, tmp_path):
+def test_the_second_start_compiles_nothing_and_ends_the_same(synthetic, tmp_path):
     def run(workdir):
         flags = (*TINY, "--config.num_train_steps=10", f"--compile_cache={tmp_path}/programs")
         code, output = run_main(workdir, *flags, env=USERS)

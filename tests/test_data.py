@@ -32,18 +32,18 @@ def test_prepared_set_holds_exactly_the_original_examples(fashion_mnist, idx_fol
         assert _rows(images, labels) == _rows(original, classes)
 
 
-def test_parts_of_a_split(fashion_mnist):
-    whole = data.load(fashion_mnist, "test[:100]")
-    part = data.load(fashion_mnist, "test[30:50]")
-    np.testing.assert_array_equal(part.images, whole.images[30:50])
-    np.testing.assert_array_equal(part.labels, whole.labels[30:50])
-    assert data.split_size(fashion_mnist, "train[:10%]") == 6000
+def test_parts_of_a_split(synthetic):
+    split = data.load(synthetic, "test[:100]")
+    part = data.load(synthetic, "test[30:50]")
+    np.testing.assert_array_equal(part.images, split.images[30:50])
+    np.testing.assert_array_equal(part.labels, split.labels[30:50])
+    assert data.split_size(synthetic, "train[:10%]") == 120
 
 
 @pytest.mark.parametrize("split,words", [("valid", "it has"), ("train[", "it has"), ("train[5:5]", "empty")])
-def test_missing_splits(fashion_mnist, split, words):
+def test_missing_splits(synthetic, split, words):
     with pytest.raises(DataError, match=words):
-        data.load(fashion_mnist, split)
+        data.load(synthetic, split)
 
 
 def test_unknown_and_unprepared_data_sets(tmp_path):
@@ -169,8 +169,8 @@ def test_debians_package_needs_no_root(idx_folder):
     assert files == {name: (idx_folder / name).read_bytes() for name in fashion_mnist_files()}
 
 
-def test_an_epoch_is_a_permutation(fashion_mnist):
-    examples = data.load(fashion_mnist, "test[:103]")
+def test_an_epoch_is_a_permutation(synthetic):
+    examples = data.load(synthetic, "test[:103]")
     examples = data.Examples(examples.images, np.arange(103, dtype=np.int32))  # labels that tell which example it is
     device_data = data.DeviceData(examples, 20)
     key = jax.random.key(0)

@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 import ml_collections
 import pytest
+from runners import ROOT, SYNTHETIC, run_main
 
 from alexnet_jax.configs import default
 
-ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 A_RUN = "a run in runs/"
 PROGRAMS = {"pip", "pytest", "ruff", "python", "python3", "source", ".ci/run"}
@@ -115,12 +115,11 @@ def test_python_examples(page):
             execute(block, names)
 
 
-def test_examples_of_a_run(fashion_mnist, tmp_path, monkeypatch):
+def test_examples_of_a_run(synthetic, tmp_path, monkeypatch):
     flags = "--config.train_split=train[:500] --config.validation_split=train[500:600] --config.test_split=test[:100]"
     flags += " --config.widths=8,16,16,16,16,32,32 --config.num_train_steps=2 --config.eval_every=2"
-    command = [sys.executable, "-m", "alexnet_jax.main", "--workdir", str(tmp_path / "runs"), *flags.split()]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    code, output = run_main(tmp_path / "runs", *SYNTHETIC, *flags.split())
+    assert code == 0, output
     monkeypatch.chdir(tmp_path)
     blocks = [block for block in BLOCKS if block.needs == A_RUN]
     assert blocks

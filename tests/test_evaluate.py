@@ -68,7 +68,7 @@ def test_a_network_with_equal_outputs_is_wrong_every_time(problem):
 
 
 @pytest.fixture(scope="module")
-def runs(fashion_mnist, tmp_path_factory):
+def runs(synthetic, tmp_path_factory):
     """Two trainings that differ in their seed."""
     folders = [tmp_path_factory.mktemp(f"seed{seed}") for seed in (0, 1)]
     for seed, folder in enumerate(folders):
@@ -76,7 +76,7 @@ def runs(fashion_mnist, tmp_path_factory):
     return folders
 
 
-def test_the_command_averages_the_softmax_of_several_runs(runs, fashion_mnist):
+def test_the_command_averages_the_softmax_of_several_runs(runs, synthetic):
     command = [sys.executable, "-m", "alexnet_jax.evaluate", "--workdir", *map(str, runs), "--split=test[:151]"]
     before = {path: path.stat().st_mtime_ns for path in runs[0].rglob("*")}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -85,12 +85,12 @@ def test_the_command_averages_the_softmax_of_several_runs(runs, fashion_mnist):
     found = json.loads((runs[0] / "evaluation_averaged.json").read_text())
     assert f"Written to {runs[0] / 'evaluation_averaged.json'}" in done.stdout
     assert not (runs[0] / "evaluation.json").exists()  # of one network alone
-    assert found["examples"] == 151 and found["split"] == "test[:151]" and found["dataset"].startswith("fashion_mnist/")
+    assert found["examples"] == 151 and found["split"] == "test[:151]" and found["dataset"].startswith("synthetic/")
     assert found["networks"] == [{"workdir": str(run), "step": 6} for run in runs]
     assert "at step 6" in done.stdout and "paper" not in done.stdout
 
-    images, labels = data.load(fashion_mnist, "test[:151]")
-    training = data.load(fashion_mnist, "train[:1000]").images
+    images, labels = data.load(synthetic, "test[:151]")
+    training = data.load(synthetic, "train[:1000]").images
     model, preprocess = build_model(tiny_config(), 10), fit(training, 1, 28, 0, False, False, 1 / 70)
     for crops, ten_crop in (("center", False), ("ten", True)):
         p = []

@@ -6,7 +6,8 @@ import struct
 import numpy as np
 import pytest
 from PIL import Image
-from runners import PHOTOGRAPHS, encoded, photograph
+from runners import PHOTOGRAPHS
+from synthetic_data import encoded, photograph
 
 from alexnet_jax.data.images import decode, read_image, to_square
 
