@@ -25,7 +25,7 @@ CIFAR10 = TEST_DATA / "tfds"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
-# Code is compiled in less than half the time, and so is the suite; the program that it is made from is the same.
+# Without optimization, code compiles in less than half the time; what it computes is the same up to rounding.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 SYNTHETIC = ("--config.dataset=synthetic", f"--config.data_dir={synthetic_data.DATA_DIR}")  # of the fixture `synthetic`
@@ -48,7 +48,7 @@ TINY = (
 # Only process 0 may write to JAX's cache of compiled programs, so the others compile each time: fast code matters less.
 ENVIRONMENT = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
 TRAINED = dict(num_train_steps=40, eval_every=20, learning_rate=0.02)  # fields of the fixture `trained`
-SHARD = 8  # images in a shard of a data set that is prepared here
+SHARD = 8  # images in a shard of a data set that a test prepares
 
 
 def tiny_config(**fields):
@@ -72,7 +72,7 @@ def start_main(workdir, *flags, **popen):
 
 
 def run_main(workdir, *flags, **popen):
-    """Run it to the end: (exit code, output)."""
+    """Run the command of `start_main` to the end: (exit code, output)."""
     process = start_main(workdir, *flags, **popen)
     output, _ = process.communicate(timeout=300)
     return process.returncode, output
@@ -85,7 +85,7 @@ def follow(process, text):
         lines.append(line)
         if line.startswith(text):
             return
-    raise AssertionError(f"{text!r} never came:\n{''.join(lines)}")
+    raise AssertionError(f"no line begins with {text!r}:\n{''.join(lines)}")
 
 
 def start_processes(workdir, *flags, each=((), ()), environments=({}, {})):
@@ -101,7 +101,7 @@ def start_processes(workdir, *flags, each=((), ()), environments=({}, {})):
 
 
 def end(processes, within=120):
-    """Wait for all: (exit codes, outputs)."""
+    """Wait for all processes: (exit codes, outputs)."""
     deadline = time.monotonic() + within
     outputs = [p.communicate(timeout=max(1, deadline - time.monotonic()))[0] for p in processes]
     # gloo, which carries the CPU's collectives, prints what it is connected to
@@ -117,7 +117,7 @@ def losses(workdir):
 
 def saved_state(workdir, step):
     """Every array of a checkpoint, by its path in the tree, as Orbax alone reads it."""
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # for what devices saved that this process lacks
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # for arrays of devices that this process lacks
     tree = ocp.Checkpointer(ocp.StandardCheckpointHandler()).restore(
         Path(workdir).absolute() / "checkpoints" / str(step) / "state",
         args=ocp.args.StandardRestore(fallback_sharding=device),

@@ -26,10 +26,10 @@ def test_the_second_start_compiles_nothing_and_ends_the_same(synthetic, tmp_path
     compiled = run(tmp_path / "first")
     programs = entries(tmp_path / "programs")
     assert any(name.startswith("jit_train_step-") for name in programs)
-    found = run(tmp_path / "second")
+    second = run(tmp_path / "second")
     assert entries(tmp_path / "programs") == programs  # each program that is compiled is written there
     for path, leaf in compiled.items():
-        np.testing.assert_array_equal(found[path], leaf, path)
+        np.testing.assert_array_equal(second[path], leaf, path)
 
 
 COMPILE = """

@@ -26,7 +26,7 @@ def test_the_output(uninterrupted):
         assert text in output, text
 
 
-def test_a_run_that_is_killed_several_times_ends_the_same(uninterrupted, tmp_path):
+def test_a_run_that_is_killed_several_times_resumes_to_the_same_state(uninterrupted, tmp_path):
     for step in ("step 5/", "step 25/"):  # before the first checkpoint; between two
         process = start_main(tmp_path, *TINY)
         follow(process, step)
@@ -45,7 +45,7 @@ def test_a_run_that_is_killed_several_times_ends_the_same(uninterrupted, tmp_pat
 
 
 @pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_a_corrupt_checkpoint_falls_back(uninterrupted, tmp_path, number, code):
+def test_a_signal_saves_a_checkpoint_and_a_corrupt_one_falls_back(uninterrupted, tmp_path, number, code):
     process = start_main(tmp_path, *TINY)
     follow(process, "step 15/")
     process.send_signal(number)

@@ -87,7 +87,7 @@ def test_the_scale_in_testing_follows_the_rate(rate, variant):
 
 
 @pytest.mark.parametrize("widths,count", [  # counted by hand
-    ((48, 128, 192, 192, 256, 4096, 4096), 59_798_312),  # what section 3.2 holds the two towers against
+    ((48, 128, 192, 192, 256, 4096, 4096), 59_798_312),  # the one-GPU network of section 3.2
     ((96, 256, 384, 384, 256, 4096, 4096), 62_378_344),
 ])  # fmt: skip
 def test_parameters_of_one_tower(widths, count):
@@ -134,7 +134,7 @@ def test_conv4_and_conv5_stay_in_their_towers(name):
     params = small_params(images)
     half = params["conv3"]["bias"].shape[0] // 2
     changed = jax.tree.map(lambda x: x, params)
-    changed["conv3"]["bias"] = changed["conv3"]["bias"].at[:half].add(1.0)  # only tower 0 of conv3's output moves
+    changed["conv3"]["bias"] = changed["conv3"]["bias"].at[:half].add(1.0)  # only tower 0 of conv3's output changes
     before, after = activations(SMALL, params, images)[name], activations(SMALL, changed, images)[name]
     half = before.shape[-1] // 2
     np.testing.assert_array_equal(before[..., half:], after[..., half:])
@@ -160,7 +160,7 @@ def test_dropout_needs_its_key_and_changes_with_it():
         SMALL.apply({"params": params}, images, train=True)
 
 
-def test_test_time_halving_is_the_mean_over_masks():
+def test_halved_outputs_in_testing_are_the_mean_over_masks():
     # One hidden unit's contribution is linear in its mask, so with fc6 untouched by ReLU's kink the means agree.
     images = images_of(28, batch=1)
     params = small_params(images)

@@ -32,7 +32,7 @@ def test_its_error_is_that_of_the_training(trained, opened):
     np.testing.assert_allclose(p.sum(1), 1, rtol=1e-5)
 
 
-def test_activations_in_parts_are_those_of_the_whole(opened, monkeypatch):
+def test_activations_in_batches_are_those_of_one_batch(opened, monkeypatch):
     images = opened.load("test[:23]").images
     exact = activations(opened.model, opened.params, opened.preprocess.center_crop(images))
     monkeypatch.setattr(run, "AT_A_TIME", 10)  # the last part is padded

@@ -16,7 +16,7 @@ from alexnet_jax.train import DivergedError, train_and_evaluate
 
 @pytest.fixture(scope="module")
 def learned(fashion_mnist, tmp_path_factory):
-    """The network at half its width, on a sixth of the data for a minute: (folder, result)."""
+    """A network of half the width, trained on a sixth of the data: (folder, result)."""
     config = tiny_config(
         dataset="fashion_mnist", data_dir="",
         widths=(16, 48, 64, 64, 64, 256, 256), kernel_std=(0.28, 0.1, 0.068, 0.084, 0.084, 0.09, 0.09, 0.05),
@@ -43,7 +43,7 @@ def read_events(path):
         place += 12 + size + 4
 
 
-def test_what_a_run_leaves(learned):
+def test_the_output_files_of_a_run(learned):
     folder, result = learned
     assert json.loads((folder / "result.json").read_text()) == result
     needed = {"test_top1_error", "test_top5_error", "steps", "seconds", "images_per_s", "device"}
