@@ -1,8 +1,8 @@
 """Data augmentation (section 4.1) and the ten-crop: pure, jittable functions of (key, images).
 
 Images are [B, H, W, C]. Every random choice is drawn once per image. The key is one for the batch, folded with each
-image's index, or one per image [B], as `example_keys` gives them; of `jax.random.key` or `PRNGKey`, whose draws are the
-same.
+image's index, or one per image [B], as `example_keys` gives them; keys of `jax.random.key` and of `PRNGKey` draw
+the same.
 """
 
 from collections.abc import Iterable

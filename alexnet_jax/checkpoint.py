@@ -25,7 +25,7 @@ class CheckpointError(UserError):
 
 @jax.jit
 def fingerprint(tree: Any) -> jax.Array:
-    """Return a uint32 that every single flipped bit changes, and other corruption except in one case in 2³².
+    """Return a uint32 that every single flipped bit changes; other corruption leaves it equal in one case of 2³².
 
     It is a sum over all elements, modulo 2³², so each device sums its own elements and the mesh does not matter. Each
     element's bits are multiplied by an odd number that depends on its position and on its leaf's path, shape and type.
@@ -130,11 +130,11 @@ class Checkpoints:
         try:
             call()
             self._manager.check_for_errors()
-        except jax.errors.JaxRuntimeError:  # of the devices or of another process, not of the disk
+        except jax.errors.JaxRuntimeError:  # an error of the devices or of another process, not of the disk
             raise
         except Exception as error:  # Orbax and TensorStore wrap a full disk in several types
-            good = newest_step(self.folder)
-            kept = "there is no earlier checkpoint" if good is None else f"the last good checkpoint is step {good}"
+            newest = newest_step(self.folder)
+            kept = "there is no earlier checkpoint" if newest is None else f"the last good checkpoint is step {newest}"
             raise CheckpointError(
                 f"the checkpoint of step {self._writing} could not be written to {self.folder}: "
                 f"{one_line(error, 300)}; {kept}. Free some space or make the folder writable, then run the same "
@@ -147,7 +147,7 @@ class Checkpoints:
         A corrupt one is named in a warning and renamed to `STEP.corrupt`.
 
         Args:
-          like: as of `read_checkpoint`.
+          like: as in `read_checkpoint`.
 
         Raises:
           CheckpointError: there are checkpoints, and all of them are corrupt.

@@ -64,7 +64,7 @@ def check_data(
         )
     if config.batch_size > examples:
         raise ConfigError(
-            f"config.batch_size={config.batch_size}: the training split has {examples:,} examples; expected no more"
+            f"config.batch_size={config.batch_size}: expected at most {examples:,}, the examples of the training split"
         )
     height, width, channels = image_shape
     side = min(height, width) + 2 * config.pad

@@ -1,4 +1,4 @@
-"""The base class of what a user can mend, and an exception's text on one line."""
+"""The base class of errors that a user can correct, and an exception's text on one line."""
 
 
 class UserError(Exception):

@@ -62,10 +62,11 @@ def evaluate_workdirs(workdirs: Sequence[Path], split: str = "", data_dir: str =
     Args:
       workdirs: the runs' working directories.
       split: in TFDS's notation; "" is the first config's validation split.
-      data_dir: where the data set is, if not where it was in training.
+      data_dir: where TFDS keeps the data set; "" is where it was in training.
 
     Returns:
-      What is written in the first folder: to `evaluation.json`, or of several networks to `evaluation_averaged.json`.
+      The contents of the file that is written to the first workdir: `evaluation.json`, or with several networks
+      `evaluation_averaged.json`.
 
     Raises:
       run.RunError: a folder without a run, or given twice, or runs of different data sets.
@@ -106,8 +107,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m alexnet_jax.evaluate", description="Test trained networks.")
     parser.add_argument("--workdir", required=True, nargs="+", action="extend", type=Path, help="a run's workdir")
     parser.add_argument("--split", default="", help="the split to test on (default: the validation split)")
-    parser.add_argument("--data_dir", default="", help="where TFDS keeps the data set, if not where it was")
-    parser.add_argument("--compile_cache", help="the folder of compiled programs, as of alexnet_jax.main")
+    parser.add_argument("--data_dir", default="", help="where TFDS keeps the data set (default: as in training)")
+    parser.add_argument("--compile_cache", help="folder of compiled programs, as for alexnet_jax.main")
     flags = parser.parse_args()
     use_compilation_cache(flags.compile_cache)
     absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax logs what it raises

@@ -20,18 +20,18 @@ from alexnet_jax.runtime.huge_pages import use_huge_pages
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-    """Define the flags and parse them; `config_flags` reads the command line already when a flag is defined."""
+    """Define the flags and parse them; defining --config reads the command line already."""
     try:
         flags.DEFINE_string("workdir", None, "The run's working directory: created, or resumed from.", required=True)
-        flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, to which all processes connect.")
-        flags.DEFINE_integer("num_processes", None, "How many processes train together.", lower_bound=1)
-        flags.DEFINE_integer("process_id", None, "The number of this process, from 0.", lower_bound=0)
+        flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0; all processes connect to it.")
+        flags.DEFINE_integer("num_processes", None, "Number of processes that train together.", lower_bound=1)
+        flags.DEFINE_integer("process_id", None, "Number of this process, from 0.", lower_bound=0)
         flags.DEFINE_integer(
-            "initialization_timeout", 300, "For how many seconds each waits for the others.", lower_bound=1
+            "initialization_timeout", 300, "Seconds for which each process waits for the others.", lower_bound=1
         )
         flags.DEFINE_string(
-            "compile_cache", None, "The folder of compiled programs, for the next start; empty: none. The default: "
-            "$JAX_COMPILATION_CACHE_DIR, or alexnet_jax in the user's cache folder.",
+            "compile_cache", None, "Folder of compiled programs, kept for the next start; empty: none. Default: "
+            "$JAX_COMPILATION_CACHE_DIR, or else alexnet_jax in the user's cache folder.",
         )  # fmt: skip
         config_flags.DEFINE_config_file(
             "config", str(CONFIGS / "fashion_mnist.py"), "A config; --config.FIELD=VALUE sets one field of it."
@@ -46,7 +46,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 
 def _ignore_failed_io(unraisable: "sys.UnraisableHookArgs") -> None:
-    """Drop the echoes of a save or a read that failed: Orbax's other operations are cancelled then."""
+    """Ignore the exceptions of operations that Orbax cancels when another one has failed."""
     if str(unraisable.exc_value) != "Event loop is closed" and not inspect.iscoroutine(unraisable.object):
         sys.__unraisablehook__(unraisable)
 
@@ -110,7 +110,7 @@ def main() -> None:
     use_huge_pages()
     try:
         app.run(_run, flags_parser=_parse_flags)
-    except KeyboardInterrupt:  # before the training, or the second one; the checkpoints on the disk are complete
+    except KeyboardInterrupt:  # before the training, or a second Ctrl-C; the checkpoints on the disk are complete
         print("Interrupted", file=sys.stderr, flush=True)
         os._exit(128 + signal.SIGINT)
 

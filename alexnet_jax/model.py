@@ -49,22 +49,23 @@ def tower_devices(tower_axis: str | None) -> int:
 
 
 def _split_towers(arrays: Sequence[jax.Array], towers: int) -> list[jax.Array]:
-    """Return one array per tower, from arrays with the channels of equally many."""
+    """Return one array per tower, from arrays that each hold the channels of equally many towers."""
     return [part for x in arrays for part in jnp.split(x, towers // len(arrays), axis=-1)]
 
 
 class Conv(nn.Module):
     """A convolution with bias: a list of inputs [B, H, W, I] to a list of outputs [B, H', W', O], one per tower.
 
-    A single input, the images, is that of all towers.
+    A single input, such as the images, is read by all towers.
 
     Attributes:
       features: the output channels of both towers together.
       kernel_size, stride, padding: the side of the square kernel, its stride, and the zeros on every side.
       ceil_mode: whether the output size is rounded up, by more zeros at the right and bottom edge.
-      gather: whether the kernels take the channels of both towers, or of their own alone.
+      gather: whether the kernels take the channels of both towers, or of their own tower alone.
       towers, tower_axis, conv: as in `AlexNet`; `conv` is that of its operations.
-      epilogue: (x, bias, towers) to the outputs of so many towers; None adds the bias.
+      epilogue: a function (x, bias, towers) that takes the place of x + bias, for outputs x of `towers` towers; None:
+        x + bias.
       dtype, param_dtype, precision, kernel_init, bias_init: as in `flax.linen.Conv`.
     """
 
@@ -232,8 +233,8 @@ class AlexNet(nn.Module):
     def _apply_in_order(self, name, order, towers):
         """Return the towers' activations after the operations of `order`, as `Variant` names them.
 
-        Activation, LRN and pooling are applied nowhere else; `order` is the whole stage, and `towers` are all towers of
-        this device.
+        Activation, LRN and pooling are applied here, or by the one function of `_fused`. `towers` are those of this
+        device.
         """
         variant, number, activate = VARIANTS[self.variant], name.removeprefix("conv"), ACTIVATIONS[self.activation]
         for operation in order.split():
@@ -256,10 +257,10 @@ class AlexNet(nn.Module):
 
     @nn.nowrap
     def _fused(self, order):
-        """Return the function of a convolution's outputs and bias that is `order`, or None if there is none."""
+        """Return one function of a convolution's outputs and bias that computes all of `order`, or None."""
         variant, ops = VARIANTS[self.variant], self._ops
-        one_function = ops.relu_lrn_pool and order == "relu lrn pool" and self.activation == "relu" and self.lrn
-        if not one_function or variant.lrn_across_towers or self.is_mutable_collection("activations"):
+        applies = ops.relu_lrn_pool and order == "relu lrn pool" and self.activation == "relu" and self.lrn
+        if not applies or variant.lrn_across_towers or self.is_mutable_collection("activations"):
             return None
         return partial(ops.relu_lrn_pool, **self._lrn_constants(), window=self.pool_window, stride=2)
 
@@ -278,15 +279,15 @@ class AlexNet(nn.Module):
 
     @nn.nowrap
     def _dense(self, name, x, train):
-        """Return [the outputs of a fully connected layer, its activation and dropout]."""
+        """Return a list with the output of a fully connected layer, after its activation and dropout."""
         fields = self._fields(name)
         if not fields["features"]:
             return x
         x = ACTIVATIONS[self.activation](Dense(**fields)(x))
         self._record(name, [x])
         # Section 4.2: half of the outputs in training, half of each output in testing.
-        kept = 1 - self.dropout
-        train_scale, test_scale = (1 / kept, 1.0) if VARIANTS[self.variant].inverted_dropout else (1.0, kept)
+        keep_rate = 1 - self.dropout
+        train_scale, test_scale = (1 / keep_rate, 1.0) if VARIANTS[self.variant].inverted_dropout else (1.0, keep_rate)
         if not train or not self.dropout:
             return [x * (train_scale if train else test_scale)]
         towers = self.towers // tower_devices(self.tower_axis)

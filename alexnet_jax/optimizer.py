@@ -108,14 +108,14 @@ def plateau_update(state: Plateau, validation_error: jax.Array, patience: int, m
     Args:
       validation_error: of the evaluation, a scalar.
       patience: evaluations without a new best error after which the learning rate is divided by 10.
-      max_drops: how often it is divided at most; the paper's three.
+      max_drops: after so many divisions the learning rate stays; the paper's three.
     """
     improved = validation_error < state.best_error
-    waited = jnp.where(improved, 0, state.evaluations_since_best + 1)
-    drop = (waited >= patience) & (state.drops < max_drops)
+    evaluations = jnp.where(improved, 0, state.evaluations_since_best + 1)
+    drop = (evaluations >= patience) & (state.drops < max_drops)
     return Plateau(
         jnp.where(improved, validation_error, state.best_error).astype(jnp.float32),
-        jnp.where(drop, 0, waited).astype(jnp.int32),
+        jnp.where(drop, 0, evaluations).astype(jnp.int32),
         state.drops + drop.astype(jnp.int32),
     )
 
@@ -134,12 +134,12 @@ def learning_rate_at(
 
     Args:
       step: the number of updates so far.
-      plateau: the state of the decay on plateau; its n-th drop comes at the n-th of `drop_at` at the latest.
+      plateau: the state of the decay on plateau; its n-th drop comes at step `drop_at[n − 1]` at the latest.
       warmup_steps: steps in which the rate rises linearly to `base`; 0 in the paper.
-      drop_at: steps.
+      drop_at: the steps of a fixed schedule.
       linear_steps: steps in which the rate falls linearly to zero; 0 (the paper's) for no such decay.
     """
     drops = jnp.maximum(plateau.drops, sum(jnp.int32(step >= at) for at in drop_at))
     warmup = jnp.minimum(1.0, (step + 1) / max(warmup_steps, 1))
-    left = jnp.maximum(0.0, 1.0 - step / linear_steps) if linear_steps else 1.0
-    return jnp.float32(base) * jnp.minimum(warmup, left) * jnp.float32(0.1) ** drops
+    decay = jnp.maximum(0.0, 1.0 - step / linear_steps) if linear_steps else 1.0
+    return jnp.float32(base) * jnp.minimum(warmup, decay) * jnp.float32(0.1) ** drops

@@ -56,15 +56,15 @@ def main() -> None:
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
     parser.add_argument("--workdir", type=Path, required=True, help="a run's workdir")
     parser.add_argument("--out", type=Path, help="the figure to write (default: predictions.png in the workdir)")
-    parser.add_argument("--invert", action="store_true", help="exchange black and white first")
-    parser.add_argument("--data_dir", default="", help="where TFDS keeps the data set, if not where it was")
-    parser.add_argument("--compile_cache", help="the folder of compiled programs, as of alexnet_jax.main")
+    parser.add_argument("--invert", action="store_true", help="invert the pixels first: black becomes white")
+    parser.add_argument("--data_dir", default="", help="where TFDS keeps the data set (default: as in training)")
+    parser.add_argument("--compile_cache", help="folder of compiled programs, as for alexnet_jax.main")
     flags = parser.parse_args()
     logging.getLogger("absl").setLevel(logging.CRITICAL)
 
     out = flags.out or flags.workdir / "predictions.png"
     if flags.out and (out.suffix != ".png" or not out.parent.is_dir() or out.is_dir()):
-        sys.exit(f"Error: --out={out}: expected a file .png in an existing folder")
+        sys.exit(f"Error: --out={out}: expected a .png file in an existing folder")
 
     use_compilation_cache(flags.compile_cache)
     try:

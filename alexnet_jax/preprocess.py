@@ -53,7 +53,7 @@ class Preprocess:
         return side, side, self.mean.shape[-1]
 
     def train(self, key: jax.Array, images: jax.Array, first: jax.Array | int = 0) -> jax.Array:
-        """Return randomly cropped, flipped and lit images (section 4.1): [B, *image_shape].
+        """Return images with random crops, flips and PCA lighting (section 4.1): [B, *image_shape].
 
         Args:
           first: the index of the first image in the whole batch.
@@ -101,7 +101,7 @@ class Statistics(NamedTuple):
 
 
 def measure(images: Iterable[np.ndarray], colors: bool) -> Statistics:
-    """Return the statistics of images that come as arrays uint8 [any, H, W, C], read once.
+    """Return the statistics of images, an iterable of arrays uint8 [N, H, W, C] that is read once.
 
     Args:
       colors: whether to compute the RGB covariance.
@@ -119,7 +119,7 @@ def measure(images: Iterable[np.ndarray], colors: bool) -> Statistics:
             yield array
 
     principal = augment.rgb_pca(summed()) if colors else (None, None)
-    for _ in summed():  # all of them, if no covariance was computed
+    for _ in summed():  # reads the images if no covariance was computed
         pass
     return Statistics(total / count, *principal)
 

@@ -33,8 +33,8 @@ class Setup:
       mesh: the devices.
       dataset: the data set.
       sizes: the examples of its splits: to train, to validate, to test.
-      train_data, validation_data: two of the splits, in batches.
-      test_split: the third, in TFDS's notation.
+      train_data, validation_data: these two splits, in batches.
+      test_split: the split for the final test, in TFDS's notation.
       preprocess, model, optimizer: the functions that a train step is made of.
       learning_rate: the schedule, as a function of the step and of `optimizer.Plateau`.
       seed: the source of every random number of the run.
@@ -163,10 +163,10 @@ def build_preprocess(
 ) -> Preprocess:
     """Return the preprocessing of a config, with the statistics that `prepare` wrote next to the data set.
 
-    The statistics are those of the whole split `train`, even if only a part of it is the training set.
+    These statistics are of the complete split `train`, even if the training set is a part of it.
 
     Args:
-      images: the training set in arrays uint8 [N, H, W, C], to measure if there are no such statistics; None: read it.
+      images: the training set in arrays uint8 [N, H, W, C], measured if there are no such statistics; None: it is read.
 
     Raises:
       data.DataError: the statistics exist and cannot be read.

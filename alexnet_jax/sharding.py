@@ -57,7 +57,7 @@ def make_mesh(data: int = -1, tower: int = 1, cpu_devices: int = 1) -> Mesh:
     if data * tower < len(devices) and jax.process_count() > 1:
         raise ValueError(
             f"config.mesh of data={data}, tower={tower} leaves out some of the {len(devices)} devices of "
-            f"{jax.process_count()} processes; expected data × tower of just that"
+            f"{jax.process_count()} processes; expected data × tower to equal that number"
         )
     return Mesh(np.array(devices[: data * tower]).reshape(data, tower), (DATA, TOWER))
 
@@ -81,12 +81,12 @@ def place(tree: Any, mesh: Mesh, specs: Any = REPLICATED) -> Any:
         specs = jax.tree.map(lambda _: specs, tree)
 
     def put(x, spec):
-        wanted = NamedSharding(mesh, spec)
-        if wanted.is_fully_addressable:
-            return jax.device_put(x, wanted)
-        if isinstance(x, jax.Array) and x.sharding.is_equivalent_to(wanted, x.ndim):
+        target = NamedSharding(mesh, spec)
+        if target.is_fully_addressable:
+            return jax.device_put(x, target)
+        if isinstance(x, jax.Array) and x.sharding.is_equivalent_to(target, x.ndim):
             return x
         # `device_put` would compare the copies of all processes.
-        return jax.make_array_from_callback(x.shape, wanted, lambda index: x[index])
+        return jax.make_array_from_callback(x.shape, target, lambda index: x[index])
 
     return jax.tree.map(put, tree, specs)

@@ -41,10 +41,10 @@ def check_config_matches(config: dict[str, Any], workdir: Path) -> None:
         existing = None
     if not isinstance(existing, dict):
         raise WorkdirError(f"{path} is corrupt; restore it, or train into another --workdir")
-    existing, given = (
+    existing, requested = (
         {k: v for k, v in values.items() if k not in UNRELATED_TO_RESULT} for values in (existing, config)
     )
-    if different := distributed.differences(existing, given, labels=("in the workdir", "given")):
+    if different := distributed.differences(existing, requested, labels=("in the workdir", "given")):
         raise WorkdirError(
             f"--workdir={workdir} holds a run of another config ({different}); give the same config, or another "
             "--workdir"
@@ -71,7 +71,7 @@ def read_result(workdir: Path) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def claimed(workdir: Path, config: dict[str, Any]) -> Iterator[None]:
-    """Create the directory with its `config.json`, and lock it against other runs during the block; by process 0.
+    """Create the directory with its `config.json`, and lock it against other runs during the block; process 0 does it.
 
     Args:
       config: the values as JSON's types.

@@ -130,8 +130,8 @@ def max_pool_gradient(x, g, window=3, stride=2):
     """Of several maxima in a window the first, row by row, takes the gradient."""
     x, g = _float64(x, g)
     winner, dx = window_taps(x, window, stride).argmax(0), np.zeros_like(x)
-    for place in range(window**2):
-        dx[_tap(*divmod(place, window), stride, *g.shape[1:3])] += np.where(winner == place, g, 0)
+    for tap in range(window**2):
+        dx[_tap(*divmod(tap, window), stride, *g.shape[1:3])] += np.where(winner == tap, g, 0)
     return dx
 
 
@@ -167,18 +167,18 @@ def sgd(weights, velocity, gradient, rate, momentum=0.9, decay=0.0005):
     return weights + velocity, velocity
 
 
-# Augmentation (section 4.1), given what was drawn for each image, and resizing.
+# Augmentation (section 4.1), from the random numbers of each image, and resizing.
 
 
-def crop(images, places, size):
+def crop(images, positions, size):
     """A size×size crop of each image, at its (top, left)."""
     return np.stack([
-        image[top : top + size, left : left + size] for image, (top, left) in zip(images, places, strict=True)
+        image[top : top + size, left : left + size] for image, (top, left) in zip(images, positions, strict=True)
     ])  # fmt: skip
 
 
 def flip(images, flipped):
-    """Those images mirrored left to right that are `flipped`."""
+    """The images, with a horizontal flip of those that are `flipped`."""
     return np.stack([image[:, ::-1] if yes else image for image, yes in zip(images, flipped, strict=True)])
 
 
@@ -189,19 +189,19 @@ def pca_lighting(images, alpha, eigenvalues, eigenvectors):
 
 
 def resize(images, side):
-    """Bilinear enlargement to side×side: pixels' centers lie at halves, and the edge goes on outside."""
+    """Bilinear resizing to a larger side×side: a pixel's center is at half a pixel, and edges are repeated outside."""
     (images,) = _float64(images)
     for axis in (1, 2):
         before = images.shape[axis]
-        places = np.clip((np.arange(side) + 0.5) * before / side - 0.5, 0, before - 1)
-        low = np.minimum(places.astype(int), max(before - 2, 0))
-        weight = (places - low).reshape([-1 if a == axis else 1 for a in range(4)])
+        positions = np.clip((np.arange(side) + 0.5) * before / side - 0.5, 0, before - 1)
+        low = np.minimum(positions.astype(int), max(before - 2, 0))
+        weight = (positions - low).reshape([-1 if a == axis else 1 for a in range(4)])
         low, high = (images.take(np.minimum(low + step, before - 1), axis) for step in (0, 1))
         images = (1 - weight) * low + weight * high
     return images
 
 
-# The network (section 3.5), in its three published forms.
+# The network (section 3.5), in its three published variants.
 
 PAPER_LRN = {"paper": (2.0, 5, 1e-4, 0.75), "source2012": (2.0, 5, 1e-4 / 5, 0.75), "caffe": (1.0, 5, 1e-4 / 5, 0.75)}
 ACTIVATIONS = {"relu": (relu, relu_gradient), "tanh": (tanh, tanh_gradient)}
@@ -214,7 +214,7 @@ def network(
     """The logits [B, K], and a function from their gradient to those of all parameters.
 
     Args:
-      params: {layer: {"kernel", "bias"}}. Of conv2 … fc7 a layer that it lacks is left out of the network.
+      params: {layer: {"kernel", "bias"}}. The network has no layer of conv2 … fc7 that is missing.
       stem: conv1's kernel, stride and padding.
       lrn_constants: k, n, α, β where they are not the variant's.
       scale: what the outputs of fc6 and fc7 are multiplied by: the paper's are halved in testing, not in training.

@@ -1,6 +1,5 @@
 """What several test files use: paths, a tiny config, commands as a user starts them, and checkpoints."""
 
-import io
 import json
 import os
 import socket
@@ -12,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from PIL import Image
+import synthetic_data
 
 from alexnet_jax.configs import fashion_mnist
 
@@ -26,11 +25,14 @@ CIFAR10 = TEST_DATA / "tfds"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
-# Code is compiled in less than half the time, and so is the suite; the program that it is made from is the same.
+# Without optimization, code compiles in less than half the time; what it computes is the same up to rounding.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
-# A network of the same eight layers that trains in seconds, on a part of the real data.
+SYNTHETIC = ("--config.dataset=synthetic", f"--config.data_dir={synthetic_data.DATA_DIR}")  # of the fixture `synthetic`
+
+# A network of the same eight layers that trains in seconds.
 TINY = (
+    *SYNTHETIC,
     "--config.widths=8,16,16,16,16,32,32",
     "--config.kernel_std=0.28,0.1,0.12,0.12,0.12,0.3,0.25,0.05",
     "--config.train_split=train[:1000]",
@@ -46,12 +48,13 @@ TINY = (
 # Only process 0 may write to JAX's cache of compiled programs, so the others compile each time: fast code matters less.
 ENVIRONMENT = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
 TRAINED = dict(num_train_steps=40, eval_every=20, learning_rate=0.02)  # fields of the fixture `trained`
-SHARD = 8  # images in a shard of a data set that is prepared here
+SHARD = 8  # images in a shard of a data set that a test prepares
 
 
 def tiny_config(**fields):
     """The config of `TINY` with other steps, and some fields changed."""
     config = fashion_mnist.get_config()
+    config.dataset, config.data_dir = "synthetic", str(synthetic_data.DATA_DIR)
     config.widths = (8, 16, 16, 16, 16, 32, 32)
     config.kernel_std = (0.28, 0.1, 0.12, 0.12, 0.12, 0.3, 0.25, 0.05)
     config.train_split, config.validation_split, config.test_split = "train[:1000]", "train[1000:1200]", "test[:200]"
@@ -69,7 +72,7 @@ def start_main(workdir, *flags, **popen):
 
 
 def run_main(workdir, *flags, **popen):
-    """Run it to the end: (exit code, output)."""
+    """Run the command of `start_main` to the end: (exit code, output)."""
     process = start_main(workdir, *flags, **popen)
     output, _ = process.communicate(timeout=300)
     return process.returncode, output
@@ -82,7 +85,7 @@ def follow(process, text):
         lines.append(line)
         if line.startswith(text):
             return
-    raise AssertionError(f"{text!r} never came:\n{''.join(lines)}")
+    raise AssertionError(f"no line begins with {text!r}:\n{''.join(lines)}")
 
 
 def start_processes(workdir, *flags, each=((), ()), environments=({}, {})):
@@ -98,7 +101,7 @@ def start_processes(workdir, *flags, each=((), ()), environments=({}, {})):
 
 
 def end(processes, within=120):
-    """Wait for all: (exit codes, outputs)."""
+    """Wait for all processes: (exit codes, outputs)."""
     deadline = time.monotonic() + within
     outputs = [p.communicate(timeout=max(1, deadline - time.monotonic()))[0] for p in processes]
     # gloo, which carries the CPU's collectives, prints what it is connected to
@@ -114,7 +117,7 @@ def losses(workdir):
 
 def saved_state(workdir, step):
     """Every array of a checkpoint, by its path in the tree, as Orbax alone reads it."""
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # for what devices saved that this process lacks
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # for arrays of devices that this process lacks
     tree = ocp.Checkpointer(ocp.StandardCheckpointHandler()).restore(
         Path(workdir).absolute() / "checkpoints" / str(step) / "state",
         args=ocp.args.StandardRestore(fallback_sharding=device),
@@ -157,19 +160,6 @@ def corrupt(path, how="truncated"):
         path.write_bytes(content)
     else:
         path.unlink()
-
-
-def photograph(seed, width, height):
-    """Smooth colors, as uint8 [height, width, 3]."""
-    small = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), dtype=np.uint8)
-    return np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
-
-
-def encoded(image, file_format="JPEG", **options):
-    """An image as a file."""
-    file = io.BytesIO()
-    image.save(file, file_format, **options)
-    return file.getvalue()
 
 
 def files_of(folder):

@@ -17,14 +17,14 @@ def coordinates(batch, height, width):
 
 class RandomCropTest(chex.TestCase):
     @chex.variants(with_jit=True, without_jit=True)
-    def test_patches_are_whole_and_every_position_is_equally_likely(self):
-        size, places = 6, (3, 4)  # of an 8×9 image
+    def test_crops_are_contiguous_and_every_position_is_equally_likely(self):
+        size, positions = 6, (3, 4)  # of an 8×9 image
         images = coordinates(6000, 8, 9)
         crops = np.asarray(self.variant(lambda k, x: random_crop(k, x, size))(jax.random.key(0), images))
         corner = crops[:, 0, 0, 0].astype(int)
-        whole = coordinates(1, size, size) + crops[:, :1, :1]
-        np.testing.assert_array_equal(crops, whole)
-        counts = np.zeros(places)
+        contiguous = coordinates(1, size, size) + crops[:, :1, :1]
+        np.testing.assert_array_equal(crops, contiguous)
+        counts = np.zeros(positions)
         np.add.at(counts, (corner // 100, corner % 100), 1)
         expected = 6000 / counts.size
         chi2 = ((counts - expected) ** 2 / expected).sum()
@@ -65,7 +65,7 @@ def test_a_key_of_either_kind_draws_the_same(function):
     lambda x: pca_lighting(jax.random.key(0), x, np.ones(3), np.eye(3)), lambda x: center_crop(x, 2),
     lambda x: ten_crop(x, 2),
 ])  # fmt: skip
-def test_one_image_alone_is_refused(function):
+def test_one_image_without_a_batch_axis_is_refused(function):
     with pytest.raises(ValueError, match=r"shape \(4, 4, 3\): expected \[B, H, W, C\]"):
         function(jnp.ones((4, 4, 3)))
 
@@ -122,12 +122,12 @@ def test_rgb_pca_against_numpy_and_streaming():
 
 
 @pytest.mark.parametrize("images,words", [(np.ones((2, 4, 4, 1)), "expected"), ([], "two pixels")])
-def test_rgb_pca_of_what_has_no_colors(images, words):
+def test_rgb_pca_needs_three_channels(images, words):
     with pytest.raises(ValueError, match=words):
         rgb_pca(images)
 
 
-def test_augmentation_depends_on_the_key_and_the_place_alone():
+def test_augmentation_depends_on_the_key_and_the_index_alone():
     images = np.random.default_rng(0).normal(size=(8, 9, 9, 3)).astype(np.float32)
     key = jax.random.key(7)
     for function in (

@@ -34,8 +34,8 @@ def test_no_checkpoint(tmp_path):
     assert Checkpoints(tmp_path / "c").restore(TREE) is None
 
 
-@pytest.mark.parametrize("how", ["truncated", "a bit flipped", "gone"])
-def test_a_corrupt_newest_falls_back_and_is_named(tmp_path, how, caplog):
+@pytest.mark.parametrize("how", ["truncated", "a bit flipped", "removed"])
+def test_a_corrupt_newest_checkpoint_is_renamed_and_the_previous_one_is_read(tmp_path, how, caplog):
     fill(tmp_path / "c", [1, 2])
     corrupt(largest_file(tmp_path / "c" / "2"), how)
     with caplog.at_level(logging.WARNING):
@@ -49,7 +49,7 @@ def test_all_corrupt_is_an_error_and_nothing_is_lost(tmp_path):
     fill(tmp_path / "c", [1, 2])
     for step in (1, 2):
         corrupt(largest_file(tmp_path / "c" / str(step)))
-    for _ in range(2):  # the second time there are only those that were moved aside
+    for _ in range(2):  # the second time there are only the renamed ones
         with pytest.raises(CheckpointError, match="every checkpoint"):
             Checkpoints(tmp_path / "c").restore(TREE)
     assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["1.corrupt", "2.corrupt"]
@@ -67,14 +67,14 @@ def test_donated_buffers_do_not_reach_the_disk(tmp_path):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8])
 def test_the_fingerprint_depends_on_every_bit_and_not_on_the_mesh(dtype):
     kernel = np.asarray(jax.random.normal(jax.random.key(0), (8, 4)) * 50).astype(dtype)
-    whole = int(fingerprint({"kernel": kernel, "step": np.int32(7)}))
+    expected = int(fingerprint({"kernel": kernel, "step": np.int32(7)}))
     for bit in range(kernel.nbytes * 8):
         content = bytearray(kernel.tobytes())
         content[bit // 8] ^= 1 << bit % 8
         flipped = np.frombuffer(content, kernel.dtype).reshape(kernel.shape)
-        assert int(fingerprint({"kernel": flipped, "step": np.int32(7)})) != whole
+        assert int(fingerprint({"kernel": flipped, "step": np.int32(7)})) != expected
     for other in ({"kernel": kernel[::-1]}, {"bias": kernel}, {"kernel": kernel.reshape(4, 8)}):
-        assert int(fingerprint({**other, "step": np.int32(7)})) != whole
+        assert int(fingerprint({**other, "step": np.int32(7)})) != expected
     mesh = sharding.make_mesh(4, 2)
     split = sharding.place({"kernel": kernel, "step": np.int32(7)}, mesh, {"kernel": P("data", "tower"), "step": P()})
-    assert int(fingerprint(split)) == whole
+    assert int(fingerprint(split)) == expected

@@ -16,7 +16,7 @@ def entries(folder):
     return {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
 
 
-def test_the_second_start_compiles_nothing_and_ends_the_same(fashion_mnist, tmp_path):
+def test_the_second_start_compiles_nothing_and_ends_the_same(synthetic, tmp_path):
     def run(workdir):
         flags = (*TINY, "--config.num_train_steps=10", f"--compile_cache={tmp_path}/programs")
         code, output = run_main(workdir, *flags, env=USERS)
@@ -26,10 +26,10 @@ def test_the_second_start_compiles_nothing_and_ends_the_same(fashion_mnist, tmp_
     compiled = run(tmp_path / "first")
     programs = entries(tmp_path / "programs")
     assert any(name.startswith("jit_train_step-") for name in programs)
-    found = run(tmp_path / "second")
+    second = run(tmp_path / "second")
     assert entries(tmp_path / "programs") == programs  # each program that is compiled is written there
     for path, leaf in compiled.items():
-        np.testing.assert_array_equal(found[path], leaf, path)
+        np.testing.assert_array_equal(second[path], leaf, path)
 
 
 COMPILE = """

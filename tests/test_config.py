@@ -10,7 +10,7 @@ from alexnet_jax.train import train_and_evaluate
 
 @pytest.mark.parametrize("fields,words", [
     (dict(batch_size=0), "config.batch_size=0: expected"),
-    (dict(batch_size=1001), "config.batch_size=1001.*1,000 examples"),
+    (dict(batch_size=1001), "config.batch_size=1001: expected at most 1,000, the examples of the training split"),
     (dict(image_size=40), "config.image_size=40.*28×28"),
     (dict(image_size=12), "config.image_size=12.*too small"),
     (dict(lighting=True), "config.lighting=True.*three"),
@@ -34,7 +34,7 @@ from alexnet_jax.train import train_and_evaluate
     (dict(dataset="fashion"), "config.dataset='fashion'"),
     (dict(test_split="exam"), "split 'exam'"),
 ])  # fmt: skip
-def test_a_config_that_cannot_work_is_one_line(fashion_mnist, tmp_path, fields, words):
+def test_a_config_that_cannot_work_is_one_line(synthetic, tmp_path, fields, words):
     with pytest.raises((ConfigError, DataError), match=words) as error:
         train_and_evaluate(tiny_config(**fields), tmp_path / "run")
     assert "\n" not in str(error.value)

@@ -32,18 +32,18 @@ def test_prepared_set_holds_exactly_the_original_examples(fashion_mnist, idx_fol
         assert _rows(images, labels) == _rows(original, classes)
 
 
-def test_parts_of_a_split(fashion_mnist):
-    whole = data.load(fashion_mnist, "test[:100]")
-    part = data.load(fashion_mnist, "test[30:50]")
-    np.testing.assert_array_equal(part.images, whole.images[30:50])
-    np.testing.assert_array_equal(part.labels, whole.labels[30:50])
-    assert data.split_size(fashion_mnist, "train[:10%]") == 6000
+def test_parts_of_a_split(synthetic):
+    split = data.load(synthetic, "test[:100]")
+    part = data.load(synthetic, "test[30:50]")
+    np.testing.assert_array_equal(part.images, split.images[30:50])
+    np.testing.assert_array_equal(part.labels, split.labels[30:50])
+    assert data.split_size(synthetic, "train[:10%]") == 120
 
 
 @pytest.mark.parametrize("split,words", [("valid", "it has"), ("train[", "it has"), ("train[5:5]", "empty")])
-def test_missing_splits(fashion_mnist, split, words):
+def test_missing_splits(synthetic, split, words):
     with pytest.raises(DataError, match=words):
-        data.load(fashion_mnist, split)
+        data.load(synthetic, split)
 
 
 def test_unknown_and_unprepared_data_sets(tmp_path):
@@ -104,13 +104,13 @@ def test_a_download(idx_folder, tmp_path):
     assert files == {name: (idx_folder / name).read_bytes() for name in fashion_mnist_files()}
 
 
-# A machine that reaches nothing: no proxy answers, and there is no apt-get on the path.
-CUT_OFF = {**os.environ, **dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9"), "no_proxy": ""}
-CUT_OFF |= {"PATH": os.path.dirname(sys.executable)}
+# A machine without a network: no proxy answers, and no apt-get is on the path.
+OFFLINE = {**os.environ, **dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9"), "no_proxy": ""}
+OFFLINE |= {"PATH": os.path.dirname(sys.executable)}
 
 
-def open_elsewhere(data_dir, source_dir, **popen):
-    """Opens Fashion-MNIST in a process of its own that reaches no network."""
+def open_offline(data_dir, source_dir, **popen):
+    """Open Fashion-MNIST in another process, without a network."""
     code = (
         "import logging, sys; logging.basicConfig(level=20, format='%(message)s', stream=sys.stdout)\n"
         "from alexnet_jax import data\n"
@@ -118,7 +118,7 @@ def open_elsewhere(data_dir, source_dir, **popen):
         "except data.DataError as error: sys.exit(f'ERROR {error}')"
     )
     return subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, env=CUT_OFF, text=True, stdout=subprocess.PIPE,
+        [sys.executable, "-c", code], cwd=ROOT, env=OFFLINE, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, **popen,
     )  # fmt: skip
 
@@ -132,7 +132,7 @@ def open_elsewhere(data_dir, source_dir, **popen):
 def test_every_source_failing_is_one_message(idx_folder, tmp_path, fault, words):
     folder = copy(idx_folder, tmp_path / "own")
     fault(folder)
-    process = open_elsewhere(tmp_path / "tfds", folder)
+    process = open_offline(tmp_path / "tfds", folder)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 1
     *attempts, message = [line for line in output.splitlines() if "Fashion-MNIST" in line]
@@ -144,7 +144,7 @@ def test_every_source_failing_is_one_message(idx_folder, tmp_path, fault, words)
 
 
 def test_a_killed_preparation_leaves_nothing_half_done(idx_folder, tmp_path):
-    process = open_elsewhere(tmp_path, idx_folder)
+    process = open_offline(tmp_path, idx_folder)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("fashion_mnist/*incomplete*/*")) and process.poll() is None:
         assert time.monotonic() < deadline
@@ -153,7 +153,7 @@ def test_a_killed_preparation_leaves_nothing_half_done(idx_folder, tmp_path):
     process.kill()
     process.communicate()
     assert not (tmp_path / "fashion_mnist" / "3.0.1").exists()
-    process = open_elsewhere(tmp_path, idx_folder)
+    process = open_offline(tmp_path, idx_folder)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert [p.name for p in (tmp_path / "fashion_mnist").iterdir()] == ["3.0.1"]
@@ -169,15 +169,15 @@ def test_debians_package_needs_no_root(idx_folder):
     assert files == {name: (idx_folder / name).read_bytes() for name in fashion_mnist_files()}
 
 
-def test_an_epoch_is_a_permutation(fashion_mnist):
-    examples = data.load(fashion_mnist, "test[:103]")
-    examples = data.Examples(examples.images, np.arange(103, dtype=np.int32))  # labels that tell which example it is
+def test_an_epoch_is_a_permutation(synthetic):
+    examples = data.load(synthetic, "test[:103]")
+    examples = data.Examples(examples.images, np.arange(103, dtype=np.int32))  # the label is the example's position
     device_data = data.DeviceData(examples, 20)
     key = jax.random.key(0)
     epochs = [np.concatenate([device_data.batch(key, 5 * e + i).labels for i in range(5)]) for e in range(3)]
     for epoch in epochs:
         assert len(set(epoch.tolist())) == 100
     assert (epochs[0] != epochs[1]).any()
-    batch = data.DeviceData(examples, 20).batch(key, 7)  # a restart in the middle finds the same batch
+    batch = data.DeviceData(examples, 20).batch(key, 7)  # a resumed run gets the same batch
     np.testing.assert_array_equal(batch.labels, epochs[1][40:60])
     np.testing.assert_array_equal(batch.images, examples.images[batch.labels])

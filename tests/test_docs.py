@@ -1,6 +1,6 @@
 """The README and the docs: Python examples are executed; commands, config fields, paths and links must exist.
 
-`<!-- needs: SOMETHING -->` directly above a block marks what cannot run here. Its flags are checked all the same.
+`<!-- needs: SOMETHING -->` directly above a block marks a block that the tests cannot run; they check its flags.
 """
 
 import doctest
@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 import ml_collections
 import pytest
+from runners import ROOT, SYNTHETIC, run_main
 
 from alexnet_jax.configs import default
 
-ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 A_RUN = "a run in runs/"
 PROGRAMS = {"pip", "pytest", "ruff", "python", "python3", "source", ".ci/run"}
@@ -39,9 +39,9 @@ class Block(NamedTuple):
 def blocks_of(page):
     text = page.read_text()
     pattern = r"(?:^<!-- needs: ([^\n]*) -->\n)?^```(\w*)\n(.*?)^```$"
-    for found in re.finditer(pattern, text, re.M | re.S):
-        line = text.count("\n", 0, found.start(2)) + 1
-        yield Block(page, line, found[2], found[1] or "", found[3])
+    for match in re.finditer(pattern, text, re.M | re.S):
+        line = text.count("\n", 0, match.start(2)) + 1
+        yield Block(page, line, match[2], match[1] or "", match[3])
 
 
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
@@ -85,13 +85,13 @@ def check_command(words, where):
         if module not in TAKES_OTHER_FLAGS:
             assert importlib.util.find_spec(module), f"{where}: no module {module}"
             for word in arguments:
-                if found := re.match(r"--([a-z_]+)(?=[= ]|$)", word):
-                    assert re.search(rf"--{found[1]}\b", help_of(module)), f"{where}: {module} has no --{found[1]}"
+                if match := re.match(r"--([a-z_]+)(?=[= ]|$)", word):
+                    assert re.search(rf"--{match[1]}\b", help_of(module)), f"{where}: {module} has no --{match[1]}"
     for word in words:
-        if found := re.match(r"--config\.([a-z_.]+)", word):
-            assert found[1] in set(config_fields()), f"{where}: no field config.{found[1]}"
-        if found := re.search(r"\b((?:alexnet_jax|tests)/[\w/]+\.py)", word):
-            assert (ROOT / found[1]).exists(), f"{where}: no file {found[1]}"
+        if match := re.match(r"--config\.([a-z_.]+)", word):
+            assert match[1] in set(config_fields()), f"{where}: no field config.{match[1]}"
+        if match := re.search(r"\b((?:alexnet_jax|tests)/[\w/]+\.py)", word):
+            assert (ROOT / match[1]).exists(), f"{where}: no file {match[1]}"
 
 
 def execute(block, names):
@@ -115,12 +115,11 @@ def test_python_examples(page):
             execute(block, names)
 
 
-def test_examples_of_a_run(fashion_mnist, tmp_path, monkeypatch):
+def test_examples_of_a_run(synthetic, tmp_path, monkeypatch):
     flags = "--config.train_split=train[:500] --config.validation_split=train[500:600] --config.test_split=test[:100]"
     flags += " --config.widths=8,16,16,16,16,32,32 --config.num_train_steps=2 --config.eval_every=2"
-    command = [sys.executable, "-m", "alexnet_jax.main", "--workdir", str(tmp_path / "runs"), *flags.split()]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    code, output = run_main(tmp_path / "runs", *SYNTHETIC, *flags.split())
+    assert code == 0, output
     monkeypatch.chdir(tmp_path)
     blocks = [block for block in BLOCKS if block.needs == A_RUN]
     assert blocks

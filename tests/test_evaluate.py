@@ -50,9 +50,9 @@ def test_each_example_is_counted_once(problem, ten_crop, batch_size):
 
 def test_ten_crop_is_the_mean_of_the_softmax(problem):
     params, images, _, preprocess = problem
-    patches = np.asarray(preprocess.ten_crop(images[:4]))
+    crops = np.asarray(preprocess.ten_crop(images[:4]))
     apply = jax.jit(lambda x: MODEL.apply({"params": params}, x))
-    logits = [np.asarray(apply(patches[:, i]), np.float64) for i in range(10)]
+    logits = [np.asarray(apply(crops[:, i]), np.float64) for i in range(10)]
     softmax = [np.exp(x) / np.exp(x).sum(1, keepdims=True) for x in logits]
     np.testing.assert_allclose(predict(MODEL, params, images[:4], preprocess, True), np.mean(softmax, 0), rtol=1e-5)
 
@@ -68,7 +68,7 @@ def test_a_network_with_equal_outputs_is_wrong_every_time(problem):
 
 
 @pytest.fixture(scope="module")
-def runs(fashion_mnist, tmp_path_factory):
+def runs(synthetic, tmp_path_factory):
     """Two trainings that differ in their seed."""
     folders = [tmp_path_factory.mktemp(f"seed{seed}") for seed in (0, 1)]
     for seed, folder in enumerate(folders):
@@ -76,21 +76,21 @@ def runs(fashion_mnist, tmp_path_factory):
     return folders
 
 
-def test_the_command_averages_the_softmax_of_several_runs(runs, fashion_mnist):
+def test_the_command_averages_the_softmax_of_several_runs(runs, synthetic):
     command = [sys.executable, "-m", "alexnet_jax.evaluate", "--workdir", *map(str, runs), "--split=test[:151]"]
     before = {path: path.stat().st_mtime_ns for path in runs[0].rglob("*")}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert before.items() <= {path: path.stat().st_mtime_ns for path in runs[0].rglob("*") if path != runs[0]}.items()
-    found = json.loads((runs[0] / "evaluation_averaged.json").read_text())
+    result = json.loads((runs[0] / "evaluation_averaged.json").read_text())
     assert f"Written to {runs[0] / 'evaluation_averaged.json'}" in done.stdout
     assert not (runs[0] / "evaluation.json").exists()  # of one network alone
-    assert found["examples"] == 151 and found["split"] == "test[:151]" and found["dataset"].startswith("fashion_mnist/")
-    assert found["networks"] == [{"workdir": str(run), "step": 6} for run in runs]
+    assert result["examples"] == 151 and result["split"] == "test[:151]" and result["dataset"].startswith("synthetic/")
+    assert result["networks"] == [{"workdir": str(run), "step": 6} for run in runs]
     assert "at step 6" in done.stdout and "paper" not in done.stdout
 
-    images, labels = data.load(fashion_mnist, "test[:151]")
-    training = data.load(fashion_mnist, "train[:1000]").images
+    images, labels = data.load(synthetic, "test[:151]")
+    training = data.load(synthetic, "train[:1000]").images
     model, preprocess = build_model(tiny_config(), 10), fit(training, 1, 28, 0, False, False, 1 / 70)
     for crops, ten_crop in (("center", False), ("ten", True)):
         p = []
@@ -102,10 +102,10 @@ def test_the_command_averages_the_softmax_of_several_runs(runs, fashion_mnist):
             p.append(np.asarray(predict(model, params, images, preprocess, ten_crop), np.float64))
         mean = np.mean(p, axis=0)
         assert (mean.argmax(1) != p[0].argmax(1)).any() and (mean.argmax(1) != p[1].argmax(1)).any()
-        assert found[crops]["top1_error"] == pytest.approx((mean.argmax(1) != labels).mean())
+        assert result[crops]["top1_error"] == pytest.approx((mean.argmax(1) != labels).mean())
         fifth = np.sort(mean, axis=1)[:, -5]
-        assert found[crops]["top5_error"] == pytest.approx((mean[np.arange(151), labels] < fifth).mean())
-        assert found[crops]["loss"] == pytest.approx(-np.log(mean[np.arange(151), labels]).mean(), rel=1e-4)
+        assert result[crops]["top5_error"] == pytest.approx((mean[np.arange(151), labels] < fifth).mean())
+        assert result[crops]["loss"] == pytest.approx(-np.log(mean[np.arange(151), labels]).mean(), rel=1e-4)
 
 
 def test_what_cannot_be_evaluated_is_one_line(runs, tmp_path):

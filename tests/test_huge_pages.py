@@ -33,7 +33,7 @@ def run(**variables):
     return tunables, int(huge)
 
 
-def test_memory_comes_in_huge_pages():
+def test_memory_is_allocated_in_huge_pages():
     library, version = platform.libc_ver()
     if library != "glibc" or tuple(map(int, version.split("."))) < (2, 35):
         pytest.skip("this C library has no huge pages")

@@ -66,11 +66,11 @@ def archives(tmp_path_factory):
     return folder
 
 
-def documented(word, **places):
+def documented(word, **paths):
     """The arguments of the command in docs/imagenet.md that begins with `word`, its capital letters filled in."""
     lines = (ROOT / "docs" / "imagenet.md").read_text().replace("\\\n", "")
     line = re.search(rf"^{word}.*$", lines, re.M).group()
-    program, *arguments = re.sub("[A-Z]{3,}", lambda m: str(places.get(m.group(), m.group())), line).split()
+    program, *arguments = re.sub("[A-Z]{3,}", lambda m: str(paths.get(m.group(), m.group())), line).split()
     return [{"python": sys.executable}.get(program, str(Path(sys.executable).with_name(program))), *arguments]
 
 
@@ -85,30 +85,30 @@ def run(command, **environment):
 
 @needs_builder
 def test_from_the_archives_to_the_test_errors(archives, tmp_path):
-    places = {"ARCHIVES": archives, "DATA": tmp_path / "data", "RUN": tmp_path / "run"}
-    run(documented("tfds build", **places))
+    paths = {"ARCHIVES": archives, "DATA": tmp_path / "data", "RUN": tmp_path / "run"}
+    run(documented("tfds build", **paths))
     built = tfds.builder("imagenet2012", data_dir=tmp_path / "data")
     assert built.info.features["label"].num_classes == 1000
 
     (tmp_path / "forbidden" / "tensorflow").mkdir(parents=True)
     (tmp_path / "forbidden" / "tensorflow" / "__init__.py").write_text("raise SystemExit('imports TensorFlow')")
     without = {"PYTHONPATH": str(tmp_path / "forbidden")}
-    output = run(documented("python -m alexnet_jax.prepare", **places), **without)
+    output = run(documented("python -m alexnet_jax.prepare", **paths), **without)
     assert "0 files could not be decoded" in output
     prepared = tfds.builder("imagenet2012_256", data_dir=tmp_path / "data")
     names = prepared.info.features["label"].names
-    found = {x["file_name"].decode(): x for split in ("train", "validation") for x in prepared.as_data_source(split)}
-    assert len(found) == 50
-    for name, example in found.items():
+    examples = {x["file_name"].decode(): x for split in ("train", "validation") for x in prepared.as_data_source(split)}
+    assert len(examples) == 50
+    for name, example in examples.items():
         if not name.startswith("ILSVRC"):
             assert names[example["label"]] == name[:9]
     for number, synset in enumerate(FIRST_LABELS, 1):
-        assert names[found[f"ILSVRC2012_val_{number:08}.JPEG"]["label"]] == synset
+        assert names[examples[f"ILSVRC2012_val_{number:08}.JPEG"]["label"]] == synset
     for name in (CMYK, PNG):
         original = to_square(next(PHOTOGRAPHS.glob(f"{name[:9]}*")).read_bytes())
-        assert np.abs(found[name]["image"].astype(int) - original).mean() < 6, name
+        assert np.abs(examples[name]["image"].astype(int) - original).mean() < 6, name
 
-    train = documented("python -m alexnet_jax.main .*imagenet2012.py ", **places)
+    train = documented("python -m alexnet_jax.main .*imagenet2012.py ", **paths)
     train += ["--config.widths=8,16,16,16,16,32,32", "--config.batch_size=8", "--config.num_train_steps=30"]
     train += ["--config.eval_every=10", "--config.log_every=1"]
     process = subprocess.Popen(
@@ -122,17 +122,17 @@ def test_from_the_archives_to_the_test_errors(archives, tmp_path):
     output = run(train, **without)
     # From step 20 where the reader of its lines was late.
     assert re.search("resuming from the checkpoint of step [12]0", output) and "1000 classes" in output
-    whole = [word.replace(str(places["RUN"]), str(tmp_path / "whole")) for word in train]
-    run(whole, **without)
-    assert_same_state(places["RUN"], tmp_path / "whole", 30)
-    result = json.loads((places["RUN"] / "result.json").read_text())
+    uninterrupted = [word.replace(str(paths["RUN"]), str(tmp_path / "uninterrupted")) for word in train]
+    run(uninterrupted, **without)
+    assert_same_state(paths["RUN"], tmp_path / "uninterrupted", 30)
+    result = json.loads((paths["RUN"] / "result.json").read_text())
     assert result["test_crops"] == 10 and 0 < result["test_top5_error"] <= result["test_top1_error"]
 
-    output = run(documented("python -m alexnet_jax.evaluate", **places), **without)
+    output = run(documented("python -m alexnet_jax.evaluate", **paths), **without)
     assert re.search("ten .*40.7 %.*18.2 %", output)  # table 2
-    tested = json.loads((places["RUN"] / "evaluation.json").read_text())
+    tested = json.loads((paths["RUN"] / "evaluation.json").read_text())
     assert tested["split"] == "validation" and tested["examples"] == 10
-    assert tested["networks"] == [{"workdir": str(places["RUN"]), "step": 30}]
+    assert tested["networks"] == [{"workdir": str(paths["RUN"]), "step": 30}]
     assert [tested["ten"][k] for k in ("top1_error", "top5_error")] == [
         result["test_top1_error"], result["test_top5_error"]
     ]  # fmt: skip
@@ -143,17 +143,17 @@ def test_the_full_network_memorizes_photographs(tmp_path):
         file = tmp_path / "photographs" / "train" / path.name[:9] / path.name
         file.parent.mkdir(parents=True)
         file.write_bytes(path.read_bytes())
-    places = {"PHOTOGRAPHS": tmp_path / "photographs", "DATA": tmp_path / "data", "RUN": tmp_path / "run"}
-    run(documented("python -m alexnet_jax.prepare --dataset photographs", **places))
-    train = documented("python -m alexnet_jax.main .*photographs_256", **places)
+    paths = {"PHOTOGRAPHS": tmp_path / "photographs", "DATA": tmp_path / "data", "RUN": tmp_path / "run"}
+    run(documented("python -m alexnet_jax.prepare --dataset photographs", **paths))
+    train = documented("python -m alexnet_jax.main .*photographs_256", **paths)
     train += ["--config.batch_size=8", "--config.num_train_steps=60", "--config.learning_rate=0.003"]
     output = run([*train, "--config.warmup_steps=10"])
     assert re.search(r"fc6 .*37,752,832", output) and re.search("steps +60 of 8 images", output)
-    metrics = [json.loads(line) for line in (places["RUN"] / "metrics.jsonl").read_text().splitlines()]
+    metrics = [json.loads(line) for line in (paths["RUN"] / "metrics.jsonl").read_text().splitlines()]
     losses = [m["train_loss"] for m in metrics if "train_loss" in m]
     assert losses[0] == pytest.approx(np.log(8), rel=0.2)  # all classes alike
     last = next(m for m in reversed(metrics) if "validation_loss" in m)
     assert last["validation_loss"] < 0.5 and last["validation_top1_error"] <= 1 / 8  # on the center crop
-    result = json.loads((places["RUN"] / "result.json").read_text())
+    result = json.loads((paths["RUN"] / "result.json").read_text())
     assert result["test_crops"] == 10 and result["test_top1_error"] <= 1 / 8
-    shutil.rmtree(places["RUN"])  # a checkpoint is half a gigabyte
+    shutil.rmtree(paths["RUN"])  # a checkpoint is half a gigabyte

@@ -6,7 +6,8 @@ import struct
 import numpy as np
 import pytest
 from PIL import Image
-from runners import PHOTOGRAPHS, encoded, photograph
+from runners import PHOTOGRAPHS
+from synthetic_data import encoded, photograph
 
 from alexnet_jax.data.images import decode, read_image, to_square
 
@@ -53,7 +54,7 @@ def test_every_mode_becomes_rgb(mode, file_format):
     image = Image.fromarray(photograph(1, 256, 256))
     gray = np.asarray(image.convert("1" if mode == "1" else "L"), np.float64) * (255 if mode == "1" else 1)
     expected = gray[..., None] if mode in ("L", "LA", "1") else np.asarray(image, np.float64)
-    if mode == "P":  # of 256 colours
+    if mode == "P":  # of 256 colors
         expected = np.asarray(image.convert("P").convert("RGB"), np.float64)
     options = {} if file_format == "PNG" else {"quality": 95}
     square = to_square(encoded(image.convert(mode), file_format, **options))
@@ -90,7 +91,7 @@ def of_many_pixels():
     (lambda: b"", "empty"),
     (lambda: b"text", "not an image"),
 ])  # fmt: skip
-def test_what_cannot_be_decoded_is_not_guessed(file, words):
+def test_files_without_a_known_range_are_refused(file, words):
     with pytest.raises(Exception, match=words):
         to_square(file())
 

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import synthetic_data
 from runners import ROOT
 
 CODE = """
@@ -24,11 +25,12 @@ assert before[4:] == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.S
 assert not FLAGS.is_parsed() and "workdir" not in FLAGS
 assert "matplotlib.pyplot" not in sys.modules and "tensorflow" not in sys.modules
 from alexnet_jax import data
-data.load(data.open_builder("fashion_mnist"), "test[:10]")
+data.load(data.open_builder("synthetic", sys.argv[1]), "test[:10]")
 assert "tensorflow" not in sys.modules
 """
 
 
-def test_importing_every_module_changes_nothing_and_needs_no_tensorflow(fashion_mnist):
-    done = subprocess.run([sys.executable, "-c", CODE], cwd=ROOT, capture_output=True, text=True, timeout=120)
+def test_importing_every_module_changes_nothing_and_needs_no_tensorflow(synthetic):
+    command = [sys.executable, "-c", CODE, synthetic_data.DATA_DIR]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -7,11 +7,11 @@ import sys
 import time
 
 import pytest
-from runners import TINY, assert_same_state, corrupt, follow, largest_file, run_main, start_main
+from runners import SYNTHETIC, TINY, assert_same_state, corrupt, follow, largest_file, run_main, start_main
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(fashion_mnist, tmp_path_factory):
+def uninterrupted(synthetic, tmp_path_factory):
     """A run without interruption: (its workdir, its output)."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     code, output = run_main(folder, *TINY)
@@ -26,7 +26,7 @@ def test_the_output(uninterrupted):
         assert text in output, text
 
 
-def test_a_run_that_is_killed_several_times_ends_the_same(uninterrupted, tmp_path):
+def test_a_run_that_is_killed_several_times_resumes_to_the_same_state(uninterrupted, tmp_path):
     for step in ("step 5/", "step 25/"):  # before the first checkpoint; between two
         process = start_main(tmp_path, *TINY)
         follow(process, step)
@@ -45,7 +45,7 @@ def test_a_run_that_is_killed_several_times_ends_the_same(uninterrupted, tmp_pat
 
 
 @pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_a_corrupt_checkpoint_falls_back(uninterrupted, tmp_path, number, code):
+def test_a_signal_saves_a_checkpoint_and_a_corrupt_one_falls_back(uninterrupted, tmp_path, number, code):
     process = start_main(tmp_path, *TINY)
     follow(process, "step 15/")
     process.send_signal(number)
@@ -108,7 +108,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(uninterrupted, tmp_path):
     assert_same_state(tmp_path, uninterrupted[0], 40)
 
 
-def test_a_workdir_that_cannot_be_written(fashion_mnist, tmp_path):
+def test_a_workdir_that_cannot_be_written(synthetic, tmp_path):
     (tmp_path / "file").write_text("")
     code, output = run_main(tmp_path / "file" / "run", *TINY)
     assert code == 1 and output.startswith("Error: --workdir=") and output.count("\n") == 1
@@ -121,13 +121,13 @@ def test_a_workdir_that_cannot_be_written(fashion_mnist, tmp_path):
     (["--config.batch_size=1.5"], "config.batch_size='1.5': expected a whole number"),
     (["--config.mesh=2"], "config.mesh='2': expected its fields, config.mesh.cpu_devices, config.mesh.data"),
     (["--config.lrn=maybe"], "config.lrn='maybe': expected True or False"),
-    (["--config.test_split=dev"], "config.test_split: split 'dev' of fashion_mnist: it has train (60,000)"),
+    (["--config.test_split=dev"], "config.test_split: split 'dev' of synthetic: it has train (1,200)"),
     (["--config=no_such.py"], "--config: no_such.py [Errno 2] No such file"),
     (["--config=alexnet_jax/configs/imagenet2012.py:nope"], "py:nope: expected one of paper, source2012, caffe"),
     (["--colour=1"], "colour"),
     (["8"], "unexpected argument '8'"),
 ])  # fmt: skip
-def test_a_wrong_command_line_is_one_line(fashion_mnist, tmp_path, flags, words):
-    code, output = run_main(tmp_path / "run", *flags)
+def test_a_wrong_command_line_is_one_line(synthetic, tmp_path, flags, words):
+    code, output = run_main(tmp_path / "run", *flags, *SYNTHETIC)
     assert code == 1 and words in output and output.count("\n") == 1, output
     assert not (tmp_path / "run").exists()

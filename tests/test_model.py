@@ -5,36 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from jax import lax
+from networks import KERNELS, MAPS, SMALL, images_of, shapes, small_params
 
-from alexnet_jax import PLAIN, AlexNet, Stem, activations
-from alexnet_jax.model import LAYERS
-
-KERNELS = {
-    "conv1": (11, 11, 3, 96), "conv2": (5, 5, 48, 256), "conv3": (3, 3, 256, 384), "conv4": (3, 3, 192, 384),
-    "conv5": (3, 3, 192, 256), "fc6": (9216, 4096), "fc7": (4096, 4096), "fc8": (4096, 1000),
-}  # fmt: skip
-MAPS = {
-    "conv1": (55, 55, 96), "pool1": (27, 27, 96), "conv2": (27, 27, 256), "pool2": (13, 13, 256),
-    "conv3": (13, 13, 384), "conv4": (13, 13, 384), "conv5": (13, 13, 256), "pool5": (6, 6, 256),
-    "fc6": (4096,), "fc7": (4096,), "fc8": (1000,),
-}  # fmt: skip
-SMALL = AlexNet(num_classes=6, stem=Stem(5, 2, 2), widths=(8, 12, 16, 8, 12, 20, 14), kernel_std=(0.3,) * 8)
-
-
-def shapes(model, size, channels=3):
-    image = jnp.zeros((2, size, size, channels))
-    return jax.eval_shape(model.init, jax.random.key(0), image)["params"]
-
-
-def small_params(images, model=SMALL):
-    params = jax.eval_shape(model.init, jax.random.key(1), images)["params"]
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(2), len(leaves))
-    return tree.unflatten([0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
-
-
-def images_of(size, batch=3, channels=1):
-    return jax.random.normal(jax.random.key(9), (batch, size, size, channels)) * 3
+from alexnet_jax import OPS, PLAIN, AlexNet, activations, cross_entropy, sharding
+from alexnet_jax.model import LAYERS, OUTPUTS
 
 
 @pytest.mark.parametrize("size", [224, 227])
@@ -112,7 +87,7 @@ def test_the_scale_in_testing_follows_the_rate(rate, variant):
 
 
 @pytest.mark.parametrize("widths,count", [  # counted by hand
-    ((48, 128, 192, 192, 256, 4096, 4096), 59_798_312),  # what section 3.2 holds the two towers against
+    ((48, 128, 192, 192, 256, 4096, 4096), 59_798_312),  # the one-GPU network of section 3.2
     ((96, 256, 384, 384, 256, 4096, 4096), 62_378_344),
 ])  # fmt: skip
 def test_parameters_of_one_tower(widths, count):
@@ -159,7 +134,7 @@ def test_conv4_and_conv5_stay_in_their_towers(name):
     params = small_params(images)
     half = params["conv3"]["bias"].shape[0] // 2
     changed = jax.tree.map(lambda x: x, params)
-    changed["conv3"]["bias"] = changed["conv3"]["bias"].at[:half].add(1.0)  # only tower 0 of conv3's output moves
+    changed["conv3"]["bias"] = changed["conv3"]["bias"].at[:half].add(1.0)  # only tower 0 of conv3's output changes
     before, after = activations(SMALL, params, images)[name], activations(SMALL, changed, images)[name]
     half = before.shape[-1] // 2
     np.testing.assert_array_equal(before[..., half:], after[..., half:])
@@ -185,7 +160,7 @@ def test_dropout_needs_its_key_and_changes_with_it():
         SMALL.apply({"params": params}, images, train=True)
 
 
-def test_test_time_halving_is_the_mean_over_masks():
+def test_halved_outputs_in_testing_are_the_mean_over_masks():
     # One hidden unit's contribution is linear in its mask, so with fc6 untouched by ReLU's kink the means agree.
     images = images_of(28, batch=1)
     params = small_params(images)
@@ -273,3 +248,103 @@ def test_precision_and_param_dtype_reach_the_layers():
     program = jax.jit(lambda p: model.apply({"params": p}, images)).trace(params).lower(lowering_platforms=("cuda",))
     products = [line for line in program.as_text().splitlines() if "convolution(" in line or "dot_general" in line]
     assert len(products) >= len(LAYERS) and all("HIGHEST" in line for line in products), products
+
+
+def fused_operations():
+    """Operations with ReLU, LRN and pooling in one function, a composition of the others, and a list of its calls."""
+    calls = []
+
+    def relu_lrn_pool(x, bias, towers, *, k, n, alpha, beta, window, stride):
+        calls.append(dict(shape=x.shape, towers=towers, lrn=(k, n, alpha, beta), window=window, stride=stride))
+        parts = [
+            OPS.local_response_norm(nn.relu(part), k, n, alpha, beta) for part in jnp.split(x + bias, towers, axis=-1)
+        ]
+        return OPS.max_pool(jnp.concatenate(parts, axis=-1), window, stride)
+
+    return OPS._replace(relu_lrn_pool=relu_lrn_pool), calls
+
+
+def loss_logits_and_gradients(model, params, images):
+    labels = jnp.arange(len(images)) % 6
+
+    def loss(params):
+        logits = model.apply({"params": params}, images)
+        return cross_entropy(logits, labels), logits
+
+    (value, logits), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    return value, logits, gradients
+
+
+@pytest.mark.parametrize("fields,towers", [
+    (dict(), [2, 1, 1]),  # both towers of conv1 come from one convolution
+    (dict(towers=1), [1, 1]),
+    (dict(lrn_alpha=0.05, pool_window=2), [2, 1, 1]),
+    (dict(towers=1, widths=(7, 0, 6, 0, 5, 9, 0)), [1]),  # without conv2
+])  # fmt: skip
+def test_relu_lrn_and_pooling_in_one_function(fields, towers):
+    images, (ops, calls) = images_of(29, batch=2) * 20, fused_operations()
+    model = SMALL.clone(**fields)
+    params = small_params(images, model)
+    results = loss_logits_and_gradients(model.clone(ops=ops), params, images)
+    assert [call["towers"] for call in calls] == towers
+    alpha, window = model.lrn_alpha or 1e-4, model.pool_window
+    for call in calls:
+        assert (call["lrn"], call["window"], call["stride"]) == ((2.0, 5, alpha, 0.75), window, 2)
+    expected = loss_logits_and_gradients(model.clone(ops=OPS), params, images)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5 * np.abs(y).max()), results, expected
+    )
+    exact, _ = reference.network(
+        params, images, stem=SMALL.stem, towers=model.towers, scale=0.5, lrn_constants=(2.0, 5, alpha, 0.75),
+        pool_window=window,
+    )  # fmt: skip
+    np.testing.assert_allclose(results[1], exact, rtol=2e-4, atol=2e-4 * np.abs(exact).max())
+
+
+def test_relu_lrn_and_pooling_in_one_function_with_a_tower_on_each_device():
+    images, (ops, calls) = images_of(29, batch=2) * 20, fused_operations()
+    params = small_params(images)
+    specs = sharding.tower_specs(params)
+
+    def on_two_devices(ops):
+        model = SMALL.clone(ops=ops, tower_axis=sharding.TOWER)
+
+        def loss(params, images):
+            logits = lax.pmean(model.apply({"params": params}, images), sharding.TOWER)
+            return cross_entropy(logits, jnp.arange(2)), logits
+
+        def gradients(params, images):
+            (value, logits), gradients = jax.value_and_grad(loss, has_aux=True)(params, images)
+            return value, logits, gradients
+
+        return jax.jit(jax.shard_map(
+            gradients, mesh=sharding.make_mesh(1, 2), in_specs=(specs, sharding.REPLICATED),
+            out_specs=(sharding.REPLICATED, sharding.REPLICATED, specs),
+        ))(params, images)  # fmt: skip
+
+    results = on_two_devices(ops)
+    assert [(call["towers"], call["shape"][-1]) for call in calls] == [(1, 4), (1, 6)]  # half of 8 and of 12 channels
+    for expected in (on_two_devices(OPS), loss_logits_and_gradients(SMALL.clone(ops=OPS), params, images)):
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5 * np.abs(y).max()), results, expected
+        )
+
+
+@pytest.mark.parametrize("fields", [
+    dict(activation="tanh"), dict(lrn=False), dict(variant="caffe"), dict(variant="source2012"),
+], ids=str)  # fmt: skip
+def test_networks_that_compute_relu_lrn_and_pooling_one_by_one(fields):
+    images, (ops, calls) = images_of(31, batch=2), fused_operations()
+    model = SMALL.clone(**fields)
+    params = small_params(images, model)
+    logits = model.clone(ops=ops).apply({"params": params}, images)
+    assert not calls
+    np.testing.assert_array_equal(logits, model.clone(ops=OPS).apply({"params": params}, images))
+
+
+def test_activations_have_every_name_with_fused_operations():
+    images, (ops, calls) = images_of(29, batch=2), fused_operations()
+    params = small_params(images)
+    outputs = activations(SMALL.clone(ops=ops), params, images)
+    assert tuple(outputs) == OUTPUTS and not calls
+    jax.tree.map(np.testing.assert_array_equal, outputs, activations(SMALL.clone(ops=OPS), params, images))

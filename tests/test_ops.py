@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ from jax.test_util import check_grads
 from scipy.signal import correlate2d
 
 from alexnet_jax import OPS, PLAIN, ops
-from alexnet_jax.ops import lrn
+from alexnet_jax.ops import CUDA, lrn
 
 
 class LocalResponseNormTest(chex.TestCase):
@@ -86,7 +88,7 @@ class MaxPoolTest(chex.TestCase):
         chex.assert_trees_all_close(vjp(g)[0], reference.max_pool_gradient(x, g, window, stride), atol=1e-5)
 
     @parameterized.parameters((3, 2, "at least 3"), (0, 2, "window=0, stride=2"), (2, 0, "window=2, stride=0"))
-    def test_what_has_no_windows_is_refused(self, window, stride, words):
+    def test_images_smaller_than_a_window_are_refused(self, window, stride, words):
         with pytest.raises(ValueError, match=words):
             ops.max_pool(jnp.ones((1, 2, 5, 1)), window, stride)
 
@@ -96,7 +98,7 @@ class MaxPoolTest(chex.TestCase):
     ((9, 9, 3), (3, 3, 3, 4), 1, "expected"), ((1, 9, 9, 3), (3, 3, 3), 1, "expected"),
     ((1, 9, 9, 3), (3, 3, 3, 4), 0, "stride=0"), ((1, 2, 9, 3), (3, 3, 3, 4), 1, "smaller than the kernel, 3×3"),
 ])  # fmt: skip
-def test_conv_refuses_what_makes_no_convolution(shape, kernel, stride, words):
+def test_conv_refuses_shapes_that_do_not_fit(shape, kernel, stride, words):
     with pytest.raises(ValueError, match=f"conv: images .*{words}"):
         ops.conv(jnp.ones(shape), jnp.ones(kernel), stride, ((0, 0), (0, 0)))
 
@@ -149,7 +151,7 @@ class DropoutTest(chex.TestCase):
         ((4, 8), 2.0, 2, "rate=2.0"), ((4, 8), -0.1, 2, "rate=-0.1"), ((4, 9), 0.5, 2, r"\(4, 9\).*towers=2"),
         ((4, 8), 0.5, 0, "towers=0"), ((8,), 0.5, 2, r"\[B, N\]"),
     )  # fmt: skip
-    def test_what_it_cannot_drop_is_refused(self, shape, rate, towers, words):
+    def test_wrong_rates_and_shapes_are_refused(self, shape, rate, towers, words):
         with pytest.raises(ValueError, match=words):
             ops.dropout(jax.random.key(0), jnp.ones(shape), rate, towers)
 
@@ -178,7 +180,7 @@ CALLS = {
     "dropout": lambda bundle, x: bundle.dropout(jax.random.key(0), x.reshape(len(x), -1), 0.5, 2, 0, 0),
 }
 each_call = pytest.mark.parametrize("name", CALLS)
-each_bundle = pytest.mark.parametrize("bundle", [OPS, PLAIN], ids=["by_hand", "plain"])
+each_bundle = pytest.mark.parametrize("bundle", [OPS, PLAIN], ids=["custom", "plain"])
 
 
 def distinct(*shape):
@@ -207,9 +209,21 @@ def test_transformations_of_each_operation(name, bundle):
 @each_call
 def test_plain_operations_compute_the_same_and_have_forward_mode(name):
     x = distinct(2, 7, 6, 6)
-    by_hand, plain = (lambda x, bundle=bundle: CALLS[name](bundle, x) for bundle in (OPS, PLAIN))
-    np.testing.assert_allclose(by_hand(x), plain(x), rtol=1e-5, atol=1e-5)
+    custom, plain = (lambda x, bundle=bundle: CALLS[name](bundle, x) for bundle in (OPS, PLAIN))
+    np.testing.assert_allclose(custom(x), plain(x), rtol=1e-5, atol=1e-5)
     check_grads(plain, (x,), order=2, modes=["fwd", "rev"], eps=1e-3, rtol=0.05, atol=0.05)
     if name != "dropout":
         with pytest.raises(TypeError, match="forward-mode"):
-            jax.jvp(by_hand, (x,), (x,))
+            jax.jvp(custom, (x,), (x,))
+
+
+@pytest.mark.parametrize("platform,kind,expected", [
+    ("cpu", "cpu", OPS), ("gpu", "NVIDIA H100 80GB HBM3", CUDA), ("gpu", "AMD Instinct MI300X", OPS),
+    ("tpu", "TPU v5e", OPS),
+])  # fmt: skip
+def test_the_operations_for_a_device(platform, kind, expected):
+    assert ops.ops_for(SimpleNamespace(platform=platform, device_kind=kind)) is expected
+
+
+def test_a_cpu_uses_the_default_operations():
+    assert ops.ops_for(jax.devices("cpu")[0]) is OPS and OPS.relu_lrn_pool is None

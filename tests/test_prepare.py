@@ -47,13 +47,13 @@ def test_mean_image_and_covariance_are_those_of_the_training_images(image_folder
     paths = [path for path in (image_folder / "train").glob("*/*") if path.stem.isdigit()]
     images = np.stack([to_square(path.read_bytes()) for path in paths]).astype(np.float64)
     covariance = np.cov(images.reshape(-1, 3).T, bias=True)
-    with np.load(prepared / "statistics.npz") as found:
-        assert {x.dtype for x in found.values()} == {np.dtype(np.float64)}
-        np.testing.assert_allclose(found["mean_image"], images.mean(0), rtol=1e-12)
-        np.testing.assert_allclose(found["covariance"], covariance, rtol=1e-9)
-        vectors = found["eigenvectors"]
-        np.testing.assert_allclose(vectors @ np.diag(found["eigenvalues"]) @ vectors.T, covariance, rtol=1e-9)
-        assert (np.diff(found["eigenvalues"]) < 0).all()
+    with np.load(prepared / "statistics.npz") as statistics:
+        assert {x.dtype for x in statistics.values()} == {np.dtype(np.float64)}
+        np.testing.assert_allclose(statistics["mean_image"], images.mean(0), rtol=1e-12)
+        np.testing.assert_allclose(statistics["covariance"], covariance, rtol=1e-9)
+        vectors = statistics["eigenvectors"]
+        np.testing.assert_allclose(vectors @ np.diag(statistics["eigenvalues"]) @ vectors.T, covariance, rtol=1e-9)
+        assert (np.diff(statistics["eigenvalues"]) < 0).all()
 
 
 def test_a_killed_preparation_resumes_to_the_same_bytes_with_other_workers(image_folder, prepared, tmp_path):
@@ -68,8 +68,8 @@ def test_a_killed_preparation_resumes_to_the_same_bytes_with_other_workers(image
         time.sleep(0.002)
     process.kill()
     process.wait()
-    time.sleep(0.5)  # its worker sees that it is alone
-    done = {known.with_suffix("").name for known in work.glob("*.npz")}
+    time.sleep(0.5)  # its workers exit when they lose the parent
+    done = {sums.with_suffix("").name for sums in work.glob("*.npz")}
     before = {name: (work / name).stat().st_mtime_ns for name in done}
     assert 3 <= len(done) < 10
     again = prepare("small", image_folder, tmp_path, workers=2, shard_size=SHARD)
@@ -226,7 +226,7 @@ def test_a_signal_is_one_line(image_folder, tmp_path, number):
     assert "Traceback" not in output
 
 
-def test_a_small_set_has_work_for_all_cores(image_folder):
+def test_a_small_data_set_has_shards_for_all_cores(image_folder):
     parts, _ = find_parts("small", image_folder, SHARD_SIZE)
     assert [part.size for part in parts["train"]] == [16, 16, 16, 14]
 

@@ -29,7 +29,7 @@ def test_the_bytes_are_those_of_one_machine(prepared, by_beam):
     assert files_of(by_beam) == files_of(prepared)
 
 
-def test_from_a_tfds_data_set_whose_shards_lie_otherwise(prepared, tmp_path):
+def test_from_a_tfds_data_set_with_other_shard_boundaries(prepared, tmp_path):
     source = str(prepared.parents[1])
     ours = beam.prepare("small_256", source, str(tmp_path / "ours"), shard_size=12)
     theirs = prepare("small_256", source, tmp_path / "theirs", shard_size=12)
@@ -50,9 +50,9 @@ def test_the_command_line(image_folder, tmp_path):
 def test_too_many_files_that_cannot_be_decoded(image_folder, tmp_path):
     with pytest.raises(PrepareError, match="3 files cannot be decoded, more than --max_undecodable=2;.*\n  train/a/n"):
         beam.prepare("small", str(image_folder), str(tmp_path), max_undecodable=2)
-    made = tmp_path / "small_256" / "1.0.0"
-    assert not (made / "dataset_info.json").exists()
-    assert len((made / "undecodable.txt").read_text().splitlines()) == 3
+    folder = tmp_path / "small_256" / "1.0.0"
+    assert not (folder / "dataset_info.json").exists()
+    assert len((folder / "undecodable.txt").read_text().splitlines()) == 3
 
 
 def test_already_prepared_with_more_undecodable_files_than_now_allowed(image_folder, by_beam):

@@ -21,7 +21,7 @@ def test_mean_image_is_subtracted_and_the_border_is_mean_color():
     np.testing.assert_array_equal(p.train(jax.random.key(0), images), x)  # one place only, nothing else on
 
 
-def test_scale_and_enlargement():
+def test_scale_and_resize():
     images = color_images()
     small = np.asarray(fit(images, 0, 8, 0, False, False, scale=0.5).center_crop(images), np.float64)
     np.testing.assert_allclose(small, (images - images.mean(0)) / 2, atol=1e-4)
@@ -51,7 +51,7 @@ def test_without_random_crops_training_takes_the_center_crop():
     np.testing.assert_array_equal(p.train(jax.random.key(0), images), p.center_crop(images))
 
 
-def test_lighting_has_the_scale_of_the_pixels():
+def test_pca_lighting_has_the_scale_of_the_pixels():
     images = color_images(500)
     p = fit(images, pad=0, crop=8, resize=0, flip=False, lighting=True)
     x = np.asarray(p.train(jax.random.key(0), images), np.float64) - (images - images.mean(0))
@@ -60,12 +60,12 @@ def test_lighting_has_the_scale_of_the_pixels():
     np.testing.assert_allclose(shift.std(0), 0.1 * unit_eigenvalues * 255, rtol=0.15)
 
 
-def test_gray_images_have_no_lighting():
+def test_gray_images_have_no_pca_lighting():
     with pytest.raises(ValueError, match="expected"):
         fit(color_images()[..., :1], 0, 8, 0, False, lighting=True)
 
 
-def test_it_passes_whole_to_a_jitted_program():
+def test_it_is_an_argument_of_a_jitted_function():
     images = color_images()
     p = fit(images, pad=1, crop=6, resize=0, flip=True, lighting=True, scale=0.5)
     assert len(jax.tree.leaves(p)) == 3  # the mean image, and the factors and directions of PCA lighting

@@ -36,7 +36,7 @@ def test_conv_is_scipys_correlation(stride, padding):
     assert_slopes(lambda w: reference.conv(x, w, stride, padding), w, dw, g)
 
 
-def test_lrn_read_aloud():
+def test_lrn_by_a_loop_over_channels():
     (a,) = random_arrays((2, 3, 3, 9))
     b, k, n, alpha, beta = np.empty_like(a), 2.0, 5, 0.3, 0.75
     for i in range(9):
@@ -45,7 +45,7 @@ def test_lrn_read_aloud():
     np.testing.assert_allclose(reference.lrn(a, k, n, alpha, beta), b, rtol=1e-12)
 
 
-def test_spatial_norm_read_aloud():
+def test_spatial_norm_by_a_loop_over_pixels():
     (a,) = random_arrays((2, 6, 7, 3))
     b = np.empty_like(a)
     for r in range(6):
@@ -112,7 +112,7 @@ def test_the_networks_gradients_are_slopes(how):
             assert_slopes(function, w, gradients[name][leaf], 1.0, step=1e-7, rel=1e-4)
 
 
-def test_augmentation_of_what_was_drawn():
+def test_augmentation_with_given_positions_flips_and_alpha():
     (images,) = random_arrays((2, 6, 7, 3))
     np.testing.assert_array_equal(reference.crop(images, [(0, 2), (1, 1)], 4)[1], images[1, 1:5, 1:5])
     np.testing.assert_array_equal(reference.flip(images, [True, False])[0, :, 0], images[0, :, 6])

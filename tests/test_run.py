@@ -18,7 +18,7 @@ def test_a_run_opens_as_it_was_saved(trained, opened):
     for layer, leaves in opened.params.items():
         for name, x in leaves.items():
             np.testing.assert_array_equal(x, state[f"/params/{layer}/{name}"])
-    assert opened.step == 40 and opened.names[9] == "Ankle boot"
+    assert opened.step == 40 and opened.names[9] == "pattern 9"
     train_images = opened.load("train[:1000]").images
     np.testing.assert_allclose(opened.preprocess.mean, train_images.mean(0), rtol=1e-5, atol=1e-4)
     assert before == sorted((p, p.stat().st_mtime_ns) for p in trained.rglob("*"))
@@ -32,7 +32,7 @@ def test_its_error_is_that_of_the_training(trained, opened):
     np.testing.assert_allclose(p.sum(1), 1, rtol=1e-5)
 
 
-def test_activations_in_parts_are_those_of_the_whole(opened, monkeypatch):
+def test_activations_in_batches_are_those_of_one_batch(opened, monkeypatch):
     images = opened.load("test[:23]").images
     exact = activations(opened.model, opened.params, opened.preprocess.center_crop(images))
     monkeypatch.setattr(run, "AT_A_TIME", 10)  # the last part is padded
@@ -51,7 +51,7 @@ def test_a_corrupt_checkpoint_is_named_and_left_alone(trained, tmp_path):
 @pytest.mark.parametrize("content,words", [
     ("{", "not a config"), ('{"widht": 3}', "widht"), (None, "no checkpoint yet"),
 ])  # fmt: skip
-def test_a_folder_that_holds_no_run_to_read(fashion_mnist, tmp_path, content, words):
+def test_a_folder_that_holds_no_run_to_read(synthetic, tmp_path, content, words):
     text = '{"train_split": "train[:50]"}' if content is None else content
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(run.RunError, match=words):

@@ -75,16 +75,16 @@ def records(builder, split):
 
 def test_a_batch_is_a_function_of_key_and_step_with_any_number_of_workers(builder):
     images, labels = records(builder, "train")
-    known = dict(zip(which(images), zip(images, labels, strict=True), strict=True))
-    assert len(known) == TRAIN
+    examples_in_memory = dict(zip(which(images), zip(images, labels, strict=True), strict=True))
+    assert len(examples_in_memory) == TRAIN
     mesh, key = sharding.one_device(), jax.random.key(3)
     one = streaming.StreamedData(builder, "train", 20, mesh, workers=1)
     assert one.steps_per_epoch == 3
     batches = [one.batch(key, step) for step in range(6)]
     for images, labels in batches:
         for i, image, label in zip(which(images), images, labels, strict=True):
-            np.testing.assert_array_equal(image, known[i][0])
-            assert label == known[i][1]
+            np.testing.assert_array_equal(image, examples_in_memory[i][0])
+            assert label == examples_in_memory[i][1]
     epochs = [sum((which(b.images) for b in batches[start : start + 3]), []) for start in (0, 3)]
     assert [len(set(epoch)) for epoch in epochs] == [60, 60] and epochs[0] != epochs[1]
     assert epochs[0] != sorted(epochs[0])
@@ -97,7 +97,7 @@ def test_a_batch_is_a_function_of_key_and_step_with_any_number_of_workers(builde
     two.close()
 
 
-def test_a_set_in_order_has_each_example_once_and_is_evaluated_as_in_memory(builder):
+def test_a_split_in_order_has_each_example_once_and_is_evaluated_as_in_memory(builder):
     images, labels = records(builder, "validation")
     mesh = sharding.make_mesh(4, 2)
     assert evaluation.batch_size(VALIDATION, True, mesh, crops=100) == 12
@@ -166,7 +166,7 @@ def test_stored_statistics_are_used_and_missing_ones_are_measured(folder, tmp_pa
 
 def workers_of(process):
     """The processes that a run has started, but for Python's own tracker of shared memory."""
-    found = []
+    processes = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
             parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
@@ -174,11 +174,11 @@ def workers_of(process):
         except OSError:
             continue
         if parent == process.pid and b"spawn_main" in command:
-            found.append(int(path.name))
-    return found
+            processes.append(int(path.name))
+    return processes
 
 
-def are_gone(pids, within=20):
+def have_exited(pids, within=20):
     deadline = time.monotonic() + within
     while any(Path(f"/proc/{pid}").exists() for pid in pids):
         if time.monotonic() > deadline:
@@ -199,7 +199,7 @@ def uninterrupted(folder, tmp_path_factory):
     return run
 
 
-def test_after_a_dead_worker_and_a_kill_it_ends_the_same_with_other_workers(folder, uninterrupted, tmp_path):
+def test_after_a_lost_worker_and_a_kill_other_workers_resume_to_the_same_state(folder, uninterrupted, tmp_path):
     process = start_main(tmp_path, *flags(folder, 2), env=ENVIRONMENT)
     follow(process, "epoch ")  # it is validated, and saved next
     workers = workers_of(process)
@@ -220,7 +220,7 @@ def test_after_a_dead_worker_and_a_kill_it_ends_the_same_with_other_workers(fold
     workers = workers_of(process)
     process.kill()
     process.wait()
-    assert workers and are_gone(workers)
+    assert workers and have_exited(workers)
 
     code, output = run_main(tmp_path, *flags(folder, 1), env=ENVIRONMENT)
     assert code == 0 and "resuming from the checkpoint of step" in output and "Traceback" not in output, output
@@ -228,7 +228,7 @@ def test_after_a_dead_worker_and_a_kill_it_ends_the_same_with_other_workers(fold
 
 
 @pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_to_the_whole_group_saves_and_leaves_no_process(folder, tmp_path, number, code):
+def test_a_signal_to_the_process_group_saves_a_checkpoint_and_ends_all_processes(folder, tmp_path, number, code):
     process = start_main(tmp_path, *flags(folder, 2), env=ENVIRONMENT, start_new_session=True)
     follow(process, "step 2/")
     workers = workers_of(process)
@@ -238,7 +238,7 @@ def test_a_signal_to_the_whole_group_saves_and_leaves_no_process(folder, tmp_pat
         "checkpoint saved, run the same command to resume"
     ), output
     assert "Traceback" not in output and "Warning" not in output
-    assert workers and are_gone(workers)
+    assert workers and have_exited(workers)
 
 
 def test_two_processes_read_the_batches_of_one(folder, uninterrupted, tmp_path):
@@ -249,13 +249,13 @@ def test_two_processes_read_the_batches_of_one(folder, uninterrupted, tmp_path):
     np.testing.assert_allclose(losses(tmp_path), losses(uninterrupted), rtol=1e-5)
 
 
-def test_the_evaluation_streams_too(uninterrupted):
+def test_evaluation_with_the_streaming_input_pipeline(uninterrupted):
     command = [sys.executable, "-m", "alexnet_jax.evaluate", "--workdir", str(uninterrupted)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stderr == "", done.stderr
-    found = json.loads((uninterrupted / "evaluation.json").read_text())
+    evaluation = json.loads((uninterrupted / "evaluation.json").read_text())
     tested = json.loads((uninterrupted / "result.json").read_text())
-    assert found["center"]["top1_error"] == tested["test_top1_error"] and found["examples"] == VALIDATION
+    assert evaluation["center"]["top1_error"] == tested["test_top1_error"] and evaluation["examples"] == VALIDATION
 
 
 def test_runs_of_different_data_sets_are_not_averaged(folder, uninterrupted, tmp_path):

@@ -5,7 +5,8 @@ import logging
 
 import numpy as np
 import pytest
-from runners import CIFAR10, saved_state, tiny_config
+import synthetic_data
+from runners import saved_state, tiny_config
 from tensorboardX.proto.event_pb2 import Event
 
 from alexnet_jax.config import ConfigError
@@ -15,8 +16,9 @@ from alexnet_jax.train import DivergedError, train_and_evaluate
 
 @pytest.fixture(scope="module")
 def learned(fashion_mnist, tmp_path_factory):
-    """The network at half its width, on a sixth of the data for a minute: (folder, result)."""
+    """A network of half the width, trained on a sixth of the data: (folder, result)."""
     config = tiny_config(
+        dataset="fashion_mnist", data_dir="",
         widths=(16, 48, 64, 64, 64, 256, 256), kernel_std=(0.28, 0.1, 0.068, 0.084, 0.084, 0.09, 0.09, 0.05),
         train_split="train[:10000]", validation_split="train[10000:12000]", test_split="test", num_train_steps=600,
         batch_size=64, learning_rate=0.05, warmup_steps=100, drop_at_epochs=(3.0,), plateau_patience=0,
@@ -41,7 +43,7 @@ def read_events(path):
         place += 12 + size + 4
 
 
-def test_what_a_run_leaves(learned):
+def test_the_output_files_of_a_run(learned):
     folder, result = learned
     assert json.loads((folder / "result.json").read_text()) == result
     needed = {"test_top1_error", "test_top5_error", "steps", "seconds", "images_per_s", "device"}
@@ -73,7 +75,7 @@ def test_finished_folder_reports_its_result(learned, caplog):
     assert before == sorted((p, p.stat().st_mtime_ns) for p in folder.rglob("*"))
 
 
-def test_same_seed_same_parameters_bit_for_bit(fashion_mnist, tmp_path):
+def test_same_seed_same_parameters_bit_for_bit(synthetic, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         train_and_evaluate(tiny_config(seed=seed), tmp_path / name)
     a, b, c = (saved_state(tmp_path / name, 6) for name in "abc")
@@ -82,28 +84,33 @@ def test_same_seed_same_parameters_bit_for_bit(fashion_mnist, tmp_path):
     assert any((leaf != c[path]).any() for path, leaf in a.items())
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(fashion_mnist, tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run(synthetic, tmp_path):
     with pytest.raises(DivergedError, match=r"step \d+, with learning rate 1e\+06"):
         train_and_evaluate(tiny_config(learning_rate=1e6, num_train_steps=30), tmp_path)
     assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
 
 
-def test_full_size_config_runs(fashion_mnist, tmp_path):
-    config = fashion_mnist_224.get_config()
+def on_synthetic(config, name, **fields):
+    """A config on one device and a synthetic data set, with some fields changed."""
     config.mesh.data = 1
-    config.update(train_split="train[:8]", validation_split="train[8:12]", test_split="test[:4]", batch_size=4,
-                  num_train_steps=2, ten_crop=False)  # fmt: skip
+    config.update(dataset=name, data_dir=str(synthetic_data.DATA_DIR), **fields)
+    return config
+
+
+def test_full_size_config_runs(synthetic, tmp_path):
+    config = on_synthetic(
+        fashion_mnist_224.get_config(), "synthetic", train_split="train[:8]", validation_split="train[8:12]",
+        test_split="test[:4]", batch_size=4, num_train_steps=2, ten_crop=False,
+    )  # fmt: skip
     result = train_and_evaluate(config, tmp_path)
     assert result["steps"] == 2
     state = saved_state(tmp_path, 2)
     assert sum(v.size for k, v in state.items() if k.startswith("/params/")) == 60_965_224 - 2 * 121 * 96 - 990 * 4097
 
 
-def test_cifar10_config_runs_with_lighting(tmp_path):
-    if not CIFAR10.exists():
-        pytest.skip("no prepared CIFAR-10 in $ALEXNET_TEST_DATA")
-    config = cifar10.get_config()
-    config.mesh.data = 1
-    config.update(data_dir=str(CIFAR10), train_split="train[:500]", validation_split="train[500:600]",
-                  test_split="test[:100]", batch_size=50, num_train_steps=5)  # fmt: skip
+def test_cifar10_config_runs_with_lighting(synthetic_rgb, tmp_path):
+    config = on_synthetic(
+        cifar10.get_config(), "synthetic_rgb", train_split="train[:500]", validation_split="train[500:600]",
+        test_split="test[:100]", batch_size=50, num_train_steps=5,
+    )  # fmt: skip
     assert train_and_evaluate(config, tmp_path)["steps"] == 5

@@ -46,11 +46,11 @@ def test_the_update_of_several_seeds_at_once_is_that_of_each():
         return jax.lax.scan(step, states, keys)
 
     specs = jax.tree.map(lambda spec: P(None, *spec), state_specs(states[0]))
-    together = jax.shard_map(
+    train_both = jax.shard_map(
         train, mesh=mesh, in_specs=(specs, sharding.BATCH, sharding.REPLICATED),
         out_specs=(specs, sharding.REPLICATED),
     )  # fmt: skip
-    found, metrics = jax.jit(together)(stacked, batch, keys)
+    trained, metrics = jax.jit(train_both)(stacked, batch, keys)
     assert metrics["loss"].shape == (count, 2)
     single = make_train_step(MODEL, optimizer, prepare, RATE)
     placed = sharding.place(batch, mesh, sharding.BATCH)
@@ -58,7 +58,7 @@ def test_the_update_of_several_seeds_at_once_is_that_of_each():
         for n, key in enumerate(keys):
             state, expected = single(state, placed, key)
             np.testing.assert_allclose(metrics["loss"][n, i], expected["loss"], rtol=1e-4)
-        for x, y in zip(jax.tree.leaves(found.params), jax.tree.leaves(state.params), strict=True):
+        for x, y in zip(jax.tree.leaves(trained.params), jax.tree.leaves(state.params), strict=True):
             np.testing.assert_allclose(x[i], y, rtol=1e-3, atol=1e-5)
 
 

@@ -1,6 +1,6 @@
 """Every row in which the paper, its 2012 source and Caffe's replica differ, held against what is built.
 
-The figures stand here a second time, written from the publications and not from the table in the code.
+The figures are written from the publications, not from the table in the code.
 """
 
 import jax
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import reference
 from jax import lax
-from test_model import KERNELS, MAPS, SMALL, images_of, shapes, small_params
+from networks import KERNELS, MAPS, SMALL, images_of, shapes, small_params
 
 from alexnet_jax import OPS, AlexNet, Stem, activations, paper_sgd, sharding
 from alexnet_jax.config import ConfigError, check_config
@@ -23,9 +23,9 @@ STEM = Stem(5, 2, 0)  # on 36×36 images conv1 adds one row and column of paddin
 
 
 @each_variant
-def test_order_normalization_rounding_and_scale_of_dropout_against_numpy(variant):
+def test_order_lrn_rounding_and_scale_of_dropout_against_numpy(variant):
     network = SMALL.clone(stem=STEM, variant=variant)
-    images = images_of(36, batch=2) * 300  # large enough for each normalization to bite
+    images = images_of(36, batch=2) * 300  # large enough for each normalization to matter
     params = small_params(images, network)
     tested = network.apply({"params": params}, images)
 
@@ -95,7 +95,7 @@ def test_update(variant):
     ("source2012", 128, (25, 51, 79), 0, True, True),
     ("caffe", 256, (20, 40, 60, 80), 0, False, False),
 ])  # fmt: skip
-def test_recipe(variant, batch, drops, patience, lighting, ten_crop):
+def test_config_of_each_variant(variant, batch, drops, patience, lighting, ten_crop):
     c = imagenet2012.get_config(variant)
     check_config(c)
     assert (c.batch_size, c.drop_at_epochs, c.plateau_patience) == (batch, drops, patience)
@@ -105,7 +105,7 @@ def test_recipe(variant, batch, drops, patience, lighting, ten_crop):
         assert round(1_281_167 / batch * drops[0], -4) == 100_000
 
 
-def places_and_flips(variant, count, first=0):
+def positions_and_flips(variant, count, first=0):
     """Of each training image: its crop's row, its column, and whether it is flipped."""
     image = 100 * np.arange(12)[:, None] + np.arange(12)
     images = np.broadcast_to(image[None, :, :, None], (count, 12, 12, 1)).astype(np.float32)
@@ -121,20 +121,20 @@ def places_and_flips(variant, count, first=0):
 
 @each_variant
 def test_crops_and_flips(variant):
-    found = places_and_flips(variant, 6400)
-    places = 4 if variant == "paper" else 5  # of 8×8 in 12×12: the paper counts 32² of 224×224 in 256×256
-    for column, values in enumerate((places, places, 2)):
-        assert set(found[:, column]) == set(range(values))
-    chunks = found.reshape(200, 32, 3)
+    draws = positions_and_flips(variant, 6400)
+    positions = 4 if variant == "paper" else 5  # of 8×8 in 12×12: the paper counts 32² of 224×224 in 256×256
+    for column, values in enumerate((positions, positions, 2)):
+        assert set(draws[:, column]) == set(range(values))
+    chunks = draws.reshape(200, 32, 3)
     together = (chunks == chunks[:, :1]).all((1, 2))
     assert together.all() if variant == "source2012" else not together.any()
     if variant == "source2012":
         assert len(np.unique(chunks[:, 0], axis=0)) > 40  # of 50
-    np.testing.assert_array_equal(places_and_flips(variant, 80, first=48), found[48:128])  # on another device
+    np.testing.assert_array_equal(positions_and_flips(variant, 80, first=48), draws[48:128])  # on another device
 
 
 @pytest.mark.parametrize("variant", ["paper", "source2012"])
-def test_lighting(variant):
+def test_pca_lighting(variant):
     rng = np.random.default_rng(0)
     mixing = rng.normal(size=(3, 3)) * 20
     images = np.clip(rng.normal(size=(4000, 4, 4, 3)) @ mixing + 120, 0, 255).astype(np.uint8)

@@ -35,23 +35,23 @@ def test_values_and_both_gradients_are_those_of_float64(batch, size, kernel, str
 
     x, w, g = (jnp.float32(array) for array in (x, w, g))
     y, gradients = jax.vjp(jax.jit(lambda x, w: winograd.conv(x, w, stride, padding)), x, w)
-    for found, right in ((y, expected), *zip(gradients(g), (dx, dw), strict=True)):
-        assert found.dtype == jnp.float32 and found.shape == right.shape
-        assert np.abs(found - right).max() < 2e-5 * np.abs(right).max()
+    for result, exact in ((y, expected), *zip(gradients(g), (dx, dw), strict=True)):
+        assert result.dtype == jnp.float32 and result.shape == exact.shape
+        assert np.abs(result - exact).max() < 2e-5 * np.abs(exact).max()
 
 
 @pytest.mark.parametrize("batch,side,shape,stride,pays", [
     (2, 224, (11, 11, 3, 96), 4, True), (2, 27, (5, 5, 48, 128), 1, True), (8, 13, (3, 3, 192, 128), 1, True),
     (64, 13, (5, 5, 16, 32), 1, False), (64, 28, (3, 3, 1, 32), 1, False), (32, 6, (3, 3, 64, 96), 1, False),
-    (64, 13, (1, 1, 256, 256), 1, False), (64, 13, (7, 7, 64, 64), 1, False),  # there is no F for them
+    (64, 13, (1, 1, 256, 256), 1, False), (64, 13, (7, 7, 64, 64), 1, False),  # no F(m, r) for them
 ])  # fmt: skip
-def test_a_cpu_takes_it_where_it_pays(batch, side, shape, stride, pays):
+def test_a_cpu_uses_it_for_layers_that_are_faster_with_it(batch, side, shape, stride, pays):
     x, kernel = jnp.ones((batch, side, side, shape[2])), jnp.ones(shape)
     both = jax.jit(jax.grad(lambda x, kernel: ops.conv(x, kernel, stride, ((0, 0), (0, 0))).sum(), argnums=(0, 1)))
     lowered = both.trace(x, kernel).lower(lowering_platforms=("cpu",))
     assert ("convolution" not in lowered.as_text()) == pays
-    elsewhere = both.trace(x, kernel).lower(lowering_platforms=("cuda",))
-    assert "convolution" in elsewhere.as_text()
+    on_gpu = both.trace(x, kernel).lower(lowering_platforms=("cuda",))
+    assert "convolution" in on_gpu.as_text()
 
 
 def test_bfloat16_stays_so_and_is_computed_in_float32():
@@ -92,8 +92,8 @@ def test_the_papers_layers_are_the_same_in_both_implementations(side, shape, str
             )  # fmt: skip
         return jax.jit(all_of)(x, w)
 
-    found, expected = results(ops.conv), results(PLAIN.conv)
-    scaled = jax.tree.map(lambda f, e: f / jnp.abs(e).max(), found, expected)
+    computed, expected = results(ops.conv), results(PLAIN.conv)
+    scaled = jax.tree.map(lambda f, e: f / jnp.abs(e).max(), computed, expected)
     chex.assert_trees_all_close(scaled, jax.tree.map(lambda e: e / jnp.abs(e).max(), expected), atol=3e-5)
 
 

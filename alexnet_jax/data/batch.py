@@ -1,4 +1,4 @@
-"""What training and evaluation receive, from memory or from files."""
+"""The batches of training and evaluation, from memory or from files."""
 
 from typing import NamedTuple
 

@@ -132,7 +132,7 @@ def prepare(data_dir: str | Path | None, source_dir: str = "") -> None:
 
     Args:
       data_dir: None is TFDS's default.
-      source_dir: as of `find_files`.
+      source_dir: as in `find_files`.
 
     Raises:
       NoSourceError: no source has the files.

@@ -32,7 +32,7 @@ def to_square(file: bytes) -> np.ndarray:
     if not file:
         raise ValueError("the file is empty")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of transparency and EXIF data, which are dropped
+        warnings.simplefilter("ignore")  # warnings of transparency and EXIF data, which are dropped
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             with Image.open(io.BytesIO(file)) as opened:
@@ -94,7 +94,7 @@ def read_image(path: str | Path, shape: tuple[int, ...], invert: bool = False) -
         (32-bit integers and floats), or one of more than 178 million pixels.
     """
     height, width, channels = shape
-    with warnings.catch_warnings(action="ignore"), Image.open(path) as opened:  # of many pixels and of unusual metadata
+    with warnings.catch_warnings(action="ignore"), Image.open(path) as opened:  # of unusual metadata
         ImageOps.exif_transpose(opened, in_place=True)
         image = _eight_bits(opened)
         if "A" in image.getbands() or "transparency" in image.info:

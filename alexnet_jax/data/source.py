@@ -67,10 +67,10 @@ def open_builder(name: str, data_dir: str = "", source_dir: str = "") -> tfds.co
     Args:
       name: a TFDS name.
       data_dir: where TFDS keeps prepared data sets; "" is TFDS's default, ~/tensorflow_datasets.
-      source_dir: where the original files of Fashion-MNIST are, if the user has them.
+      source_dir: a folder with the original files of Fashion-MNIST; "" for none.
 
     Raises:
-      DataError: an unknown name, or a data set that is neither prepared nor can be prepared here.
+      DataError: an unknown name, or a data set that is not prepared; Fashion-MNIST without its files.
     """
     folder = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser().absolute()
     try:

@@ -66,7 +66,7 @@ class _Buffers:
         self._free_for[batch % len(self._free_for)] = batch + len(self._free_for)
 
     def release(self) -> None:
-        """End the waiting of every worker."""
+        """Let every worker that waits continue."""
         self._free_for[:] = np.iinfo(np.int64).max
 
     def close(self) -> None:
@@ -81,7 +81,7 @@ class Shuffled:
     """The positions of a step's batch in a split: a permutation each epoch, whose remainder is dropped."""
 
     def __init__(self, size: int, batch_size: int, seed: int):
-        """Take the size of the split, of a batch, and the seed of the permutations."""
+        """Store the sizes of the split and of a batch, and the seed of the permutations."""
         self.size, self.batch_size, self.seed, self.epoch = size, batch_size, seed, -1
 
     def __call__(self, step: int) -> np.ndarray:
@@ -135,7 +135,7 @@ def _start_worker(index: int, count: int) -> None:
 
 
 def _start_resource_tracker() -> None:
-    """Start Python's tracker of shared memory so that it frees what a killed process left without a warning."""
+    """Start Python's tracker of shared memory so that it frees, without a warning, the memory of a killed process."""
     options = sys.warnoptions.copy()
     sys.warnoptions.append("ignore::UserWarning:multiprocessing.resource_tracker")  # the tracker's process inherits it
     try:
@@ -270,7 +270,7 @@ class StreamedBatches:
     """A large split in its order with the interface of `data.DeviceBatches`; the last batch is padded, label −1."""
 
     def __init__(self, builder: tfds.core.DatasetBuilder, split: str, batch_size: int, mesh: Mesh, workers: int = 0):
-        """Open a split; `workers` as of `StreamedData`."""
+        """Open a split; `workers` as in `StreamedData`."""
         self.size, self.batch_size, self.mesh, self.workers = split_size(builder, split), batch_size, mesh, workers
         self._decoder = Decoder(builder, split, _rows(mesh, batch_size))
 

@@ -1,7 +1,7 @@
 """The operations of sections 3 and 4 that JAX and Flax do not have as the paper defines them, with their gradients.
 
-Arrays are NHWC. Each function is pure and jittable. `ops_for` gives the bundle that the
-network takes by default on a device; `PLAIN` is that of XLA's own operations.
+Arrays are NHWC. Each function is pure and jittable. `ops_for` gives the bundle that the network takes by default on a
+device; `PLAIN` is that of XLA's own operations.
 """
 
 from alexnet_jax.ops.bundle import CUDA, OPS, PLAIN, Ops, ops_for

@@ -18,8 +18,8 @@ class Ops(NamedTuple):
       local_response_norm: (x, k, n, alpha, beta) to the normalized activations, as `ops.local_response_norm`.
       spatial_response_norm: (x, size, scale, power, min_div) likewise, as `ops.spatial_response_norm`.
       dropout: (key, x, rate, towers, first_example, first_tower) to the kept activations, as `ops.dropout`.
-      relu_lrn_pool: (x, bias, towers, k, n, alpha, beta) to the maxima, a convolution's bias, ReLU, LRN and max pooling
-        in one, as `relu_lrn_pool.relu_lrn_pool`; None: one operation after the other.
+      relu_lrn_pool: (x, bias, towers, k, n, alpha, beta, window, stride) to the maxima: a convolution's bias, ReLU, LRN
+        and max pooling in one function, as `relu_lrn_pool.relu_lrn_pool`; None: one operation after the other.
     """
 
     conv: Callable[..., jax.Array] = convolution.conv

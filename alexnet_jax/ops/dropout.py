@@ -17,10 +17,10 @@ def dropout(
     The mask depends on the key, the example's index in the batch and the tower alone, so it is the same on any mesh.
 
     Args:
-      key: one key a layer and step.
+      key: a key of its own for each layer and step.
       x: activations [B, N] of `towers` towers; N divisible by `towers`.
       rate: from 0 to 1.
-      first_example, first_tower: the index of x[0] in the whole batch, and that of its first tower.
+      first_example, first_tower: the indices of x[0] in the batch and of its first tower, over all devices.
 
     Returns:
       [B, N], in the dtype of x.
@@ -39,5 +39,5 @@ def dropout(
         return jax.random.bernoulli(tower_key, 1 - rate, (units // towers,))
 
     examples, numbers = first_example + jnp.arange(batch), first_tower + jnp.arange(towers)
-    kept = jax.vmap(jax.vmap(mask, (None, 0)), (0, None))(examples, numbers)
-    return jnp.where(kept.reshape(batch, units), x, jnp.zeros((), x.dtype))
+    keep = jax.vmap(jax.vmap(mask, (None, 0)), (0, None))(examples, numbers)
+    return jnp.where(keep.reshape(batch, units), x, jnp.zeros((), x.dtype))

@@ -60,8 +60,8 @@ def _tiles(x: jax.Array, side: int, step: int) -> Grid:
     return [[pixel(i, j) for j in range(side)] for i in range(side)]
 
 
-def _whole_tiles(x, outputs, m, r, padding):
-    """Return images padded until the outputs [H, W] are whole tiles, and the [H, W] of these outputs."""
+def _pad_to_tiles(x, outputs, m, r, padding):
+    """Return images padded so that tiles of m × m cover the outputs [H, W] exactly, and the [H, W] of these outputs."""
     outputs = [-(-size // m) * m for size in outputs]
     return zero_pad(x, [low for low, _ in padding], [size + r - 1 for size in outputs]), outputs
 
@@ -70,7 +70,7 @@ def _outputs(x, kernel, padding):
     batch, r, features = x.shape[0], kernel.shape[0], kernel.shape[3]
     m, a, g, b = _filtering(r)
     height, width = (size + sum(edges) - r + 1 for size, edges in zip(x.shape[1:3], padding, strict=True))
-    x, sides = _whole_tiles(x, (height, width), m, r, padding)
+    x, sides = _pad_to_tiles(x, (height, width), m, r, padding)
     inputs, kernels = _transform(b, _tiles(x, m + r - 1, m)), _transform(g, [list(row) for row in kernel])
     products = [[d @ k for d, k in zip(*rows, strict=True)] for rows in zip(inputs, kernels, strict=True)]
     tiles = (batch, sides[0] // m, sides[1] // m, features)
@@ -80,7 +80,7 @@ def _outputs(x, kernel, padding):
 
 def _kernel_gradient(x, gradient, r, padding):
     m, a, g, b = _filtering(r)
-    x, sides = _whole_tiles(x, gradient.shape[1:3], m, r, padding)
+    x, sides = _pad_to_tiles(x, gradient.shape[1:3], m, r, padding)
     inputs, outputs = (
         _transform(b, _tiles(x, m + r - 1, m)),
         _transform(a, _tiles(zero_pad(gradient, (0, 0), sides), m, m)),
@@ -135,7 +135,7 @@ def conv(x: jax.Array, kernel: jax.Array, stride: int, padding: Sequence[tuple[i
         x, kernel = space_to_depth(x, kernel, stride, padding)
         padding = ((0, 0), (0, 0))
         # The tiles of a few of conv1's images stay in the CPU's cache.
-        parts = max(1, len(x) // next(few for few in (8, 6, 4, 3, 2, 1) if len(x) % few == 0))
+        parts = max(1, len(x) // next(n for n in (8, 6, 4, 3, 2, 1) if len(x) % n == 0))
     x, kernel = x + _zero_of(kernel), kernel + _zero_of(x)
     return _convolve(x, kernel, padding, parts).astype(dtype)
 

@@ -116,8 +116,8 @@ def prepare(
     """Write the data set `{dataset}_256` below `out`, as `local.prepare` does, with Beam's workers.
 
     Args:
-      dataset, max_undecodable, shard_size: as of `local.prepare`.
-      data_dir, out: as of `local.prepare`, or addresses of one of Beam's file systems.
+      dataset, max_undecodable, shard_size: as in `local.prepare`.
+      data_dir, out: as in `local.prepare`, or addresses of one of Beam's file systems.
       options: Beam's: the runner, and what it needs.
 
     Returns:

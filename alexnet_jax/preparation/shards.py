@@ -1,4 +1,4 @@
-"""Shards of a prepared data set: each is made by one process from a fixed list of images, and is complete or absent."""
+"""Shards of a prepared data set: one process writes each from a fixed list of images, completely or not at all."""
 
 import contextlib
 import hashlib

@@ -91,7 +91,7 @@ class TfdsPart(NamedTuple):
 Part = FolderPart | TfdsPart
 
 
-@functools.lru_cache(maxsize=2)  # an open data set may be a temporary one
+@functools.lru_cache(maxsize=2)  # few, since an open data set may be a temporary one
 def _records(folder: Path, split: str) -> Any:
     builder = tfds.builder_from_directory(folder)
     return builder.as_data_source(split, decoders=dict.fromkeys(["image"], tfds.decode.SkipDecoding()))

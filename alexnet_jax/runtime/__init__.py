@@ -1,1 +1,1 @@
-"""The process and the system that it runs on."""
+"""Processes, signals, files and memory: what the operating system provides."""

@@ -22,14 +22,14 @@ def use_compilation_cache(folder: str | None = None) -> None:
     cannot be written, a warning is logged and programs are compiled as without a cache.
 
     Args:
-      folder: None is `$JAX_COMPILATION_CACHE_DIR` or else `default_folder()`; "" disables the cache.
+      folder: None is `$JAX_COMPILATION_CACHE_DIR`, or else `default_folder()`; "" disables the cache.
     """
     if folder is None:
         folder = jax.config.jax_compilation_cache_dir or str(default_folder())  # type: ignore[attr-defined]
     if folder == "":
         jax.config.update("jax_enable_compilation_cache", False)
         return
-    if "://" not in folder:  # a bucket is JAX's own affair
+    if "://" not in folder:  # JAX opens a bucket itself
         path = Path(folder).expanduser().absolute()
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -42,4 +42,5 @@ def use_compilation_cache(folder: str | None = None) -> None:
         folder = str(path)
     jax.config.update("jax_compilation_cache_dir", folder)
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # JAX's own default skips all below a second
+        # JAX's default of 1 skips all programs that compile in less than a second.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

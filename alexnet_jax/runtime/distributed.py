@@ -1,4 +1,4 @@
-"""Several processes as one run: how they connect, what they must agree on, and how one of them exits."""
+"""Several processes of one run: they connect, check that their values are the same, and exit."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 
 from alexnet_jax.errors import UserError, one_line
 
-HEARTBEAT_S = 30  # a process that has been silent for this long is dead, and ends the others
+HEARTBEAT_S = 30  # a process without a heartbeat for this long counts as lost, and the others exit
 EXIT_TIMEOUT_S = 5  # how long a process that exits on an error waits for others that exit on the same one
 
 
@@ -33,12 +33,12 @@ def start(
 
     Args:
       coordinator_address: HOST:PORT of process 0, to which all connect.
-      num_processes: how many there are; 1 alone asks for a run of one process on a cluster that JAX would detect.
+      num_processes: their number; 1 without the other arguments: this process alone, even on a cluster.
       process_id: 0 to num_processes − 1, a different one in each process.
-      timeout_s: for how long each waits for the rest; then it prints an error and exits.
+      timeout_s: how long each waits for the others before it prints an error and exits.
 
     Raises:
-      DistributedError: some of the three without the rest, or what JAX finds wrong with them or with the cluster.
+      DistributedError: only some of the three are given, or the processes cannot connect.
     """
     flags = {
         "--coordinator_address": coordinator_address,
@@ -64,7 +64,7 @@ def start(
         address = coordinator_address or "the address that JAX detected"
         print(
             f"Error: {timeout_s} s have passed and not all processes of this run have connected to {address}; start "
-            "all of them, with the same flags except --process_id (--initialization_timeout is how long they wait)",
+            "all of them, with the same flags except --process_id (--initialization_timeout sets how long they wait)",
             flush=True,
         )
         os._exit(1)
@@ -80,7 +80,7 @@ def start(
             cluster_detection_method="deactivate" if not missing else None,
             initialization_timeout=timeout_s + 60, heartbeat_timeout_seconds=HEARTBEAT_S, shutdown_timeout_seconds=60,
         )  # fmt: skip
-    except Exception as error:  # each cluster has errors of its own
+    except Exception as error:  # of a type that depends on the cluster
         if missing and isinstance(error, ValueError) and "coordinator_address" in str(error):
             return  # no flags, no cluster
         raise DistributedError(
@@ -92,7 +92,7 @@ def start(
 
 
 def process_id() -> int:
-    """Return this process's number, before the backend has started too; 0 without others."""
+    """Return the number of this process, 0 if it is the only one; the backend need not have started."""
     return _jax_distributed.global_state.process_id
 
 
@@ -123,9 +123,9 @@ def require_same(what: str, values: dict[str, Any], advice: str) -> None:
     if state.process_id == 0:
         verdict = ""
         for other in range(1, state.num_processes):
-            theirs = json.loads(state.client.blocking_key_value_get(f"{key}/{other}", milliseconds))
+            other_values = json.loads(state.client.blocking_key_value_get(f"{key}/{other}", milliseconds))
             labels = ("in process 0", f"in process {other}")
-            if different := differences(json.loads(json.dumps(values)), theirs, labels):
+            if different := differences(json.loads(json.dumps(values)), other_values, labels):
                 verdict = f"process {other} differs from process 0 in {what} ({different}); {advice}"
                 break
         state.client.key_value_set(f"{key}/verdict", verdict)

@@ -1,4 +1,4 @@
-"""Memory in huge pages: a train step allocates gigabytes, and small pages take most of the system's time."""
+"""Memory in huge pages: a train step allocates gigabytes, and the system spends most of its time on small pages."""
 
 import os
 import sys

@@ -17,7 +17,7 @@ def _in_main_thread() -> bool:
 
 @contextlib.contextmanager
 def collected_signals() -> Iterator[list[int]]:
-    """Collect the first SIGINT and SIGTERM of the block into the list that is yielded; a second one acts as before."""
+    """Yield a list that receives the first SIGINT and SIGTERM of the block; a second one acts as before the block."""
     received: list[int] = []
     handlers: dict[int, Any] = {}
 
