@@ -19,6 +19,7 @@ from alexnet_jax.progress import Progress
 from alexnet_jax.run import Run, RunError, open_run
 from alexnet_jax.runtime.compilation_cache import use_compilation_cache
 from alexnet_jax.runtime.files import write_json
+from alexnet_jax.runtime.jax_settings import run_settings
 from alexnet_jax.tables import table
 
 # Table 2 of the paper, on the validation set of ILSVRC-2012 and ten crops: networks: (top-1, top-5).
@@ -56,6 +57,7 @@ def open_runs(workdirs: Sequence[Path], data_dir: str = "") -> list[Run]:
     return runs
 
 
+@run_settings()
 def evaluate_workdirs(workdirs: Sequence[Path], split: str = "", data_dir: str = "") -> dict[str, Any]:
     """Return both errors of the networks of some runs, averaged, on the center crop and on ten crops; print a table.
 

@@ -23,6 +23,7 @@ from alexnet_jax.optimizer import plateau_update
 from alexnet_jax.progress import Progress
 from alexnet_jax.runtime import distributed
 from alexnet_jax.runtime.files import write_json
+from alexnet_jax.runtime.jax_settings import run_settings
 from alexnet_jax.runtime.signals import collected_signals
 from alexnet_jax.runtime.workers import available_cores
 from alexnet_jax.setup import Setup, setup
@@ -49,6 +50,7 @@ class Interrupted(Exception):
         self.signal = number
 
 
+@run_settings()
 def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any]:
     """Train to the end, or resume from the newest checkpoint, then test once.
 
