@@ -106,8 +106,8 @@ def _check_arrays(path: Path, saved: Any, like: Any) -> None:
 
     if different := distributed.differences(arrays(saved), arrays(like), labels=("in the checkpoint", "in this run")):
         raise MismatchError(
-            f"checkpoint {path} is of another run ({different[:300]}); nothing was changed: give the config that it was "
-            "trained with (64 bits are of JAX_ENABLE_X64, a key of another size of JAX_DEFAULT_PRNG_IMPL: train again)"
+            f"checkpoint {path} is of another run ({different[:300]}); nothing was changed: give the config that it "
+            "was trained with (64 bits are of JAX_ENABLE_X64, a key of 4 words of JAX_DEFAULT_PRNG_IMPL: train again)"
         )
 
 
