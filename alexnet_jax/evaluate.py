@@ -96,9 +96,9 @@ def evaluate_workdirs(workdirs: Sequence[Path], split: str = "", data_dir: str =
         rows.append(row)
     header = ("crops", "top-1 error", "top-5 error", "paper, top-1", "paper, top-5")[: len(rows[0])]
     path = workdirs[0] / ("evaluation.json" if len(workdirs) == 1 else "evaluation_averaged.json")
-    write_json(path, result)
     steps = ", ".join(f"{w} at step {run.step:,}" for w, run in zip(workdirs, runs, strict=True))
-    print(f"\n{result['dataset']}, {split}, {examples:,} images; {steps}\n\n{table(rows, header)}")
+    print(f"\n{result['dataset']}, {split}, {examples:,} images; {steps}\n\n{table(rows, header)}", flush=True)
+    write_json(path, result)
     print(f"\nWritten to {path}")
     return result
 
