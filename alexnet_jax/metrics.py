@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import time
 from pathlib import Path
 
@@ -11,6 +12,25 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
 from alexnet_jax.runtime.files import replaced
+
+log = logging.getLogger(__name__)
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Return the objects of a file `metrics.jsonl`; a line that is torn, by a power failure, is dropped with a warning.
+
+    Raises:
+      OSError: the file cannot be read.
+    """
+    lines = []
+    for number, text in enumerate(path.read_text(errors="replace").splitlines(), 1):
+        try:
+            values = json.loads(text)
+            values["step"] + 0
+            lines.append(values)
+        except (ValueError, KeyError, TypeError):
+            log.warning("Warning: line %d of %s is torn; dropped", number, path)
+    return lines
 
 
 class Metrics:
@@ -22,16 +42,9 @@ class Metrics:
         if not self._first:
             return
         self.path = workdir / "metrics.jsonl"
-        kept = []
-        if self.path.exists():
-            for line in self.path.read_text().splitlines():
-                try:
-                    if json.loads(line)["step"] <= step:
-                        kept.append(line + "\n")
-                except ValueError:  # the last line of a run that was killed
-                    continue
+        lines = read_metrics(self.path) if self.path.exists() else []
         with replaced(self.path) as temporary:
-            temporary.write_text("".join(kept))
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step))
         self._file = open(self.path, "a", buffering=1)  # noqa: SIM115  (open during the run)
         (workdir / "tensorboard").mkdir(exist_ok=True)
         # Without the thread of tensorboardX's SummaryWriter: an error of a full disk would not reach the run.

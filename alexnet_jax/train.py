@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from alexnet_jax import plots, sharding
 from alexnet_jax.checkpoint import Checkpoints, newest_step
 from alexnet_jax.config import as_json, check_config
-from alexnet_jax.errors import UserError
+from alexnet_jax.errors import UserError, one_line
 from alexnet_jax.evaluation import Network, batch_size, evaluate
 from alexnet_jax.metrics import Metrics
 from alexnet_jax.optimizer import plateau_update
@@ -75,11 +75,12 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path) -
     check_config(config)
     check_config_matches(values, workdir)
     if (result := read_result(workdir)) is not None:
-        log.info("%s is finished; its result:\n\n%s", workdir, _result_table(result))
-        return result
+        return _report(result, workdir)
     with collected_signals() as signals:
         run = setup(config)
         with claimed(workdir, values):
+            if (result := read_result(workdir, " when it is locked")) is not None:  # another run has just finished
+                return _report(result, workdir)
             checkpoints = Checkpoints(workdir / CHECKPOINTS)
             state = create_state(run.model, run.optimizer, run.preprocess.image_shape, run.seed, run.mesh)
             images_per_s = 0.0
@@ -91,6 +92,11 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path) -
                 state, images_per_s = _train(run, state, checkpoints, workdir, started, signals)
             checkpoints.close()
             return _test(run, state, workdir, started, images_per_s)
+
+
+def _report(result: dict[str, Any], workdir: Path) -> dict[str, Any]:
+    log.info("%s is finished; its result:\n\n%s", workdir, _result_table(result))
+    return result
 
 
 class _StepMetrics:
@@ -234,10 +240,16 @@ def _test(run: Setup, state: TrainState, workdir: Path, started: float, images_p
         "device": device_name(run.mesh),
     }
     if jax.process_index() == 0:
-        plots.plot_filters(kernel, workdir / "filters.png", run.model.towers)
-        plots.plot_confusion(tested.confusion, run.dataset.class_names, workdir / "confusion.png")
-        plots.plot_curves(workdir / METRICS, workdir / "curves.png")
         write_json(workdir / RESULT, result)
+        for name, draw in {
+            "filters.png": lambda path: plots.plot_filters(kernel, path, run.model.towers),
+            "confusion.png": lambda path: plots.plot_confusion(tested.confusion, run.dataset.class_names, path),
+            "curves.png": lambda path: plots.plot_curves(workdir / METRICS, path),
+        }.items():
+            try:
+                draw(workdir / name)
+            except Exception as error:  # of Matplotlib, its settings and fonts: the result is written
+                log.warning("Warning: %s cannot be drawn (%s)", workdir / name, one_line(error))
     distributed.barrier()  # the others exit when the result is written
     log.info("\n%s\n\nWritten to %s", _result_table(result), workdir)
     return result

@@ -8,6 +8,7 @@ import pytest
 from runners import CIFAR10, saved_state, tiny_config
 from tensorboardX.proto.event_pb2 import Event
 
+from alexnet_jax import train
 from alexnet_jax.config import ConfigError
 from alexnet_jax.configs import cifar10, fashion_mnist_224
 from alexnet_jax.train import DivergedError, train_and_evaluate
@@ -71,6 +72,22 @@ def test_finished_folder_reports_its_result(learned, caplog):
         train_and_evaluate(config, folder)
     assert "is finished" in caplog.text
     assert before == sorted((p, p.stat().st_mtime_ns) for p in folder.rglob("*"))
+
+
+def test_pictures_that_cannot_be_drawn_and_a_torn_line_cost_no_result(fashion_mnist, tmp_path, monkeypatch, caplog):
+    config = tiny_config(num_train_steps=2, log_every=1)
+    monkeypatch.setattr(train, "_test", lambda *arguments: None)  # interrupted after the last checkpoint
+    train_and_evaluate(config, tmp_path)
+    monkeypatch.undo()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "train_lo')
+    monkeypatch.setattr(train.plots, "plot_filters", lambda *arguments: 1 / 0)
+    with caplog.at_level(logging.WARNING):
+        result = train_and_evaluate(config, tmp_path)
+    assert json.loads((tmp_path / "result.json").read_text()) == result
+    assert "filters.png cannot be drawn (division by zero)" in caplog.text
+    assert "metrics.jsonl is torn; dropped" in caplog.text
+    assert (tmp_path / "curves.png").exists() and (tmp_path / "confusion.png").exists()
 
 
 def test_same_seed_same_parameters_bit_for_bit(fashion_mnist, tmp_path):
