@@ -167,6 +167,11 @@ class Checkpoints:
                 "command again"
             ) from None
 
+    def newest(self) -> int:
+        """Return the step of the newest checkpoint, the same in every process; −1 if there is none."""
+        step = newest_step(self.folder)
+        return distributed.from_first(-1 if step is None else step)
+
     def restore(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
         """Return the newest checkpoint that is not corrupt, as (step, tree, extra); None if there is none at all.
 
@@ -180,7 +185,7 @@ class Checkpoints:
           CheckpointError: there are checkpoints, and all of them are corrupt.
         """
         like, corrupt = _abstract(like), False
-        while (step := distributed.from_first(-1 if (newest := newest_step(self.folder)) is None else newest)) >= 0:
+        while (step := self.newest()) >= 0:
             reason, checkpoint = "another process cannot read its part", None
             try:
                 checkpoint = _read(self.folder / str(step), like)

@@ -36,15 +36,20 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 class Metrics:
     """`metrics.jsonl`, one object a line with its step, and the same values as TensorBoard events; from process 0."""
 
-    def __init__(self, workdir: Path, step: int):
-        """Open both; what an interrupted run wrote after `step` is dropped, since it will be written again."""
+    def __init__(self, workdir: Path, step: int, validated: bool = True):
+        """Open both; what an interrupted run wrote after `step` is dropped, since it will be written again.
+
+        So is the validation of `step` unless it is `validated`.
+        """
         self._first = jax.process_index() == 0
         if not self._first:
             return
         self.path = workdir / "metrics.jsonl"
         lines = read_metrics(self.path) if self.path.exists() else []
+        last = step if validated else step - 1
+        kept = [x for x in lines if x["step"] <= (last if "validation_loss" in x else step)]
         with replaced(self.path) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step))
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._file = open(self.path, "a", buffering=1)  # noqa: SIM115  (open during the run)
         (workdir / "tensorboard").mkdir(exist_ok=True)
         # Without the thread of tensorboardX's SummaryWriter: an error of a full disk would not reach the run.

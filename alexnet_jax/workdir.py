@@ -16,6 +16,7 @@ CONFIG = "config.json"
 RESULT = "result.json"
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
+UNVALIDATED = "unvalidated"  # while training: the newest checkpoint as it was before its validation
 
 # Fields that may change between the starts of one run.
 UNRELATED_TO_RESULT = ("data_dir", "source_dir", "loader_workers", "log_every", "mesh")
