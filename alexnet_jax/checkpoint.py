@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from jax import lax
 
@@ -21,6 +22,10 @@ log = logging.getLogger(__name__)
 
 class CheckpointError(UserError):
     """A checkpoint that could not be written, or that is corrupt."""
+
+
+class MismatchError(CheckpointError):
+    """A sound checkpoint of other arrays than those of the run that reads it."""
 
 
 @jax.jit
@@ -57,11 +62,14 @@ def read_checkpoint(path: Path, like: Any) -> tuple[Any, dict[str, Any]]:
       like: a tree of arrays with the structure that was saved; the arrays are placed as these are.
 
     Raises:
+      MismatchError: it holds other arrays.
       CheckpointError: it is corrupt.
     """
     try:
         tree, extra = _read(path, _abstract(like))
         reason = _mismatch(tree, extra)
+    except MismatchError:
+        raise
     except Exception as error:  # any exception of a corrupt file
         reason = one_line(error)
     if reason:
@@ -80,9 +88,27 @@ def _read(path: Path, like: Any) -> tuple[Any, dict[str, Any]]:
     process = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(primary_host=process, active_processes={process})
     handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
+    _check_arrays(path, handler.metadata(path.absolute() / "state").tree, like)
     with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
         tree = reader.restore(path.absolute() / "state", args=ocp.args.StandardRestore(like))
     return tree, json.loads((path / "extra" / "metadata").read_text())  # as JsonSave writes it
+
+
+def _check_arrays(path: Path, saved: Any, like: Any) -> None:
+    """Raise MismatchError if a checkpoint's arrays have other names, shapes or types than those of `like`."""
+
+    def arrays(tree):
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return {
+            jax.tree_util.keystr(place, simple=True, separator="."): f"{np.dtype(x.dtype)}{[*x.shape]}"
+            for place, x in leaves
+        }
+
+    if different := distributed.differences(arrays(saved), arrays(like), labels=("in the checkpoint", "in this run")):
+        raise MismatchError(
+            f"checkpoint {path} is of another run ({different[:300]}); nothing was changed: give the config that it "
+            "was trained with (64 bits are of JAX_ENABLE_X64, a key of 4 words of JAX_DEFAULT_PRNG_IMPL: train again)"
+        )
 
 
 def _mismatch(tree: Any, extra: dict[str, Any]) -> str:
@@ -141,6 +167,11 @@ class Checkpoints:
                 "command again"
             ) from None
 
+    def newest(self) -> int:
+        """Return the step of the newest checkpoint, the same in every process; −1 if there is none."""
+        step = newest_step(self.folder)
+        return distributed.from_first(-1 if step is None else step)
+
     def restore(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
         """Return the newest checkpoint that is not corrupt, as (step, tree, extra); None if there is none at all.
 
@@ -150,13 +181,16 @@ class Checkpoints:
           like: as in `read_checkpoint`.
 
         Raises:
+          MismatchError: the newest holds other arrays; nothing is renamed.
           CheckpointError: there are checkpoints, and all of them are corrupt.
         """
         like, corrupt = _abstract(like), False
-        while (step := distributed.from_first(-1 if (newest := newest_step(self.folder)) is None else newest)) >= 0:
+        while (step := self.newest()) >= 0:
             reason, checkpoint = "another process cannot read its part", None
             try:
                 checkpoint = _read(self.folder / str(step), like)
+            except MismatchError:
+                raise
             except Exception as error:  # any exception of a corrupt file
                 reason = one_line(error)
             if not distributed.maximum(checkpoint is None):

@@ -19,6 +19,7 @@ from alexnet_jax.progress import Progress
 from alexnet_jax.run import Run, RunError, open_run
 from alexnet_jax.runtime.compilation_cache import use_compilation_cache
 from alexnet_jax.runtime.files import write_json
+from alexnet_jax.runtime.jax_settings import run_settings
 from alexnet_jax.tables import table
 
 # Table 2 of the paper, on the validation set of ILSVRC-2012 and ten crops: networks: (top-1, top-5).
@@ -56,6 +57,7 @@ def open_runs(workdirs: Sequence[Path], data_dir: str = "") -> list[Run]:
     return runs
 
 
+@run_settings()
 def evaluate_workdirs(workdirs: Sequence[Path], split: str = "", data_dir: str = "") -> dict[str, Any]:
     """Return both errors of the networks of some runs, averaged, on the center crop and on ten crops; print a table.
 
@@ -95,9 +97,9 @@ def evaluate_workdirs(workdirs: Sequence[Path], split: str = "", data_dir: str =
         rows.append(row)
     header = ("crops", "top-1 error", "top-5 error", "paper, top-1", "paper, top-5")[: len(rows[0])]
     path = workdirs[0] / ("evaluation.json" if len(workdirs) == 1 else "evaluation_averaged.json")
-    write_json(path, result)
     steps = ", ".join(f"{w} at step {run.step:,}" for w, run in zip(workdirs, runs, strict=True))
-    print(f"\n{result['dataset']}, {split}, {examples:,} images; {steps}\n\n{table(rows, header)}")
+    print(f"\n{result['dataset']}, {split}, {examples:,} images; {steps}\n\n{table(rows, header)}", flush=True)
+    write_json(path, result)
     print(f"\nWritten to {path}")
     return result
 

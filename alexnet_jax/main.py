@@ -92,7 +92,7 @@ def _run(argv: list[str]) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # exiting already
         if distributed.process_id() == 0:
             print(stop, flush=True)
-        sys.exit(128 + stop.signal)
+        (sys.exit if stop.saved else os._exit)(128 + stop.signal)  # a usual exit would wait for what is being written
     except jax.errors.JaxRuntimeError as error:
         if not jax.distributed.is_initialized() or "RESOURCE_EXHAUSTED" in str(error):  # its own memory is full
             raise

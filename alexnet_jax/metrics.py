@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import time
 from pathlib import Path
 
@@ -12,26 +13,43 @@ from tensorboardX.summary import scalar
 
 from alexnet_jax.runtime.files import replaced
 
+log = logging.getLogger(__name__)
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Return the objects of a file `metrics.jsonl`; a line that is torn, by a power failure, is dropped with a warning.
+
+    Raises:
+      OSError: the file cannot be read.
+    """
+    lines = []
+    for number, text in enumerate(path.read_text(errors="replace").splitlines(), 1):
+        try:
+            values = json.loads(text)
+            values["step"] + 0
+            lines.append(values)
+        except (ValueError, KeyError, TypeError):
+            log.warning("Warning: line %d of %s is torn; dropped", number, path)
+    return lines
+
 
 class Metrics:
     """`metrics.jsonl`, one object a line with its step, and the same values as TensorBoard events; from process 0."""
 
-    def __init__(self, workdir: Path, step: int):
-        """Open both; what an interrupted run wrote after `step` is dropped, since it will be written again."""
+    def __init__(self, workdir: Path, step: int, validated: bool = True):
+        """Open both; what an interrupted run wrote after `step` is dropped, since it will be written again.
+
+        So is the validation of `step` unless it is `validated`.
+        """
         self._first = jax.process_index() == 0
         if not self._first:
             return
         self.path = workdir / "metrics.jsonl"
-        kept = []
-        if self.path.exists():
-            for line in self.path.read_text().splitlines():
-                try:
-                    if json.loads(line)["step"] <= step:
-                        kept.append(line + "\n")
-                except ValueError:  # the last line of a run that was killed
-                    continue
+        lines = read_metrics(self.path) if self.path.exists() else []
+        last = step if validated else step - 1
+        kept = [x for x in lines if x["step"] <= (last if "validation_loss" in x else step)]
         with replaced(self.path) as temporary:
-            temporary.write_text("".join(kept))
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._file = open(self.path, "a", buffering=1)  # noqa: SIM115  (open during the run)
         (workdir / "tensorboard").mkdir(exist_ok=True)
         # Without the thread of tensorboardX's SummaryWriter: an error of a full disk would not reach the run.

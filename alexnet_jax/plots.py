@@ -3,16 +3,19 @@
 They are drawn without pyplot, whose backend and open figures belong to the user.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from alexnet_jax.metrics import read_metrics
 from alexnet_jax.runtime.files import replaced
+
+_text = matplotlib.rc_context({"text.usetex": False})  # names are text, whatever the user's matplotlibrc says
 
 
 def tile(kernels: np.ndarray, columns: int, limits: tuple[float, float] | None = None) -> np.ndarray:
@@ -35,6 +38,7 @@ def tile(kernels: np.ndarray, columns: int, limits: tuple[float, float] | None =
     return image
 
 
+@_text
 def plot_filters(kernel: np.ndarray, path: Path, towers: int = 2) -> None:
     """Plot the first-layer kernels [h, w, C, N], tower 0 above tower 1, as in figure 3, on a blue background."""
     parts = np.split(np.asarray(kernel), towers, axis=-1)
@@ -50,6 +54,7 @@ def plot_filters(kernel: np.ndarray, path: Path, towers: int = 2) -> None:
     _save(figure, path)
 
 
+@_text
 def plot_predictions(
     images: np.ndarray,
     probabilities: np.ndarray,
@@ -80,6 +85,7 @@ def plot_predictions(
     _save(figure, path)
 
 
+@_text
 def plot_retrieval(
     queries: tuple[np.ndarray, np.ndarray],
     probabilities: np.ndarray,
@@ -109,6 +115,7 @@ def plot_retrieval(
     _save(figure, path)
 
 
+@_text
 def plot_images(images: Sequence[np.ndarray], titles: Sequence[str], path: Path, columns: int = 6) -> None:
     """Plot images [H, W, C], with pixels of 0 to 255, or maps [H, W], each scaled to its own range, in a grid."""
     columns = min(columns, len(images))
@@ -122,6 +129,7 @@ def plot_images(images: Sequence[np.ndarray], titles: Sequence[str], path: Path,
     _save(figure, path)
 
 
+@_text
 def plot_maps(
     outputs: Mapping[str, Any],
     path: Path,
@@ -173,6 +181,7 @@ def _bars(axis: Axes, probabilities: np.ndarray, names: Sequence[str], label: in
     axis.set(xlim=(0, 1), ylim=(len(top) - 0.4, -0.6), xticks=[], yticks=[])
 
 
+@_text
 def plot_confusion(confusion: np.ndarray, names: Sequence[str], path: Path) -> None:
     """Plot confusion[label, prediction], counts: shares of each label by color, counts as numbers where they fit."""
     share = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
@@ -183,8 +192,8 @@ def plot_confusion(confusion: np.ndarray, names: Sequence[str], path: Path) -> N
     figure.colorbar(image, label="share of the label's images", shrink=0.8)
     axis.set(xlabel="prediction", ylabel="label")
     if few:
-        axis.set_xticks(range(len(names)), names, rotation=45, ha="right")
-        axis.set_yticks(range(len(names)), names)
+        axis.set_xticks(range(len(names)), names, rotation=45, ha="right", parse_math=False)
+        axis.set_yticks(range(len(names)), names, parse_math=False)
         for (i, j), count in np.ndenumerate(confusion):
             if count:
                 color = "white" if share[i, j] > 0.5 else "black"
@@ -192,9 +201,10 @@ def plot_confusion(confusion: np.ndarray, names: Sequence[str], path: Path) -> N
     _save(figure, path)
 
 
+@_text
 def plot_curves(metrics: Path, path: Path) -> None:
     """Plot loss, error and learning rate against the step, from `metrics.jsonl`."""
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    lines = read_metrics(metrics)
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     axes = figure.subplots(1, 3)
     for axis, title, names in (

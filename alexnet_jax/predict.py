@@ -82,8 +82,8 @@ def main() -> None:
         print(f"\n{name}\n{table(rows, ('class', 'probability', ''))}")
     try:
         plot_predictions(pixels[:SHOWN], probabilities[:SHOWN], run.names, out, names[:SHOWN])
-    except OSError as error:
-        sys.exit(f"Error: --out={out}: {error}")
+    except Exception as error:  # of the disk, or of Matplotlib, its settings and fonts
+        sys.exit(f"Error: --out={out} cannot be drawn: {one_line(error)}")
     print(f"\nWritten to {out}" + f" (the first {SHOWN})" * (len(images) > SHOWN))
     sys.exit(len(images) < len(flags.images))
 

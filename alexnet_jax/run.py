@@ -21,6 +21,7 @@ from alexnet_jax.errors import UserError, one_line
 from alexnet_jax.model import AlexNet, activations
 from alexnet_jax.optimizer import paper_sgd
 from alexnet_jax.preprocess import Preprocess
+from alexnet_jax.runtime.jax_settings import run_settings
 from alexnet_jax.setup import build_model, build_preprocess, open_dataset
 from alexnet_jax.train_step import create_state
 from alexnet_jax.workdir import CHECKPOINTS, CONFIG
@@ -59,6 +60,7 @@ class Run:
         """Return a split of the data set, in TFDS's notation ("test[:100]")."""
         return self.dataset.load(split)
 
+    @run_settings()
     def predict(self, images: np.ndarray, ten_crop: bool = False) -> np.ndarray:
         """Return class probabilities [N, K] of uint8 images [N, H, W, C], as the data set has them."""
         predict = evaluation.jit_forward(
@@ -66,6 +68,7 @@ class Run:
         )
         return _in_batches(partial(predict, self.params), images, AT_A_TIME // 10 if ten_crop else AT_A_TIME)
 
+    @run_settings()
     def activations(self, images: np.ndarray, layer: str = "fc7") -> np.ndarray:
         """Return one layer's output [N, …] on the center crops of uint8 images [N, H, W, C]."""
         layer_of = evaluation.jit_forward(
@@ -88,6 +91,7 @@ def _in_batches(call: Callable[[np.ndarray], jax.Array], images: np.ndarray, siz
     return np.concatenate(outputs)
 
 
+@run_settings()
 def open_run(workdir: str | Path, data_dir: str = "") -> Run:
     """Read the newest checkpoint of a run, on one device; changes nothing in the folder.
 
@@ -119,6 +123,7 @@ def open_run(workdir: str | Path, data_dir: str = "") -> Run:
     return Run(config, dataset, step, model, state.params, preprocess)
 
 
+@run_settings()
 def tower_influence(model: AlexNet, params: Any, images: jax.Array) -> dict[str, float]:
     """Return how much each layer of tower 1 changes when tower 0's kernels and biases of conv1 are set to 0.
 
@@ -141,6 +146,7 @@ def tower_influence(model: AlexNet, params: Any, images: jax.Array) -> dict[str,
     return {name: change(name) for name in before}
 
 
+@run_settings()
 def nearest(queries: np.ndarray, keys: np.ndarray, count: int = 6) -> np.ndarray:
     """Return for each query the `count` nearest keys by Euclidean distance, as figure 4 finds similar images.
 

@@ -1,8 +1,11 @@
 """The training loop (section 5), and what it writes into the run's working directory."""
 
+import contextlib
 import logging
+import shutil
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +17,23 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from alexnet_jax import plots, sharding
-from alexnet_jax.checkpoint import Checkpoints, newest_step
+from alexnet_jax.checkpoint import CheckpointError, Checkpoints, newest_step
 from alexnet_jax.config import as_json, check_config
-from alexnet_jax.errors import UserError
+from alexnet_jax.errors import UserError, one_line
 from alexnet_jax.evaluation import Network, batch_size, evaluate
 from alexnet_jax.metrics import Metrics
 from alexnet_jax.optimizer import plateau_update
 from alexnet_jax.progress import Progress
 from alexnet_jax.runtime import distributed
 from alexnet_jax.runtime.files import write_json
-from alexnet_jax.runtime.signals import collected_signals
+from alexnet_jax.runtime.jax_settings import run_settings
+from alexnet_jax.runtime.signals import Stopped, collected_signals, raised_signals
 from alexnet_jax.runtime.workers import available_cores
 from alexnet_jax.setup import Setup, setup
 from alexnet_jax.summary import layer_summary
 from alexnet_jax.tables import table
 from alexnet_jax.train_step import TrainState, create_state, make_train_step
-from alexnet_jax.workdir import CHECKPOINTS, METRICS, RESULT, check_config_matches, claimed, read_result
+from alexnet_jax.workdir import CHECKPOINTS, METRICS, RESULT, UNVALIDATED, check_config_matches, claimed, read_result
 
 log = logging.getLogger(__name__)
 
@@ -39,16 +43,25 @@ class DivergedError(UserError):
 
 
 class Interrupted(Exception):
-    """SIGINT or SIGTERM; the checkpoint is saved."""
+    """SIGINT or SIGTERM; `saved` is where training stopped, whose checkpoint is saved, or ""."""
 
-    def __init__(self, number: int, step: int, total: int):
-        name = signal.Signals(number).name
-        super().__init__(
-            f"stopped by {name} at step {step} of {total}; checkpoint saved, run the same command to resume"
-        )
-        self.signal = number
+    def __init__(self, number: int, saved: str = ""):
+        where = f" at {saved}; checkpoint saved, " if saved else "; "
+        super().__init__(f"stopped by {signal.Signals(number).name}{where}run the same command to resume")
+        self.signal, self.saved = number, saved
 
 
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Raise Interrupted at once in set-up and test, which have nothing to save."""
+    try:
+        with raised_signals():
+            yield
+    except Stopped as stop:
+        raise Interrupted(stop.signal) from None
+
+
+@run_settings()
 def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any]:
     """Train to the end, or resume from the newest checkpoint, then test once.
 
@@ -64,7 +77,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path) -
     Raises:
       errors.UserError: a config, a working directory, a data set or a checkpoint that cannot be used; processes that
         differ; or a DivergedError.
-      Interrupted: SIGINT or SIGTERM was received; the checkpoint is saved.
+      Interrupted: SIGINT or SIGTERM was received; in training, the checkpoint of the step is saved.
     """
     workdir, started = Path(workdir), time.monotonic()
     values = as_json(config)
@@ -73,22 +86,43 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path) -
     check_config(config)
     check_config_matches(values, workdir)
     if (result := read_result(workdir)) is not None:
-        log.info("%s is finished; its result:\n\n%s", workdir, _result_table(result))
-        return result
-    with collected_signals() as signals:
+        return _report(result, workdir)
+    with _interruptible():
         run = setup(config)
         with claimed(workdir, values):
-            checkpoints = Checkpoints(workdir / CHECKPOINTS)
+            if (result := read_result(workdir, " when it is locked")) is not None:  # another run has just finished
+                return _report(result, workdir)
+            checkpoints, unvalidated = Checkpoints(workdir / CHECKPOINTS), Checkpoints(workdir / UNVALIDATED, keep=1)
             state = create_state(run.model, run.optimizer, run.preprocess.image_shape, run.seed, run.mesh)
             images_per_s = 0.0
-            if checkpoint := checkpoints.restore(state):
+            checkpoint, validated = _restore(checkpoints, unvalidated, state)
+            if checkpoint:
                 _, state, extra = checkpoint
                 started, images_per_s = started - extra["seconds"], extra["images_per_s"]
             log.info(_summary(run, int(state.step)))
-            if state.step < run.num_steps:
-                state, images_per_s = _train(run, state, checkpoints, workdir, started, signals)
+            if state.step < run.num_steps or not validated:
+                with collected_signals() as signals:
+                    state, images_per_s = _train(
+                        run, state, validated, checkpoints, unvalidated, workdir, started, images_per_s, signals
+                    )
             checkpoints.close()
+            unvalidated.close()
+            if jax.process_index() == 0:
+                shutil.rmtree(workdir / UNVALIDATED, ignore_errors=True)
             return _test(run, state, workdir, started, images_per_s)
+
+
+def _restore(checkpoints: Checkpoints, unvalidated: Checkpoints, like: TrainState) -> tuple[Any, bool]:
+    """Return the newest checkpoint, or None, and whether its validation is done."""
+    if unvalidated.newest() > checkpoints.newest():
+        with contextlib.suppress(CheckpointError):  # it is renamed, with a warning
+            return unvalidated.restore(like), False
+    return checkpoints.restore(like), True
+
+
+def _report(result: dict[str, Any], workdir: Path) -> dict[str, Any]:
+    log.info("%s is finished; its result:\n\n%s", workdir, _result_table(result))
+    return result
 
 
 class _StepMetrics:
@@ -140,27 +174,40 @@ def _finite(params) -> jax.Array:
 
 
 def _train(
-    run: Setup, state: TrainState, checkpoints: Checkpoints, workdir: Path, started: float, signals: list[int]
-) -> tuple[TrainState, float]:
-    """Run the training loop from the state's step to the end; return the last state and images/s."""
+    run: Setup, state: TrainState, validated: bool, checkpoints: Checkpoints, unvalidated: Checkpoints, workdir: Path,
+    started: float, last_images_per_s: float, signals: list[int],
+) -> tuple[TrainState, float]:  # fmt: skip
+    """Run the training loop from the state's step to the end; return the last state and images/s.
+
+    At a validation the parameters are saved first, into `unvalidated`, and then with the schedule that it updates, into
+    `checkpoints`. A run that stops in between resumes with the validation.
+
+    Args:
+      validated: whether the validation of the first state is done.
+      last_images_per_s: those before the first state.
+    """
     first, total = int(state.step), run.num_steps
     train_step = make_train_step(run.model, run.optimizer, run.preprocess, run.learning_rate, run.mesh)
     order_key, step_key = jax.random.split(jax.random.wrap_key_data(state.key))
-    metrics, progress = Metrics(workdir, first), Progress(total, first)
+    metrics, progress = Metrics(workdir, first, validated), Progress(total, first)
     shown = _StepMetrics(run, first, metrics, progress)
     # Replicated here: if the train step moved the key to all devices, the host would wait for it.
     key_of = jax.jit(jax.random.fold_in, out_shardings=NamedSharding(run.mesh, sharding.REPLICATED))
     clock = time.monotonic()
 
     def images_per_s(step: int) -> float:
-        return (step - first) * run.batch_size / (time.monotonic() - clock)
+        return (step - first) * run.batch_size / (time.monotonic() - clock) if step > first else last_images_per_s
 
-    def save(step: int) -> None:
+    def save(step: int, folder: Checkpoints = checkpoints) -> None:
         if not _finite(state.params):
             raise _diverged("the parameters are not finite", step, float(values["learning_rate"]))
-        checkpoints.save(step, state, {"seconds": time.monotonic() - started, "images_per_s": images_per_s(step)})
+        folder.save(step, state, {"seconds": time.monotonic() - started, "images_per_s": images_per_s(step)})
 
     try:
+        if not validated:
+            values = {"learning_rate": run.learning_rate(state.step - 1, state.plateau)}  # of the last step
+            state = _validate(run, state, first, float(values["learning_rate"]), metrics, progress)
+            save(first)
         for step in range(first, total):
             batch = run.train_data.batch(order_key, step)
             state, values = train_step(state, batch, key_of(step_key, step))
@@ -172,6 +219,8 @@ def _train(
             done = step + 1
             if done % run.eval_every == 0 or done == total:
                 shown.show(done)
+                save(done, unvalidated)
+                unvalidated.wait()
                 state = _validate(run, state, done, float(values["learning_rate"]), metrics, progress)
                 save(done)
                 shown.restart_clock()
@@ -182,7 +231,7 @@ def _train(
                 shown.show(done)
                 save(done)
                 checkpoints.wait()
-                raise Interrupted(number, done, total)
+                raise Interrupted(number, f"step {done} of {total}")
         checkpoints.wait()
     except DivergedError as error:
         checkpoints.wait()
@@ -232,10 +281,16 @@ def _test(run: Setup, state: TrainState, workdir: Path, started: float, images_p
         "device": device_name(run.mesh),
     }
     if jax.process_index() == 0:
-        plots.plot_filters(kernel, workdir / "filters.png", run.model.towers)
-        plots.plot_confusion(tested.confusion, run.dataset.class_names, workdir / "confusion.png")
-        plots.plot_curves(workdir / METRICS, workdir / "curves.png")
         write_json(workdir / RESULT, result)
+        for name, draw in {
+            "filters.png": lambda path: plots.plot_filters(kernel, path, run.model.towers),
+            "confusion.png": lambda path: plots.plot_confusion(tested.confusion, run.dataset.class_names, path),
+            "curves.png": lambda path: plots.plot_curves(workdir / METRICS, path),
+        }.items():
+            try:
+                draw(workdir / name)
+            except Exception as error:  # of Matplotlib, its settings and fonts: the result is written
+                log.warning("Warning: %s cannot be drawn (%s)", workdir / name, one_line(error))
     distributed.barrier()  # the others exit when the result is written
     log.info("\n%s\n\nWritten to %s", _result_table(result), workdir)
     return result

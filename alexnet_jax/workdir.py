@@ -1,7 +1,6 @@
 """A run's working directory: its config, its result, and the lock against a second run."""
 
 import contextlib
-import fcntl
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,12 +10,13 @@ import jax
 
 from alexnet_jax.errors import UserError
 from alexnet_jax.runtime import distributed
-from alexnet_jax.runtime.files import write_json
+from alexnet_jax.runtime.files import lock, write_json
 
 CONFIG = "config.json"
 RESULT = "result.json"
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
+UNVALIDATED = "unvalidated"  # while training: the newest checkpoint as it was before its validation
 
 # Fields that may change between the starts of one run.
 UNRELATED_TO_RESULT = ("data_dir", "source_dir", "loader_workers", "log_every", "mesh")
@@ -51,8 +51,11 @@ def check_config_matches(config: dict[str, Any], workdir: Path) -> None:
         )
 
 
-def read_result(workdir: Path) -> dict[str, Any] | None:
+def read_result(workdir: Path, when: str = "") -> dict[str, Any] | None:
     """Return the result of a finished run, the same in every process; None if the run is not finished.
+
+    Args:
+      when: tells several calls in one run apart.
 
     Raises:
       WorkdirError: the file is not JSON.
@@ -60,7 +63,7 @@ def read_result(workdir: Path) -> dict[str, Any] | None:
     """
     path = workdir / RESULT
     advice = f"--workdir={workdir} must be a folder that all machines share"
-    distributed.require_same("the workdir", {"finished": path.exists()}, advice)
+    distributed.require_same(f"the workdir{when}", {"finished": path.exists()}, advice)
     if not path.exists():
         return None
     try:
@@ -77,19 +80,23 @@ def claimed(workdir: Path, config: dict[str, Any]) -> Iterator[None]:
       config: the values as JSON's types.
 
     Raises:
-      WorkdirError: it cannot be written, now or in the block; another run holds it; or a process cannot read it.
+      WorkdirError: it cannot be written, now or in the block; another run holds it, or one of another config was in it
+        first; or a process cannot read it.
     """
     with contextlib.ExitStack() as stack:
         try:
             if jax.process_index() == 0:
                 workdir.mkdir(parents=True, exist_ok=True)
-                lock = stack.enter_context(open(workdir / ".lock", "w"))
+                file = stack.enter_context(open(workdir / ".lock", "w"))
                 try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    lock(file.fileno(), workdir)
                 except BlockingIOError:
                     raise WorkdirError(
                         f"--workdir={workdir}: another process is training in it; wait for it, or stop it"
                     ) from None
+            distributed.barrier()
+            check_config_matches(config, workdir)  # again: another run may have started and ended since the first time
+            if jax.process_index() == 0:
                 write_json(workdir / CONFIG, config)
             distributed.barrier()
             missing = not (workdir / CONFIG).exists()

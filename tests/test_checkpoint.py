@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 from runners import corrupt, largest_file
 
 from alexnet_jax import sharding
-from alexnet_jax.checkpoint import CheckpointError, Checkpoints, fingerprint
+from alexnet_jax.checkpoint import CheckpointError, Checkpoints, MismatchError, fingerprint, read_checkpoint
 
 TREE = {"step": jnp.int32(7), "params": {"kernel": jnp.arange(30_000, dtype=jnp.float32).reshape(100, 300) * 0.1}}
 
@@ -53,6 +53,23 @@ def test_all_corrupt_is_an_error_and_nothing_is_lost(tmp_path):
         with pytest.raises(CheckpointError, match="every checkpoint"):
             Checkpoints(tmp_path / "c").restore(TREE)
     assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["1.corrupt", "2.corrupt"]
+
+
+@pytest.mark.parametrize("name,array,words", [
+    ("step", np.float64(7), r"step: 'int32\[\]' in the checkpoint, 'float64\[\]' in this run.*JAX_ENABLE_X64"),
+    ("step", np.zeros(4, np.int32), r"step: 'int32\[\]' in the checkpoint, 'int32\[4\]'.*JAX_DEFAULT_PRNG_IMPL"),
+    ("key", np.int32(7), r"key: None in the checkpoint, 'int32\[\]' in this run"),
+])  # fmt: skip
+def test_other_arrays_are_no_corruption_and_nothing_is_moved(tmp_path, name, array, words):
+    fill(tmp_path / "c", [1, 2])
+    with jax.enable_x64(True):
+        other = {**TREE, name: jnp.asarray(array)}
+        for read in (Checkpoints(tmp_path / "c").restore, lambda like: read_checkpoint(tmp_path / "c" / "2", like)):
+            with pytest.raises(MismatchError, match=words) as error:
+                read(other)
+            assert "\n" not in str(error.value)
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["1", "2"]
+    assert Checkpoints(tmp_path / "c").restore(TREE)[0] == 2
 
 
 def test_donated_buffers_do_not_reach_the_disk(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 from runners import ROOT, corrupt, largest_file, saved_state, tiny_config
 
 from alexnet_jax import AlexNet, Stem, data
+from alexnet_jax import evaluate as command
 from alexnet_jax.checkpoint import CheckpointError
 from alexnet_jax.data import DeviceBatches, Examples
 from alexnet_jax.evaluate import evaluate_workdirs
@@ -126,6 +127,16 @@ def test_what_cannot_be_evaluated_is_one_line(runs, tmp_path):
     fails(RunError, "holds no checkpoint", copy)
     (copy / "config.json").write_text("{")
     fails(RunError, "config.json is not a config", copy)
+
+
+def test_what_cannot_be_written_is_printed(runs, monkeypatch, capsys):
+    def full(path, value):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(command, "write_json", full)
+    with pytest.raises(OSError, match="No space"):
+        evaluate_workdirs(runs[:1], split="test[:50]")
+    assert "top-1 error" in (printed := capsys.readouterr().out) and "Written" not in printed
 
 
 def test_a_relative_data_dir_is_named_in_full(tmp_path, monkeypatch):

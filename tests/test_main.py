@@ -60,6 +60,25 @@ def test_a_signal_saves_a_checkpoint_and_a_corrupt_one_falls_back(uninterrupted,
     assert_same_state(tmp_path, uninterrupted[0], 40)
 
 
+@pytest.mark.parametrize("line,flags", [
+    ("epoch 0.50", ("--config.train_split=train[:100]", "--config.test_split=train", "--config.ten_crop=True")),
+    ("device ", ()),
+])  # fmt: skip
+def test_a_signal_in_the_set_up_or_the_test_stops_at_once_and_resumes(fashion_mnist, tmp_path, line, flags):
+    one_step = (*TINY, "--config.num_train_steps=1", "--config.log_every=1", *flags)
+    process = start_main(tmp_path, *one_step)
+    follow(process, line)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    sent = time.monotonic()
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 143 and "run the same command to resume" in output and "Traceback" not in output
+    assert not (tmp_path / "result.json").exists()
+    if flags:
+        assert time.monotonic() - sent < 5  # of minutes
+        assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["1"]
+
+
 def test_another_config_is_refused_and_a_finished_run_reports(uninterrupted):
     folder, _ = uninterrupted
     code, output = run_main(folder, *TINY, "--config.momentum=0.8")

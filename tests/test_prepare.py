@@ -1,5 +1,6 @@
 """The preparation of a data set: what is stored, interruptions, and what cannot be prepared."""
 
+import errno
 import os
 import resource
 import shutil
@@ -21,6 +22,23 @@ from alexnet_jax.preparation.local import prepare
 from alexnet_jax.preparation.shards import SHARD_SIZE
 from alexnet_jax.preparation.sources import PrepareError, find_parts
 from alexnet_jax.setup import build_preprocess
+
+
+def test_a_disk_that_fills_up_at_the_end_costs_no_shard(image_folder, prepared, tmp_path, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tfds.folder_dataset, "write_metadata", full)
+        with pytest.raises(PrepareError, match="No space left on device"):
+            prepare("small", image_folder, tmp_path, workers=1, shard_size=SHARD)
+    work = tmp_path / "small_256" / "incomplete.1.0.0"
+    before = {path.name: path.stat().st_mtime_ns for path in work.glob("*.array_record-*")}
+    assert sum(name.endswith(".npz") for name in before) == len(before) / 2 == 10  # each shard with its sums
+    folder = prepare("small", image_folder, tmp_path, workers=1, shard_size=SHARD)
+    made = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.array_record-*")}
+    assert made == {name: time for name, time in before.items() if not name.endswith(".npz")}
+    assert files_of(folder) == files_of(prepared)
 
 
 def test_what_is_stored(image_folder, prepared):

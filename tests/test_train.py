@@ -2,20 +2,22 @@
 
 import json
 import logging
+import shutil
 
 import numpy as np
 import pytest
 import synthetic_data
-from runners import saved_state, tiny_config
+from runners import assert_same_state, corrupt, largest_file, losses, saved_state, tiny_config
 from tensorboardX.proto.event_pb2 import Event
 
+from alexnet_jax import data, train
 from alexnet_jax.config import ConfigError
 from alexnet_jax.configs import cifar10, fashion_mnist_224
 from alexnet_jax.train import DivergedError, train_and_evaluate
 
 
 @pytest.fixture(scope="module")
-def learned(fashion_mnist, tmp_path_factory):
+def learned(synthetic, tmp_path_factory):
     """A network of half the width, trained on a sixth of the data: (folder, result)."""
     config = tiny_config(
         dataset="fashion_mnist", data_dir="",
@@ -73,6 +75,60 @@ def test_finished_folder_reports_its_result(learned, caplog):
         train_and_evaluate(config, folder)
     assert "is finished" in caplog.text
     assert before == sorted((p, p.stat().st_mtime_ns) for p in folder.rglob("*"))
+
+
+def test_pictures_that_cannot_be_drawn_and_a_torn_line_cost_no_result(synthetic, tmp_path, monkeypatch, caplog):
+    config = tiny_config(num_train_steps=2, log_every=1)
+    monkeypatch.setattr(train, "_test", lambda *arguments: None)  # interrupted after the last checkpoint
+    train_and_evaluate(config, tmp_path)
+    monkeypatch.undo()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "train_lo')
+    monkeypatch.setattr(train.plots, "plot_filters", lambda *arguments: 1 / 0)
+    with caplog.at_level(logging.WARNING):
+        result = train_and_evaluate(config, tmp_path)
+    assert json.loads((tmp_path / "result.json").read_text()) == result
+    assert "filters.png cannot be drawn (division by zero)" in caplog.text
+    assert "metrics.jsonl is torn; dropped" in caplog.text
+    assert (tmp_path / "curves.png").exists() and (tmp_path / "confusion.png").exists()
+
+
+@pytest.mark.parametrize("fails_at", [3, 4])  # between two lines of metrics, at the end
+def test_a_validation_that_fails_costs_no_step(synthetic, tmp_path, monkeypatch, fails_at):
+    config = tiny_config(num_train_steps=4, eval_every=1, log_every=2, plateau_patience=1)
+    train_and_evaluate(config, tmp_path / "uninterrupted")
+    validate, steps = train._validate, []
+
+    def validation(run, state, step, *arguments):
+        steps.append(step)
+        if steps.count(fails_at) == 1 and step == fails_at:
+            raise data.DataError("a worker died")
+        return validate(run, state, step, *arguments)
+
+    monkeypatch.setattr(train, "_validate", validation)
+    with pytest.raises(data.DataError):
+        train_and_evaluate(config, tmp_path / "failed")
+    result = train_and_evaluate(config, tmp_path / "failed")
+    assert steps == [*range(1, fails_at + 1), *range(fails_at, 5)]  # validated again, and no step trained again
+    assert result["images_per_s"] > 0
+    for step in (2, 3, 4):
+        assert_same_state(tmp_path / "failed", tmp_path / "uninterrupted", step)
+    assert losses(tmp_path / "failed") == losses(tmp_path / "uninterrupted")
+    assert not (tmp_path / "failed" / "unvalidated").exists()
+
+
+def test_parameters_that_were_killed_in_their_validation_and_are_corrupt_fall_back(synthetic, tmp_path, caplog):
+    config = tiny_config(num_train_steps=2, eval_every=1)
+    train_and_evaluate(config, tmp_path / "uninterrupted")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "_test", lambda *arguments: None)
+        patch.setattr(train.shutil, "rmtree", lambda *arguments, **options: None)
+        train_and_evaluate(config, tmp_path / "killed")
+    shutil.rmtree(tmp_path / "killed" / "checkpoints" / "2")
+    corrupt(largest_file(tmp_path / "killed" / "unvalidated" / "2"))
+    train_and_evaluate(config, tmp_path / "killed")
+    assert "unvalidated/2 is corrupt" in caplog.text
+    assert_same_state(tmp_path / "killed", tmp_path / "uninterrupted", 2)
 
 
 def test_same_seed_same_parameters_bit_for_bit(synthetic, tmp_path):

@@ -1,7 +1,6 @@
 """Data sets of TFDS in ArrayRecord: uint8 images and integer labels. TensorFlow is never imported."""
 
 import contextlib
-import fcntl
 import logging
 import time
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ import tensorflow_datasets as tfds
 
 from alexnet_jax.data import fashion_mnist
 from alexnet_jax.errors import UserError, one_line
+from alexnet_jax.runtime.files import lock
 
 STATISTICS = "statistics.npz"  # the mean image and the RGB covariance, which `prepare` writes into a data set's folder
 
@@ -27,7 +27,7 @@ def _lock(folder: Path) -> Iterator[None]:
     """Hold the lock of a preparation; the system releases it when the process dies."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".fashion_mnist.lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        lock(file.fileno(), folder, wait=True)
         yield
 
 

@@ -1,7 +1,6 @@
 """The preparation of a data set on one machine, in worker processes."""
 
 import contextlib
-import fcntl
 import itertools
 import logging
 import multiprocessing
@@ -23,6 +22,7 @@ from alexnet_jax.preparation.shards import SHARD_SIZE, Shard, ShardInfo, make_sh
 from alexnet_jax.preparation.sources import NAMES_SHOWN, PrepareError, check_apart, find_parts
 from alexnet_jax.preparation.statistics import statistics
 from alexnet_jax.progress import Progress
+from alexnet_jax.runtime.files import lock
 from alexnet_jax.runtime.signals import deferred_signals
 from alexnet_jax.runtime.workers import available_cores, start_worker
 from alexnet_jax.tables import table
@@ -119,7 +119,7 @@ def _locked(work: Path) -> Iterator[None]:
     """Lock a folder against other processes; the system releases the lock when this process dies."""
     folder = os.open(work, os.O_RDONLY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(folder, work)
         yield
     except BlockingIOError:
         raise PrepareError(f"another process is preparing {work.parent}; wait for it, or stop it") from None
@@ -187,7 +187,8 @@ def _first_names(undecodable: Sequence[str], file: Path | str) -> str:
 def finish(work: Path, shards: Sequence[Shard], infos: Sequence[ShardInfo]) -> None:
     """Write TFDS's metadata and the statistics, and remove all other files of the folder except the shards."""
     arrays: dict[str, Any] = statistics(shard.sums for shard in shards if shard.split == "train")
-    for leftover in set(work.iterdir()) - {shard.path for shard in shards}:
+    sums = {shard.sums for shard in shards}
+    for leftover in set(work.iterdir()) - {shard.path for shard in shards} - sums:
         leftover.unlink()
     np.savez(work / STATISTICS, **arrays)
     splits = []
@@ -202,6 +203,8 @@ def finish(work: Path, shards: Sequence[Shard], infos: Sequence[ShardInfo]) -> N
     undecodable = sorted(name for info in infos for name in info.undecodable)
     if undecodable:
         write_names(undecodable, work / UNDECODABLE)
+    for path in sums:  # only now: a disk that was full before would cost all shards
+        path.unlink()
     rows = [(split.name, split.num_examples, f"{split.num_bytes / 1e6:.1f}") for split in splits]
     log.info("%s", table(rows, ("split", "images", "MB")))
     log.info("%d files could not be decoded%s", len(undecodable), _first_names(undecodable, UNDECODABLE))

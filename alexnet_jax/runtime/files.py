@@ -1,11 +1,18 @@
-"""Files that appear complete or not at all."""
+"""Files that appear complete or not at all, and locks."""
 
 import contextlib
+import errno
+import fcntl
 import json
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+log = logging.getLogger(__name__)
+
+NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}  # of file systems such as Lustre's and FUSE's
 
 
 @contextlib.contextmanager
@@ -23,3 +30,24 @@ def write_json(path: Path, value: Any) -> None:
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def lock(file: int, path: Path, wait: bool = False) -> None:
+    """Lock an open file against other processes; the system releases the lock when the file is closed.
+
+    A file system without locks is named in a warning, and nothing is locked.
+
+    Args:
+      file: its descriptor.
+      path: is named in the warning.
+      wait: wait for the process that holds the lock.
+
+    Raises:
+      BlockingIOError: another process holds it, unless `wait`.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        log.warning("Warning: %s is on a file system without locks; start one process at a time in it", path)

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: collected while training, and deferred while worker processes start."""
+"""SIGINT and SIGTERM: raised, collected while training, and deferred while worker processes start."""
 
 import contextlib
 import os
@@ -15,9 +15,38 @@ def _in_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal in a block of `raised_signals`; `except Exception` does not take it for a corrupt file."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.signal = number
+
+
+@contextlib.contextmanager
+def raised_signals() -> Iterator[None]:
+    """Raise Stopped at a SIGINT or SIGTERM of the block."""
+
+    def handle(number, frame):
+        raise Stopped(number)
+
+    if not _in_main_thread():
+        yield
+        return
+    handlers = {number: signal.signal(number, handle) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 @contextlib.contextmanager
 def collected_signals() -> Iterator[list[int]]:
-    """Yield a list that receives the first SIGINT and SIGTERM of the block; a second one acts as before the block."""
+    """Yield a list that receives the first SIGINT and SIGTERM of the block; a second one acts as before the block.
+
+    If the block ends without an exception, the first one then acts as before the block.
+    """
     received: list[int] = []
     handlers: dict[int, Any] = {}
 
@@ -34,6 +63,8 @@ def collected_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+    if received:
+        signal.raise_signal(received[0])
 
 
 @contextlib.contextmanager

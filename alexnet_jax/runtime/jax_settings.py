@@ -1,0 +1,26 @@
+"""JAX's settings that a run does not depend on, whatever the user's environment says."""
+
+import contextlib
+from collections.abc import Iterator
+
+import jax
+
+
+@contextlib.contextmanager
+def run_settings() -> Iterator[None]:
+    """Fix those of JAX's settings that would change a run or stop it, during the block or a decorated function.
+
+    A run's parameters and counters have 32 bits and its keys are Threefry's, so that a checkpoint is read under any
+    `JAX_ENABLE_X64`, `JAX_DEFAULT_PRNG_IMPL` and `JAX_THREEFRY_PARTITIONABLE`. Its arithmetic broadcasts and promotes
+    as NumPy's, copies between host and device are intended, and the lowest error before a validation is infinite.
+    """
+    with (
+        jax.enable_x64(False),
+        jax.default_prng_impl("threefry2x32"),
+        jax.threefry_partitionable(True),
+        jax.numpy_rank_promotion("allow"),
+        jax.numpy_dtype_promotion("standard"),
+        jax.transfer_guard("allow"),
+        jax.debug_infs(False),
+    ):
+        yield
