@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import tensorflow_datasets as tfds
 
-from alexnet_jax.data.source import DataError, how_to_build, open_builder
-from alexnet_jax.errors import UserError, one_line
+from alexnet_jax.data.source import DataError, check_features, how_to_build, open_builder, unreadable
+from alexnet_jax.errors import UserError
+from alexnet_jax.runtime.files import raise_open_files_limit
 
 log = logging.getLogger(__name__)
 
@@ -77,10 +78,7 @@ class TfdsPart(NamedTuple):
             try:
                 example = _records(self.folder, self.split)[position]
             except Exception as error:  # any exception of a corrupt file
-                raise DataError(
-                    f"{self.folder}, {self.split}: example {position} cannot be read ({one_line(error)}); restore its "
-                    "file, or delete the folder and prepare the data set again"
-                ) from None
+                raise unreadable(self.folder, self.split, position, error) from None
             yield example.get("file_name", b"%d" % position).decode(), example["image"], int(example["label"])
 
     def fingerprint(self) -> str:
@@ -93,6 +91,7 @@ Part = FolderPart | TfdsPart
 
 @functools.lru_cache(maxsize=2)  # an open data set may be a temporary one
 def _records(folder: Path, split: str) -> Any:
+    raise_open_files_limit()
     builder = tfds.builder_from_directory(folder)
     return builder.as_data_source(split, decoders=dict.fromkeys(["image"], tfds.decode.SkipDecoding()))
 
@@ -151,8 +150,7 @@ def find_parts(dataset: str, data_dir: Path, size: int) -> tuple[dict[str, list[
     if any((data_dir / dataset).glob("**/dataset_info.json")):
         builder = open_builder(dataset, str(data_dir))
         info, folder = builder.info, Path(builder.data_path)
-        if not {"image", "label"} <= set(info.features):
-            raise PrepareError(f"--dataset={dataset} has {', '.join(info.features)}; expected image, label")
+        check_features(builder, prepared=False)
         if info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
             raise PrepareError(f"{folder} is stored as {info.file_format.value}; expected array_record")
         sizes = {split: info.splits[split].num_examples for split in sorted(info.splits)}

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,3 +24,10 @@ def write_json(path: Path, value: Any) -> None:
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def raise_open_files_limit() -> None:
+    """Raise this process's limit of open files as far as the system allows: a data set may have thousands of files."""
+    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # macOS reports no limit and takes none
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
