@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import resource
 from collections.abc import Iterator
@@ -17,10 +18,19 @@ def replaced(path: Path) -> Iterator[Path]:
     temporary.replace(path)
 
 
+def finite(value: Any) -> Any:
+    """Return a value of JSON's types with None for each number that is not finite, which JSON lacks."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file, the complete file or nothing; raises OSError."""
     with replaced(path) as temporary, open(temporary, "w") as file:
-        json.dump(value, file, indent=2)
+        json.dump(finite(value), file, indent=2, allow_nan=False)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
