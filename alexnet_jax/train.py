@@ -22,7 +22,7 @@ from alexnet_jax.metrics import Metrics
 from alexnet_jax.optimizer import plateau_update
 from alexnet_jax.progress import Progress
 from alexnet_jax.runtime import distributed
-from alexnet_jax.runtime.files import write_json
+from alexnet_jax.runtime.files import user_path, write_json
 from alexnet_jax.runtime.signals import collected_signals
 from alexnet_jax.runtime.workers import available_cores
 from alexnet_jax.setup import Setup, setup
@@ -66,7 +66,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path) -
         differ; or a DivergedError.
       Interrupted: SIGINT or SIGTERM was received; the checkpoint is saved.
     """
-    workdir, started = Path(workdir), time.monotonic()
+    workdir, started = user_path(workdir, "--workdir"), time.monotonic()
     values = as_json(config)
     flags = {**values, "workdir": str(workdir.absolute())}
     distributed.require_same("flags", flags, "start every process with the same flags")

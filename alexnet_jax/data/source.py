@@ -14,7 +14,7 @@ import tensorflow_datasets as tfds
 
 from alexnet_jax.data import fashion_mnist
 from alexnet_jax.errors import UserError, one_line
-from alexnet_jax.runtime.files import raise_open_files_limit
+from alexnet_jax.runtime.files import raise_open_files_limit, user_path
 
 STATISTICS = "statistics.npz"  # the mean image and the RGB covariance, which `prepare` writes into a data set's folder
 
@@ -75,7 +75,7 @@ def open_builder(name: str, data_dir: str = "", source_dir: str = "") -> tfds.co
     Raises:
       DataError: an unknown name, or a data set that is neither prepared nor can be prepared here.
     """
-    folder = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser().absolute()
+    folder = user_path(data_dir or tfds.core.constants.DATA_DIR, "config.data_dir").absolute()
     try:
         builder = tfds.builder(name, data_dir=folder)
         if not builder.info.splits and name == "fashion_mnist":

@@ -1,13 +1,33 @@
-"""Files that appear complete or not at all."""
+"""Files that appear complete or not at all, and the paths that a user names."""
 
 import contextlib
 import json
 import math
 import os
+import re
 import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from alexnet_jax.errors import UserError
+
+
+def user_path(path: str | Path, name: str) -> Path:
+    """Return the path that a user gives as `name`, a flag or a field of a config, with `~` expanded.
+
+    Raises:
+      UserError: an empty path, an unknown user after `~`, or the address of a bucket.
+    """
+    text = os.fspath(path)
+    if not text:
+        raise UserError(f"{name} is empty; expected a path (. for the current folder)")
+    if re.match(r"\w{2,}:/", text):  # pathlib makes one slash of two
+        raise UserError(f"{name}={text}: expected a path on a disk; copy a bucket to one, or mount it")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise UserError(f"{name}={text}: no such user; expected a path") from None
 
 
 @contextlib.contextmanager
