@@ -168,4 +168,5 @@ def principal_components(
     mean = total / count
     covariance = products / count - np.outer(mean, mean)
     eigenvalues, eigenvectors = np.linalg.eigh(covariance)
+    eigenvalues = np.maximum(eigenvalues, 0)  # of gray images, rounding makes some of them negative
     return covariance, eigenvalues[::-1].copy(), eigenvectors[:, ::-1].copy()

@@ -18,8 +18,9 @@ from alexnet_jax.evaluation import Network, batch_size, evaluate
 from alexnet_jax.progress import Progress
 from alexnet_jax.run import Run, RunError, open_run
 from alexnet_jax.runtime.compilation_cache import use_compilation_cache
-from alexnet_jax.runtime.files import write_json
+from alexnet_jax.runtime.files import user_path, write_json
 from alexnet_jax.runtime.jax_settings import run_settings
+from alexnet_jax.runtime.output import escape_output
 from alexnet_jax.tables import table
 
 # Table 2 of the paper, on the validation set of ILSVRC-2012 and ten crops: networks: (top-1, top-5).
@@ -58,7 +59,7 @@ def open_runs(workdirs: Sequence[Path], data_dir: str = "") -> list[Run]:
 
 
 @run_settings()
-def evaluate_workdirs(workdirs: Sequence[Path], split: str = "", data_dir: str = "") -> dict[str, Any]:
+def evaluate_workdirs(workdirs: Sequence[str | Path], split: str = "", data_dir: str = "") -> dict[str, Any]:
     """Return both errors of the networks of some runs, averaged, on the center crop and on ten crops; print a table.
 
     Args:
@@ -74,6 +75,7 @@ def evaluate_workdirs(workdirs: Sequence[Path], split: str = "", data_dir: str =
       run.RunError: a folder without a run, or given twice, or runs of different data sets.
       checkpoint.CheckpointError, data.DataError: a corrupt checkpoint; a data set or a split that is missing.
     """
+    workdirs = [user_path(workdir, "--workdir") for workdir in workdirs]
     runs, mesh = open_runs(workdirs, data_dir), sharding.make_mesh()
     first, split = runs[0], split or runs[0].config.validation_split
     networks = [Network(run.model, run.params, run.preprocess) for run in runs]
@@ -107,11 +109,12 @@ def evaluate_workdirs(workdirs: Sequence[Path], split: str = "", data_dir: str =
 def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m alexnet_jax.evaluate", description="Test trained networks.")
-    parser.add_argument("--workdir", required=True, nargs="+", action="extend", type=Path, help="a run's workdir")
+    parser.add_argument("--workdir", required=True, nargs="+", action="extend", help="a run's workdir")
     parser.add_argument("--split", default="", help="the split to test on (default: the validation split)")
     parser.add_argument("--data_dir", default="", help="where TFDS keeps the data set (default: as in training)")
     parser.add_argument("--compile_cache", help="folder of compiled programs, as for alexnet_jax.main")
     flags = parser.parse_args()
+    escape_output()
     use_compilation_cache(flags.compile_cache)
     absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax logs what it raises
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))

@@ -100,6 +100,9 @@ def evaluate(
       batches: of one size, split over the mesh, each example once; those of label −1 are not counted.
       ten_crop: whether to average the softmax over ten crops.
       mesh: of `sharding.make_mesh`; None for one device.
+
+    Raises:
+      ValueError: no example has a label.
     """
     mesh = mesh or sharding.one_device()
     placed = [n._replace(params=sharding.place(n.params, mesh, sharding.tower_specs(n.params))) for n in networks]
@@ -119,7 +122,8 @@ def evaluate(
             total = add(last)
         last = counts
     total = add(last)
-    size = total["examples"]
+    if not (size := total["examples"]):
+        raise ValueError("evaluate: no example with a label; expected at least one")
     return Evaluation(
         float(total["loss"] / size), float(total["top1"] / size), float(total["top5"] / size),
         total["confusion"].astype(np.int64),

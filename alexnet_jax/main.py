@@ -17,6 +17,7 @@ from ml_collections import config_flags
 from alexnet_jax.errors import UserError
 from alexnet_jax.flags import CONFIGS, FLAG_ERRORS, flag_error
 from alexnet_jax.runtime.huge_pages import use_huge_pages
+from alexnet_jax.runtime.output import escape_output
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
@@ -108,6 +109,7 @@ def _run(argv: list[str]) -> None:
 def main() -> None:
     """Run the command."""
     use_huge_pages()
+    escape_output()
     try:
         app.run(_run, flags_parser=_parse_flags)
     except KeyboardInterrupt:  # before the training, or a second Ctrl-C; the checkpoints on the disk are complete

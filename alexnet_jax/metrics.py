@@ -11,7 +11,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
-from alexnet_jax.runtime.files import replaced
+from alexnet_jax.runtime.files import finite, replaced
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class Metrics:
         """Write the values of a step; raises OSError if the disk is full."""
         if not self._first:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.write(json.dumps(finite({"step": step, **values}), allow_nan=False) + "\n")
         for name, value in values.items():
             event = Event(step=step, wall_time=time.time(), summary=scalar(name, value))
             self._events.write_event(event)

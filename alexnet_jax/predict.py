@@ -8,7 +8,6 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -17,6 +16,8 @@ from alexnet_jax.errors import UserError, one_line
 from alexnet_jax.plots import plot_predictions
 from alexnet_jax.run import Run, open_run
 from alexnet_jax.runtime.compilation_cache import use_compilation_cache
+from alexnet_jax.runtime.files import user_path
+from alexnet_jax.runtime.output import escape_output, escaped
 from alexnet_jax.tables import table
 
 LIGHT, DARK = 170, 85  # of 255
@@ -54,31 +55,37 @@ def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m alexnet_jax.predict", description=__doc__.splitlines()[0])
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
-    parser.add_argument("--workdir", type=Path, required=True, help="a run's workdir")
-    parser.add_argument("--out", type=Path, help="the figure to write (default: predictions.png in the workdir)")
+    parser.add_argument("--workdir", required=True, help="a run's workdir")
+    parser.add_argument("--out", help="the figure to write (default: predictions.png in the workdir)")
     parser.add_argument("--invert", action="store_true", help="invert the pixels first: black becomes white")
     parser.add_argument("--data_dir", default="", help="where TFDS keeps the data set (default: as in training)")
     parser.add_argument("--compile_cache", help="folder of compiled programs, as for alexnet_jax.main")
     flags = parser.parse_args()
     logging.getLogger("absl").setLevel(logging.CRITICAL)
 
-    out = flags.out or flags.workdir / "predictions.png"
+    escape_output()
+    try:
+        workdir = user_path(flags.workdir, "--workdir")
+        out = workdir / "predictions.png" if flags.out is None else user_path(flags.out, "--out")
+    except UserError as error:
+        sys.exit(f"Error: {error}")
     if flags.out and (out.suffix != ".png" or not out.parent.is_dir() or out.is_dir()):
         sys.exit(f"Error: --out={out}: expected a .png file in an existing folder")
 
     use_compilation_cache(flags.compile_cache)
     try:
-        run = open_run(flags.workdir, flags.data_dir)
+        run = open_run(workdir, flags.data_dir)
     except UserError as error:
         sys.exit(f"Error: {error}")
     images = read_images(flags.images, run, flags.invert)
     if not images:
         sys.exit("Error: no image could be read")
-    names, pixels = [os.path.basename(path) for path, _ in images], np.stack([image for _, image in images])
+    names, pixels = [escaped(os.path.basename(path)) for path, _ in images], np.stack([image for _, image in images])
     probabilities = run.predict(pixels, run.config.ten_crop)
+    bar = "█" if "█".encode(sys.stdout.encoding, "ignore") else "#"
     for name, p in zip(names, probabilities, strict=True):
         top = np.argsort(-p)[:5]
-        rows = [(run.names[i], f"{100 * p[i]:5.1f} %", "█" * round(30 * p[i])) for i in top]
+        rows = [(run.names[i], f"{100 * p[i]:5.1f} %", bar * round(30 * p[i])) for i in top]
         print(f"\n{name}\n{table(rows, ('class', 'probability', ''))}")
     try:
         plot_predictions(pixels[:SHOWN], probabilities[:SHOWN], run.names, out, names[:SHOWN])

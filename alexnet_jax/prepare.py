@@ -12,6 +12,7 @@ from types import FrameType
 
 from alexnet_jax.errors import UserError
 from alexnet_jax.preparation.local import prepare
+from alexnet_jax.runtime.output import escape_output
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
@@ -29,6 +30,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0, help="processes; 0: one per core")
     parser.add_argument("--max_undecodable", type=int, default=10, help="files that may be skipped")
     flags = parser.parse_args()
+    escape_output()
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     logging.getLogger("alexnet_jax").setLevel(logging.INFO)
     for number in (signal.SIGINT, signal.SIGTERM):

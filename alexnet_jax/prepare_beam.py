@@ -9,6 +9,7 @@ import sys
 
 from alexnet_jax.data.images import SIDE
 from alexnet_jax.errors import UserError
+from alexnet_jax.runtime.output import escape_output
 
 try:
     from apache_beam.options.pipeline_options import PipelineOptions
@@ -32,6 +33,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="where to write the data set NAME_256")
     parser.add_argument("--max_undecodable", type=int, default=10, help="files that may be skipped")
     flags, beam_flags = parser.parse_known_args()
+    escape_output()
     log = logging.getLogger("alexnet_jax")
     log.addHandler(logging.StreamHandler(sys.stdout))  # Beam has set up the root logger for itself
     log.setLevel(logging.INFO)

@@ -164,6 +164,7 @@ def fit(
     mean, eigenvalues, eigenvectors = statistics
     factors_and_directions = None
     if lighting:
+        eigenvalues = np.maximum(eigenvalues, 0)  # stored ones may be negative by rounding
         factors = 255 * (eigenvalues / 255**2) ** lighting_exponent
         factors_and_directions = factors.astype(np.float32), eigenvectors.astype(np.float32)
     return Preprocess(

@@ -21,6 +21,7 @@ from alexnet_jax.errors import UserError, one_line
 from alexnet_jax.model import AlexNet, activations
 from alexnet_jax.optimizer import paper_sgd
 from alexnet_jax.preprocess import Preprocess
+from alexnet_jax.runtime.files import user_path
 from alexnet_jax.runtime.jax_settings import run_settings
 from alexnet_jax.setup import build_model, build_preprocess, open_dataset
 from alexnet_jax.train_step import create_state
@@ -104,7 +105,7 @@ def open_run(workdir: str | Path, data_dir: str = "") -> Run:
       checkpoint.CheckpointError: the newest checkpoint is corrupt.
       data.DataError: the data set that the network was trained on is missing.
     """
-    workdir = Path(workdir)
+    workdir = user_path(workdir, "--workdir")
     config = default.get_config().lock()
     try:
         config.update(json.loads((workdir / CONFIG).read_text()))

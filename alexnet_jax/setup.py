@@ -80,6 +80,7 @@ def setup(config: ml_collections.ConfigDict) -> Setup:
     for use, field in {"train": "train_split", "validate": "validation_split", "test": "test_split"}.items():
         try:
             sizes[use] = dataset.size(config[field])
+            dataset.check_labels(config[field])
         except data.DataError as error:
             raise data.DataError(f"config.{field}: {error}") from None
     train_data = dataset.training(config.train_split, config.batch_size, mesh)

@@ -25,7 +25,7 @@ from alexnet_jax.metrics import Metrics
 from alexnet_jax.optimizer import plateau_update
 from alexnet_jax.progress import Progress
 from alexnet_jax.runtime import distributed
-from alexnet_jax.runtime.files import write_json
+from alexnet_jax.runtime.files import user_path, write_json
 from alexnet_jax.runtime.jax_settings import run_settings
 from alexnet_jax.runtime.signals import Stopped, collected_signals, raised_signals
 from alexnet_jax.runtime.workers import available_cores
@@ -79,7 +79,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path) -
         differ; or a DivergedError.
       Interrupted: SIGINT or SIGTERM was received; in training, the checkpoint of the step is saved.
     """
-    workdir, started = Path(workdir), time.monotonic()
+    workdir, started = user_path(workdir, "--workdir"), time.monotonic()
     values = as_json(config)
     flags = {**values, "workdir": str(workdir.absolute())}
     distributed.require_same("flags", flags, "start every process with the same flags")

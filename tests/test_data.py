@@ -3,6 +3,7 @@
 import functools
 import gzip
 import http.server
+import io
 import os
 import shutil
 import subprocess
@@ -13,10 +14,14 @@ import time
 import jax
 import numpy as np
 import pytest
-from runners import CIFAR10, ROOT
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
+from PIL import Image
+from runners import CIFAR10, ROOT, encoded, photograph
 
-from alexnet_jax import data
+from alexnet_jax import data, sharding
 from alexnet_jax.data import DataError, fashion_mnist
+from alexnet_jax.data.dataset import Dataset
 
 
 def _rows(images, labels):
@@ -181,3 +186,79 @@ def test_an_epoch_is_a_permutation(synthetic):
     batch = data.DeviceData(examples, 20).batch(key, 7)  # a resumed run gets the same batch
     np.testing.assert_array_equal(batch.labels, epochs[1][40:60])
     np.testing.assert_array_equal(batch.images, examples.images[batch.labels])
+
+
+def stored(folder, images, labels, name="mine", feature=None, label=None, keys=("image", "label"), split="train"):
+    """A TFDS data set of image files and labels, written without any check of ours."""
+    features = tfds.features.FeaturesDict({
+        keys[0]: feature or tfds.features.Image(shape=(32, 32, 3), encoding_format="png"),
+        keys[1]: label or tfds.features.ClassLabel(names=["a", "b"]),
+    })  # fmt: skip
+    folder = folder / name / "1.0.0"
+    folder.mkdir(parents=True)
+    serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
+    path = folder / f"{name}-{split}.array_record-00000-of-00001"
+    writer = ArrayRecordWriter(str(path), "group_size:1")
+    for image, value in zip(images, labels, strict=True):
+        example = features.encode_example({keys[0]: io.BytesIO(image), keys[1]: value})
+        writer.write(serializer.serialize_example(example))
+    writer.close()
+    info = tfds.core.SplitInfo(split, [len(labels)], path.stat().st_size)
+    tfds.folder_dataset.write_metadata(
+        data_dir=folder, features=features, split_infos=[info], version="1.0.0", check_data=False
+    )
+    return tfds.builder_from_directory(folder)
+
+
+def pngs(count=4, mode="RGB", size=(32, 32)):
+    return [encoded(Image.fromarray(photograph(i, *size)).convert(mode), "PNG") for i in range(count)]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("options,words", [
+    ({"feature": tfds.features.Image(shape=(32, 32, 1), dtype=np.uint16, encoding_format="png")}, "uint16 with 1 chan"),
+    ({"feature": tfds.features.Image(shape=(32, 32, 4), encoding_format="png")}, "uint8 with 4 channels; expected"),
+    ({"keys": ("picture", "label")}, "picture, label; expected image and label"),
+    ({"keys": ("image", "class")}, "expected image and label"),
+    ({"label": tfds.features.Scalar(np.int64)}, "feature label is Scalar; expected tfds.features.ClassLabel"),
+])  # fmt: skip
+def test_other_features_are_refused_alike_in_memory_and_streamed(tmp_path, streaming, options, words):
+    builder = stored(tmp_path, pngs(), [0, 1, 0, 1], **options)
+    with pytest.raises(DataError, match=words) as error:
+        Dataset(builder, streaming, 1).training("train", 2, sharding.one_device())
+    assert "\n" not in str(error.value)
+    with pytest.raises(DataError, match=words):
+        data.load(builder, "train")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_missing_file_of_a_split_is_named(tmp_path, streaming):
+    builder = stored(tmp_path, pngs(), [0, 1, 0, 1])
+    file = next((tmp_path / "mine" / "1.0.0").glob("*array_record*"))
+    file.unlink()
+    with pytest.raises(DataError, match=f"{file} is missing; restore it"):
+        Dataset(builder, streaming, 1).training("train", 2, sharding.one_device())
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("labels,words", [([-1] * 4, "without a label; training"), ([0, 1, -1, 1], "without a label")])
+def test_unlabelled_images_are_refused_for_training_and_testing_and_can_be_read(tmp_path, streaming, labels, words):
+    dataset = Dataset(stored(tmp_path, pngs(), labels), streaming, 1)
+    mesh = sharding.one_device()
+    with pytest.raises(DataError, match=words):
+        dataset.training("train", 4, mesh).batch(jax.random.key(0), 0)
+    with pytest.raises(DataError, match=words):
+        list(dataset.batches("train", 4, mesh))
+    pixels = [np.asarray(Image.open(io.BytesIO(file))) for file in pngs()]
+    np.testing.assert_array_equal(np.concatenate(list(dataset.images("train"))), pixels)
+    np.testing.assert_array_equal(dataset.load("train").images, pixels)
+
+
+def test_files_with_an_alpha_channel_or_of_sixteen_bits_are_the_same_in_memory_and_streamed(tmp_path):
+    deep = np.array([[0, 1000], [10_000, 63_000]], np.uint16).repeat(16, 0).repeat(16, 1)
+    files = [*pngs(2, "RGBA"), encoded(Image.fromarray(deep), "PNG")]
+    builder = stored(tmp_path, files, [0, 1, 0])
+    memory, streamed = (np.concatenate(list(Dataset(builder, s, 1).images("train"))) for s in (False, True))
+    np.testing.assert_array_equal(memory, streamed)
+    np.testing.assert_array_equal(memory[:2], [photograph(i, 32, 32) for i in range(2)])
+    assert np.abs(memory[2, ::16, ::16, 0] - np.array([[0, 1000], [10_000, 63_000]]) / 257).max() < 1

@@ -2,11 +2,13 @@
 
 import io
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from PIL import Image
-from runners import PHOTOGRAPHS
+from PIL import Image, PngImagePlugin
+from runners import PHOTOGRAPHS, ROOT
 from synthetic_data import encoded, photograph
 
 from alexnet_jax.data.images import decode, read_image, to_square
@@ -165,3 +167,70 @@ def test_the_real_photographs():
         assert square.shape == (256, 256, 3)
         gray += (square == square[..., :1]).all()
     assert gray == 3
+
+
+def test_a_long_strip_is_cropped_before_it_is_enlarged():
+    strip = encoded(Image.fromarray(np.arange(60_000, dtype=np.uint32).astype(np.uint8)[None].repeat(3, 0)), "PNG")
+    code = (
+        "import resource, sys; from alexnet_jax.data.images import to_square; to_square(PNG)\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "square = to_square(sys.stdin.buffer.read()); assert square.shape == (256, 256, 3), square.shape\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    ).replace("PNG", repr(encoded(Image.new("L", (9, 9)), "PNG")))
+    done = subprocess.run([sys.executable, "-c", code], input=strip, capture_output=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 10_000  # kB
+
+
+def test_a_small_image_is_enlarged_as_the_formula_says():
+    for size in ((200, 3), (3, 200), (180, 120)):
+        image = photograph(0, *size)
+        worst = np.abs(to_square(encoded(Image.fromarray(image), "PNG")) - exact_square(image)).max()
+        assert worst < 1.2
+
+
+def metadata(**options):
+    """A PNG with metadata."""
+    info = PngImagePlugin.PngInfo()
+    for key, (value, compressed) in options.pop("text", {}).items():
+        info.add_text(key, value, zip=compressed)
+    return encoded(Image.fromarray(photograph(2, 256, 256)), "PNG", pnginfo=info, **options)
+
+
+@pytest.mark.parametrize("file", [
+    lambda: metadata(text={"Comment": ("x" * 2_000_000, False)}),
+    lambda: metadata(text={"Comment": ("x" * 2_000_000, True)}),
+    lambda: metadata(icc_profile=np.random.default_rng(0).bytes(2_000_000)),
+    lambda: metadata(text={"Raw profile type exif": ("\nexif\n  12\nnot hexadecimal", False)}),
+    lambda: metadata(text={"Raw profile type exif": ("", True)}),
+    lambda: metadata(exif=b"Exif\0\0MM\0*\0\0\xff\xff broken"),
+], ids=["text", "compressed text", "ICC", "EXIF text", "empty EXIF text", "EXIF"])  # fmt: skip
+def test_a_png_is_read_whatever_its_metadata(file, tmp_path):
+    pixels, out = photograph(2, 256, 256), np.empty((256, 256, 3), np.uint8)
+    np.testing.assert_array_equal(to_square(file()), pixels)
+    (tmp_path / "image.png").write_bytes(file())
+    np.testing.assert_array_equal(read_image(tmp_path / "image.png", (256, 256, 3)), pixels)
+    decode(file(), out)
+    np.testing.assert_array_equal(out, pixels)
+
+
+@pytest.mark.parametrize("stray", [b"\n", b"\0", b"\xef\xbb\xbf"])
+def test_stray_bytes_before_the_header_of_a_jpeg(stray, tmp_path):
+    sound, out = encoded(Image.fromarray(photograph(3, 256, 256))), np.empty((256, 256, 3), np.uint8)
+    np.testing.assert_array_equal(to_square(stray + sound), to_square(sound))
+    decode(stray + sound, out)
+    np.testing.assert_array_equal(out, to_square(sound))
+    (tmp_path / "stray.jpg").write_bytes(stray + sound)
+    (tmp_path / "sound.jpg").write_bytes(sound)
+    np.testing.assert_array_equal(*(read_image(tmp_path / f"{x}.jpg", (256, 256, 3)) for x in ("stray", "sound")))
+    with pytest.raises(ValueError, match="not an image"):
+        to_square(b"text " * 100 + sound)
+
+
+def test_a_record_of_a_data_set_is_read_without_its_orientation():
+    exif, pixels, out = Image.Exif(), photograph(4, 32, 32), np.empty((32, 32, 3), np.uint8)
+    exif[0x0112] = 6
+    for file_format in ("PNG", "JPEG"):
+        file = encoded(Image.fromarray(pixels), file_format, exif=exif)
+        decode(file, out)
+        np.testing.assert_array_equal(out, np.asarray(Image.open(io.BytesIO(file))))

@@ -1,9 +1,11 @@
 """The prediction command on real files."""
 
+import os
 import subprocess
 import sys
 
 import numpy as np
+import pytest
 from PIL import Image
 from runners import ROOT
 
@@ -52,3 +54,26 @@ def test_a_missing_folder_and_a_wrong_out_are_named(tmp_path):
 def test_no_run_is_one_line(tmp_path):
     done = predict(tmp_path, "x.png")
     assert done.returncode == 1 and "holds no run" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_names_and_outputs_that_are_not_utf8(trained, opened, tmp_path):
+    image = Image.fromarray(opened.load("test[:1]").images[0, ..., 0])
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")
+    image.save(path)
+    for encoding in ("ascii", "iso-8859-1", "utf-8"):
+        command = [sys.executable, "-m", "alexnet_jax.predict", f"--workdir={trained}", path]
+        done = subprocess.run(
+            [*command, f"--out={tmp_path / 'out.png'}"], cwd=ROOT, capture_output=True, timeout=300,
+            env={**os.environ, "PYTHONIOENCODING": encoding},
+        )  # fmt: skip
+        assert done.returncode == 0 and done.stderr == b"", done.stderr
+        output = done.stdout.decode(encoding)
+        assert r"caf\xe9.png" in output and (("█" if encoding == "utf-8" else "#") in output)
+
+
+@pytest.mark.parametrize(
+    "workdir,words", [("", "--workdir is empty"), ("s3://bucket/run", "expected a path on a disk")]
+)
+def test_a_workdir_that_is_no_folder_is_one_line(workdir, words, tmp_path):
+    done = predict(workdir, "x.png")
+    assert done.returncode == 1 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr

@@ -8,16 +8,19 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from runners import ROOT, SHARD, files_of
+from PIL import Image
+from runners import ROOT, SHARD, encoded, files_of, photograph
 
 from alexnet_jax import data
 from alexnet_jax.configs import imagenet2012
 from alexnet_jax.data.dataset import Dataset
 from alexnet_jax.data.images import to_jpeg, to_square
+from alexnet_jax.errors import UserError
 from alexnet_jax.preparation.local import prepare
 from alexnet_jax.preparation.shards import SHARD_SIZE
 from alexnet_jax.preparation.sources import PrepareError, find_parts
@@ -154,10 +157,15 @@ def test_a_prepared_set_without_its_statistics_is_measured_with_a_warning(prepar
     ({"workers": -3}, "--workers=-3: expected 0 or more"),
     ({"max_undecodable": -1}, "--max_undecodable=-1: expected 0 or more"),
     ({"dataset": ""}, "--dataset='': expected a name"),
-    ({"dataset": "a/b"}, "--dataset='a/b': expected a name"),
+    ({"dataset": "a/b"}, "--dataset='a/b': expected a name .*; a_b would do"),
+    ({"dataset": "MyBirds"}, "--dataset='MyBirds': expected a name .*; my_birds would do"),
+    ({"dataset": "2024birds"}, "--dataset='2024birds': expected a name .*; images_2024birds would do"),
+    ({"dataset": "Vögel"}, "--dataset='Vögel': expected a name .*; vogel would do"),
+    ({"data_dir": ""}, "--data_dir is empty"),
+    ({"out": "gs://bucket/x"}, "--out=gs://bucket/x: expected a path on a disk"),
 ])  # fmt: skip
 def test_values_that_cannot_work(image_folder, tmp_path, values, words):
-    with pytest.raises(PrepareError, match=words):
+    with pytest.raises(UserError, match=words):
         prepare(**{"dataset": "small", "data_dir": image_folder, "out": tmp_path / "out"} | values)
     assert not (tmp_path / "out").exists()
 
@@ -282,3 +290,59 @@ def test_nothing_to_prepare_is_one_line(dataset, words, tmp_path):
     with pytest.raises(PrepareError, match=words) as error:
         prepare(dataset, tmp_path, tmp_path / "out")
     assert "\n" not in str(error.value)
+
+
+def images_in(*folders):
+    for i, folder in enumerate(folders):
+        folder.mkdir(parents=True)
+        (folder / f"{i}.png").write_bytes(encoded(Image.fromarray(photograph(i, 300, 280)), "PNG"))
+
+
+def test_files_of_the_system_are_skipped_and_named_and_make_no_class(tmp_path, caplog):
+    caplog.set_level("INFO")
+    images_in(tmp_path / "train" / "a", tmp_path / "train" / "b")
+    (tmp_path / "train" / "empty").mkdir()
+    for place in ("train/a/Thumbs.db", "train/b/.DS_Store", "train/empty/Thumbs.db", "desktop.ini"):
+        (tmp_path / place).write_bytes(b"of the system")
+    parts, label = find_parts("small", tmp_path, SHARD)
+    assert label.names == ["a", "b"] and sum(part.size for part in parts["train"]) == 2
+    assert caplog.messages == [
+        "skipped, files of the operating system: desktop.ini, train/a/Thumbs.db, train/b/.DS_Store, "
+        "train/empty/Thumbs.db",
+        "skipped, not split/class/image: train/empty",
+    ]
+
+
+def test_a_class_that_has_no_images_to_train_is_refused_by_name(tmp_path):
+    images_in(
+        tmp_path / "train" / "a", tmp_path / "train" / "b", tmp_path / "test" / "a", tmp_path / "test" / "unknown"
+    )
+    with pytest.raises(PrepareError, match="^test/unknown: no images of this class in train/") as error:
+        prepare("small", tmp_path, tmp_path.with_name("out"))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "iso-8859-1"])
+def test_names_that_are_not_utf8_and_outputs_of_other_encodings(tmp_path, encoding):
+    images, latin = tmp_path / "images", os.fsdecode(b"caf\xe9")
+    images_in(images / "train" / latin, images / "train" / "Vögel")
+    for name in (f"{latin}.jpg", "Möwe.jpg"):
+        (images / "train" / latin / name).write_text("not an image")
+    flags = ("--dataset=small", f"--data_dir={images}", f"--out={tmp_path / 'out'}", "--workers=1")
+    code, output = run_prepare(*flags, env={**os.environ, "PYTHONIOENCODING": encoding}, errors="replace")
+    assert code == 0 and "Logging error" not in output, output
+    folder = tmp_path / "out" / "small_256" / "1.0.0"
+    builder = tfds.builder_from_directory(folder)
+    assert builder.info.features["label"].names == ["Vögel", r"caf\xe9"]
+    found = {(x["file_name"].decode(), x["label"]) for x in builder.as_data_source("train")}
+    assert found == {("Vögel/1.png", 0), (r"caf\xe9/0.png", 1)}
+    names = [line.split(":")[0] for line in (folder / "undecodable.txt").read_text("utf-8").splitlines()]
+    assert sorted(names) == [r"train/caf\xe9/Möwe.jpg", r"train/caf\xe9/caf\xe9.jpg"]
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    images_in(tmp_path / "images" / "train" / "a", tmp_path / "images" / "train" / "b")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert prepare("small", "~/images", "~/out", workers=1) == tmp_path / "out" / "small_256" / "1.0.0"
+    assert not Path("~").exists()

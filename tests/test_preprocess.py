@@ -4,7 +4,7 @@ import pytest
 import reference
 
 from alexnet_jax.augment import rgb_pca
-from alexnet_jax.preprocess import fit
+from alexnet_jax.preprocess import Statistics, fit
 
 
 def color_images(n=40, side=8):
@@ -72,3 +72,17 @@ def test_it_is_an_argument_of_a_jitted_function():
     np.testing.assert_allclose(jax.jit(lambda p, x: p.ten_crop(x))(p, images), p.ten_crop(images), atol=1e-4)
     key = jax.random.key(0)
     np.testing.assert_allclose(jax.jit(lambda p, x: p.train(key, x))(p, images), p.train(key, images), atol=1e-4)
+
+
+@pytest.mark.parametrize("exponent", [1.0, 0.5])
+def test_gray_images_in_three_channels_have_finite_lighting_along_gray(exponent):
+    gray = np.random.default_rng(1).integers(0, 256, (30, 16, 16, 1), dtype=np.uint8).repeat(3, -1)
+    values, vectors = rgb_pca(gray)
+    assert (values >= 0).all() and np.abs(vectors[:, 0]) == pytest.approx(3**-0.5)
+    negative = Statistics(gray.mean(0), np.array([values[0], -1e-13, -1e-12]), vectors)  # as some data sets store them
+    for source in (gray, negative):
+        p = fit(source, 0, 16, 0, False, True, lighting_exponent=exponent)
+        x = np.asarray(p.train(jax.random.key(0), gray))
+        shift = x - (gray - gray.mean(0))
+        assert np.isfinite(x).all() and np.abs(shift).max() > 1
+        np.testing.assert_allclose(shift, shift[:, :1, :1, :1] * np.ones(shift.shape), atol=0.02)

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from alexnet_jax.data import streaming
 from alexnet_jax.data.in_memory import DeviceBatches, DeviceData, Examples, in_parts, load
-from alexnet_jax.data.source import STATISTICS, split_size
+from alexnet_jax.data.source import STATISTICS, check_features, check_first_label, check_labels, split_size
 
 TrainData = DeviceData | streaming.StreamedData
 Batches = DeviceBatches | streaming.StreamedBatches
@@ -29,6 +29,9 @@ class Dataset:
     builder: tfds.core.DatasetBuilder
     streaming: bool = False
     workers: int = 0
+
+    def __post_init__(self):
+        check_features(self.builder)
 
     @property
     def full_name(self) -> str:
@@ -54,6 +57,10 @@ class Dataset:
         """Return the number of examples of a split, in TFDS's notation; raises DataError."""
         return split_size(self.builder, split)
 
+    def check_labels(self, split: str) -> None:
+        """Raise DataError if the first example of a split has no label."""
+        check_first_label(self.builder, split)
+
     def load(self, split: str) -> Examples:
         """Return a split in memory; raises DataError."""
         return load(self.builder, split)
@@ -69,10 +76,15 @@ class Dataset:
         """Return a split in batches, each epoch in another order; raises DataError."""
         if self.streaming:
             return streaming.StreamedData(self.builder, split, batch_size, mesh, self.workers)
-        return DeviceData(self.load(split), batch_size, mesh)
+        return DeviceData(self._labelled(split), batch_size, mesh)
 
     def batches(self, split: str, batch_size: int, mesh: Mesh) -> Batches:
         """Return a split in its order, each example once; raises DataError."""
         if self.streaming:
             return streaming.StreamedBatches(self.builder, split, batch_size, mesh, self.workers)
-        return DeviceBatches(self.load(split), batch_size, mesh)
+        return DeviceBatches(self._labelled(split), batch_size, mesh)
+
+    def _labelled(self, split: str) -> Examples:
+        examples = self.load(split)
+        check_labels(examples.labels, self.num_classes, self.builder.name, split)
+        return examples

@@ -19,6 +19,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from alexnet_jax.errors import UserError, one_line
+from alexnet_jax.runtime.files import user_path
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +109,8 @@ def find_files(source_dir: str = "") -> dict[str, bytes]:
         (f"apt-get download {DEBIAN_PACKAGE}", from_apt),
     ]
     if source_dir:
-        sources.insert(0, (f"config.source_dir={source_dir}", lambda: _from_folder(Path(source_dir))))
+        folder = user_path(source_dir, "config.source_dir")
+        sources.insert(0, (f"config.source_dir={source_dir}", lambda: _from_folder(folder)))
     tried = []
     for name, read in sources:
         try:

@@ -1,5 +1,6 @@
 """Image files as arrays of one size (section 2): the shorter side resized, antialiased, then a center crop."""
 
+import contextlib
 import io
 import warnings
 from pathlib import Path
@@ -14,6 +15,9 @@ SIDE = 256
 # Chroma is stored at half resolution, Pillow's default: faster to decode, and at 90 above 36 dB.
 JPEG_QUALITY = 90
 BITS_PER_SAMPLE = 258  # TIFF's tag
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+ORIENTATION_TEXTS = (b"Raw profile type exif", b"XML:com.adobe.xmp")
+STRAY_BYTES = 64  # before a JPEG's header, at most
 
 
 def to_square(file: bytes) -> np.ndarray:
@@ -29,18 +33,17 @@ def to_square(file: bytes) -> np.ndarray:
       Exception: of several types, for a file that is no image, a truncated one, one whose pixels have no known range
         (32-bit integers and floats), or one that Pillow takes for a decompression bomb.
     """
-    if not file:
-        raise ValueError("the file is empty")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # warnings of transparency and EXIF data, which are dropped
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            with Image.open(io.BytesIO(file)) as opened:
-                image = _eight_bits(opened).convert("RGB")
-        except UnidentifiedImageError:
-            raise ValueError("not an image") from None
+        with _open(file) as opened:
+            image = _eight_bits(opened).convert("RGB")
     width, height = (max(SIDE, round(side * SIDE / min(image.size))) for side in image.size)
     left, top = (width - SIDE) // 2, (height - SIDE) // 2
+    if min(image.size) < SIDE:  # cropped first: 60,000×1 pixels would grow to 16 GB
+        across, down = image.width / width, image.height / height
+        box = left * across, top * down, (left + SIDE) * across, (top + SIDE) * down
+        return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC, box))
     image = image.resize((width, height), Image.Resampling.BICUBIC)  # its kernel widens with the scale: antialiased
     return np.asarray(image.crop((left, top, left + SIDE, top + SIDE)))
 
@@ -67,7 +70,9 @@ def decode(file: bytes, out: np.ndarray) -> None:
             simplejpeg.decode_jpeg(file, "GRAY" if gray else "RGB", buffer=out)
     else:
         mode = cv2.IMREAD_GRAYSCALE if gray else cv2.IMREAD_COLOR_RGB
-        image = cv2.imdecode(np.frombuffer(file, np.uint8), mode) if file else None
+        image = cv2.imdecode(np.frombuffer(file, np.uint8), mode | cv2.IMREAD_IGNORE_ORIENTATION) if file else None
+        if image is None and (start := _stray_bytes(file)):
+            return decode(file[start:], out)
         if image is None:
             raise ValueError("neither a JPEG nor a PNG")
         height, width = image.shape[:2]
@@ -94,8 +99,10 @@ def read_image(path: str | Path, shape: tuple[int, ...], invert: bool = False) -
         (32-bit integers and floats), or one of more than 178 million pixels.
     """
     height, width, channels = shape
-    with warnings.catch_warnings(action="ignore"), Image.open(path) as opened:  # of unusual metadata
-        ImageOps.exif_transpose(opened, in_place=True)
+    file = Path(path).read_bytes()
+    with warnings.catch_warnings(action="ignore"), _open(file) as opened:  # of many pixels and of unusual metadata
+        with contextlib.suppress(Exception):  # of metadata that is broken; that of pixels is raised below
+            ImageOps.exif_transpose(opened, in_place=True)
         image = _eight_bits(opened)
         if "A" in image.getbands() or "transparency" in image.info:
             image = image.convert("RGBA")
@@ -104,6 +111,41 @@ def read_image(path: str | Path, shape: tuple[int, ...], invert: bool = False) -
     image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
     pixels = np.asarray(image).reshape(shape)
     return 255 - pixels if invert else pixels
+
+
+def _open(file: bytes) -> ImageFile.ImageFile:
+    """Open an image as other readers do: a PNG with metadata of any size, a JPEG with some bytes before its header."""
+    if not file:
+        raise ValueError("the file is empty")
+    try:
+        return Image.open(io.BytesIO(_without_metadata(file)))
+    except UnidentifiedImageError:
+        if not (start := _stray_bytes(file)):
+            raise ValueError("not an image") from None
+    return _open(file[start:])
+
+
+def _stray_bytes(file: bytes) -> int:
+    """Return the number of bytes before the header of a JPEG; 0 also for another file."""
+    return max(0, file[:STRAY_BYTES].find(b"\xff\xd8\xff"))
+
+
+def _without_metadata(file: bytes) -> bytes:
+    """Return a PNG without the chunks that Pillow refuses if they are large; other files as they are.
+
+    Kept are those that may hold the orientation, up to 64 kB each.
+    """
+    if not file.startswith(PNG_SIGNATURE):
+        return file
+    parts, start = [PNG_SIGNATURE], len(PNG_SIGNATURE)
+    while start < len(file):
+        end = start + 12 + int.from_bytes(file[start : start + 4])  # length, type and checksum take 12 bytes
+        kind, keyword = file[start + 4 : start + 8], file[start + 8 : start + 80].split(b"\0")[0]
+        text = kind in (b"tEXt", b"zTXt", b"iTXt") and (keyword not in ORIENTATION_TEXTS or end - start > 1 << 16)
+        if not text and kind != b"iCCP":
+            parts.append(file[start:end])
+        start = end
+    return b"".join(parts)
 
 
 def _eight_bits(image: ImageFile.ImageFile) -> Image.Image:

@@ -12,7 +12,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from alexnet_jax import sharding
 from alexnet_jax.data.batch import Batch
-from alexnet_jax.data.source import DataError, open_source, split_size
+from alexnet_jax.data.images import decode
+from alexnet_jax.data.source import DataError, open_source, split_size, unreadable
 
 
 class Examples(NamedTuple):
@@ -32,18 +33,25 @@ def load(builder: tfds.core.DatasetBuilder, split: str) -> Examples:
     """
     size = split_size(builder, split)
     source = open_source(builder, split)
-    image_feature = builder.info.features["image"]
+    shape, decode_first = builder.info.features["image"].shape, builder.info.features["image"].decode_example_np
     share = -(-size // jax.process_count())  # the last share is padded with the last example
     positions = np.minimum(jax.process_index() * share + np.arange(share), size - 1)
     images, labels = None, np.empty(share, np.int32)
     for start in range(0, share, 1000):
-        for i, example in enumerate(source.__getitems__(positions[start : start + 1000].tolist()), start):
-            image = image_feature.decode_example_np(example["image"])
-            if images is None:
-                images = np.empty((share, *image.shape), np.uint8)
-            if image.shape != images.shape[1:]:
-                raise DataError(f"{builder.name}: images of several sizes, {images.shape[1:]} and {image.shape}")
-            images[i], labels[i] = image, example["label"]
+        part = positions[start : start + 1000].tolist()
+        try:
+            examples = source.__getitems__(part)
+        except Exception as error:  # any exception of a corrupt file
+            raise unreadable(builder.data_path, split, f"{part[0]} to {part[-1]}", error) from None
+        for i, position, example in zip(range(start, share), part, examples, strict=False):
+            try:
+                if images is None:
+                    height, width = shape[:2] if None not in shape else decode_first(example["image"]).shape[:2]
+                    images = np.empty((share, height, width, shape[2]), np.uint8)
+                decode(example["image"], images[i])
+            except Exception as error:
+                raise unreadable(builder.data_path, split, position, error) from None
+            labels[i] = example["label"]
     if jax.process_count() == 1:
         return Examples(images, labels)
     shapes = multihost_utils.process_allgather(np.array(images.shape))

@@ -2,16 +2,18 @@
 
 import contextlib
 import logging
+import resource
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
 
 from alexnet_jax.data import fashion_mnist
 from alexnet_jax.errors import UserError, one_line
-from alexnet_jax.runtime.files import lock
+from alexnet_jax.runtime.files import lock, raise_open_files_limit, user_path
 
 STATISTICS = "statistics.npz"  # the mean image and the RGB covariance, which `prepare` writes into a data set's folder
 
@@ -72,7 +74,7 @@ def open_builder(name: str, data_dir: str = "", source_dir: str = "") -> tfds.co
     Raises:
       DataError: an unknown name, or a data set that is not prepared; Fashion-MNIST without its files.
     """
-    folder = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser().absolute()
+    folder = user_path(data_dir or tfds.core.constants.DATA_DIR, "config.data_dir").absolute()
     try:
         builder = tfds.builder(name, data_dir=folder)
         if not builder.info.splits and name == "fashion_mnist":
@@ -115,6 +117,55 @@ def split_size(builder: tfds.core.DatasetBuilder, split: str) -> int:
     return size
 
 
+def check_features(builder: tfds.core.DatasetBuilder, prepared: bool = True) -> None:
+    """Check that a data set has one image and one class an example.
+
+    Args:
+      prepared: whether the images must be uint8 of one or three channels, as training reads them.
+
+    Raises:
+      DataError: the first feature that is missing or of another kind.
+    """
+    features, name = builder.info.features, builder.name
+    if not {"image", "label"} <= set(features):
+        raise DataError(f"{name} has the features {', '.join(features)}; expected image and label")
+    image, label = features["image"], features["label"]
+    if not isinstance(image, tfds.features.Image):
+        raise DataError(f"{name}: its feature image is {type(image).__name__}; expected tfds.features.Image")
+    if not isinstance(label, tfds.features.ClassLabel) or not label.num_classes:
+        raise DataError(
+            f"{name}: its feature label is {type(label).__name__}; expected tfds.features.ClassLabel with its classes"
+        )
+    dtype, channels = np.dtype(image.np_dtype), image.shape[-1]
+    if prepared and (dtype != np.uint8 or channels not in (1, 3)):
+        raise DataError(
+            f"{name}: images of {dtype} with {channels} channels; expected uint8 with 1 or 3; python -m "
+            f"alexnet_jax.prepare --dataset {name} makes such a data set from it"
+        )
+
+
+def check_labels(labels: np.ndarray, classes: int, name: str, split: str) -> None:
+    """Raise DataError unless every label is one of the classes; TFDS gives unlabelled images the label −1."""
+    if wrong := {int(label) for label in (labels.min(), labels.max()) if not 0 <= label < classes}:
+        if min(wrong) == -1:
+            raise DataError(
+                f"split {split!r} of {name} has images without a label; training and testing need labels: name "
+                "another split (python -m alexnet_jax.predict classifies unlabelled image files)"
+            )
+        raise DataError(f"split {split!r} of {name} has the label {min(wrong)}; expected 0 to {classes - 1}")
+
+
+def check_first_label(builder: tfds.core.DatasetBuilder, split: str) -> None:
+    """Check the label of a split's first example, before hours of training; raises DataError as `check_labels`."""
+    try:
+        label = open_source(builder, split)[0]["label"]
+    except DataError:
+        raise
+    except Exception as error:  # any exception of a corrupt file
+        raise unreadable(builder.data_path, split, 0, error) from None
+    check_labels(np.array([label]), builder.info.features["label"].num_classes, builder.name, split)
+
+
 def image_shape(builder: tfds.core.DatasetBuilder) -> tuple[int, int, int]:
     """Return [H, W, C] of every image; raises DataError if the data set's images have several shapes."""
     shape = builder.info.features["image"].shape
@@ -126,8 +177,29 @@ def image_shape(builder: tfds.core.DatasetBuilder) -> tuple[int, int, int]:
     return shape
 
 
+def unreadable(folder: Path | str, split: str, position: int | str, error: Exception) -> DataError:
+    """Return what to raise if an example cannot be read, for any exception of a corrupt file."""
+    where, reason = f"{folder}, {split}: example {position} cannot be read", one_line(error)
+    if "Too many open files" in reason:
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        return DataError(
+            f"{where}: too many open files; raise the limit of {limit:,} (ulimit -n), one a shard is needed"
+        )
+    advice = "restore its file, or delete the folder and prepare the data set again"
+    return DataError(f"{where} ({reason}); {advice}")
+
+
 def open_source(builder: tfds.core.DatasetBuilder, split: str) -> Any:
-    """Return TFDS's random access to a split's examples, images as files; raises DataError if not in ArrayRecord."""
+    """Return TFDS's random access to a split's examples, images as files.
+
+    Raises:
+      DataError: as `check_features`; a file that is missing, or another format than ArrayRecord.
+    """
+    check_features(builder)
+    raise_open_files_limit()
+    missing = [path for path in builder.info.splits[split].filepaths if not path.exists()]
+    if missing and builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD:
+        raise DataError(f"{missing[0]} is missing; restore it, or delete its folder and prepare the data set again")
     try:
         return builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
     except NotImplementedError:

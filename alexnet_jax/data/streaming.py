@@ -4,7 +4,6 @@ import contextlib
 import itertools
 import math
 import re
-import resource
 import signal
 import sys
 import time
@@ -25,8 +24,16 @@ from tensorflow_datasets.proto import tf_example_pb2
 from alexnet_jax import sharding
 from alexnet_jax.data.batch import Batch
 from alexnet_jax.data.images import decode
-from alexnet_jax.data.source import DataError, image_shape, open_source, split_size
-from alexnet_jax.errors import one_line
+from alexnet_jax.data.source import (
+    DataError,
+    check_first_label,
+    check_labels,
+    image_shape,
+    open_source,
+    split_size,
+    unreadable,
+)
+from alexnet_jax.runtime.files import raise_open_files_limit
 from alexnet_jax.runtime.workers import available_cores, start_worker
 
 AHEAD = 2  # batches on the devices beyond the one that is requested
@@ -98,10 +105,14 @@ def _in_order(batch_size: int, step: int) -> np.ndarray:
 class Decoder:
     """Reads and decodes some rows of a batch; each worker has a copy of this object."""
 
-    def __init__(self, builder: tfds.core.DatasetBuilder, split: str, rows: np.ndarray | slice):
-        """Open a split; `rows` are those of each batch."""
+    def __init__(self, builder: tfds.core.DatasetBuilder, split: str, rows: np.ndarray | slice, labelled: bool = True):
+        """Open a split; `rows` are those of each batch, and `labelled` whether an image without a label is an error."""
+        if labelled:
+            check_first_label(builder, split)
         self.records = open_source(builder, split).data_source  # without TFDS's parser, which is slow
-        self.name, self.shape, self.rows = f"{builder.data_path}, {split}", image_shape(builder), rows
+        self.classes = builder.info.features["label"].num_classes if labelled else None
+        self.name, self.folder, self.split = builder.name, str(builder.data_path), split
+        self.shape, self.rows = image_shape(builder), rows
 
     def __call__(
         self, buffers: _Buffers, positions_of: Callable[[int], np.ndarray], batch: int, step: int
@@ -116,12 +127,11 @@ class Decoder:
                     decode(feature["image"].bytes_list.value[0], image)
                     labels[i] = feature["label"].int64_list.value[0]
                 except Exception as error:  # any exception of a corrupt file
-                    raise DataError(
-                        f"{self.name}: example {position} cannot be read ({one_line(error)}); restore its file, or "
-                        "delete the folder and prepare the data set again"
-                    ) from None
+                    raise unreadable(self.folder, self.split, position, error) from None
             else:
                 image[:] = 0
+        if self.classes and (examples := labels[np.less(positions, len(self.records))]).size:
+            check_labels(examples, self.classes, self.name, self.split)
         return labels
 
 
@@ -130,8 +140,7 @@ def _start_worker(index: int, count: int) -> None:
     start_worker()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     cv2.setNumThreads(1)
-    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))  # ImageNet has 1,252 files, all of them open
+    raise_open_files_limit()  # ImageNet has 1,252 files, all of them open
 
 
 def _start_resource_tracker() -> None:
@@ -284,7 +293,7 @@ class StreamedBatches:
 
 def images(builder: tfds.core.DatasetBuilder, split: str, workers: int = 0) -> Iterator[np.ndarray]:
     """Yield all images of a split in their order, in arrays uint8 [N, H, W, C]."""
-    decoder = Decoder(builder, split, slice(None))
-    steps = range(-(-split_size(builder, split) // 128))
-    for part, labels in decoded_batches(steps, partial(_in_order, 128), decoder, workers):
-        yield part[labels >= 0]
+    decoder, size = Decoder(builder, split, slice(None), labelled=False), split_size(builder, split)
+    batches = decoded_batches(range(-(-size // 128)), partial(_in_order, 128), decoder, workers)
+    for start, (part, _) in zip(range(0, size, 128), batches, strict=True):
+        yield part[: size - start].copy()

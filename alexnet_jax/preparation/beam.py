@@ -31,6 +31,7 @@ from alexnet_jax.preparation.local import (
 )
 from alexnet_jax.preparation.shards import SHARD_SIZE, Shard, make_shard, plan, read_shard_info
 from alexnet_jax.preparation.sources import PrepareError, TfdsPart, check_apart, find_parts, folder_parts
+from alexnet_jax.runtime.files import user_path
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +129,8 @@ def prepare(
       RuntimeError: Beam's own, if a worker fails repeatedly.
     """
     check_values(dataset, max_undecodable)
-    data_dir, out = (f if "://" in f else os.path.abspath(f) for f in (data_dir.rstrip("/"), out.rstrip("/")))
+    flags = {"--data_dir": data_dir, "--out": out}
+    data_dir, out = (f.rstrip("/") if "://" in f else os.path.abspath(user_path(f, k)) for k, f in flags.items())
     folder = f"{out}/{dataset}_{SIDE}/{VERSION}"
     names = f"{folder}/{UNDECODABLE}"
     if FileSystems.exists(f"{folder}/dataset_info.json"):

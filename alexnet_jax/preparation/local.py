@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import re
 import time
+import unicodedata
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -22,7 +23,8 @@ from alexnet_jax.preparation.shards import SHARD_SIZE, Shard, ShardInfo, make_sh
 from alexnet_jax.preparation.sources import NAMES_SHOWN, PrepareError, check_apart, find_parts
 from alexnet_jax.preparation.statistics import statistics
 from alexnet_jax.progress import Progress
-from alexnet_jax.runtime.files import lock
+from alexnet_jax.runtime.files import lock, user_path
+from alexnet_jax.runtime.output import escaped
 from alexnet_jax.runtime.signals import deferred_signals
 from alexnet_jax.runtime.workers import available_cores, start_worker
 from alexnet_jax.tables import table
@@ -61,14 +63,15 @@ def prepare(
     """
     check_values(dataset, max_undecodable, workers)
     name, workers = f"{dataset}_{SIDE}", workers or available_cores()
-    folder = Path(out).absolute() / name / VERSION
+    data_dir, out = (user_path(p, f).absolute() for p, f in ((data_dir, "--data_dir"), (out, "--out")))
+    folder = out / name / VERSION
     if (folder / "dataset_info.json").exists():
         _check_prepared(folder, max_undecodable)
         return folder
     if folder.exists():
         raise PrepareError(f"{folder} is incomplete and was not made by this command; remove it")
-    parts, label = find_parts(dataset, Path(data_dir).absolute(), shard_size)
-    check_apart(parts["train"][0], Path(data_dir).resolve(), folder.parent.resolve())
+    parts, label = find_parts(dataset, data_dir, shard_size)
+    check_apart(parts["train"][0], data_dir.resolve(), folder.parent.resolve())
     work = folder.with_name(f"incomplete.{VERSION}")
     shards = plan(name, parts, label, work)
     try:
@@ -87,11 +90,21 @@ def prepare(
 
 def check_values(dataset: str, max_undecodable: int, workers: int = 0) -> None:
     """Raise PrepareError for values that are wrong with every data set."""
-    if not re.fullmatch(r"\w+", dataset):
-        raise PrepareError(f"--dataset={dataset!r}: expected a name of letters, digits and _, as TFDS needs it")
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", dataset):
+        raise PrepareError(
+            f"--dataset={dataset!r}: expected a name of lower-case letters, digits and _ that begins with a letter, as "
+            f"TFDS needs it; {_similar_name(dataset)} would do"
+        )
     for flag, value in (("max_undecodable", max_undecodable), ("workers", workers)):
         if value < 0:
             raise PrepareError(f"--{flag}={value}: expected 0 or more")
+
+
+def _similar_name(text: str) -> str:
+    """Return a name that TFDS accepts."""
+    text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    text = re.sub(r"\W+", "_", tfds.core.naming.camelcase_to_snakecase(text)).strip("_")
+    return text if text[:1].isalpha() else f"images_{text}".rstrip("_")
 
 
 def _check_prepared(folder: Path, max_undecodable: int) -> None:
@@ -105,7 +118,7 @@ def _check_prepared(folder: Path, max_undecodable: int) -> None:
         if size != split.num_bytes:
             raise PrepareError(f"{folder}, {split.name}: files are truncated; delete the folder and prepare it again")
     names = folder / UNDECODABLE
-    undecodable = names.read_text().splitlines() if names.exists() else []
+    undecodable = names.read_text(encoding="utf-8").splitlines() if names.exists() else []
     check_undecodable(undecodable, max_undecodable, names, f"repair or remove them, delete {folder}")
     images = ", ".join(f"{split.num_examples:,} {split.name}" for split in splits.values())
     log.info(
@@ -163,7 +176,7 @@ def _make_shards(shards: Sequence[Shard], workers: int, max_undecodable: int) ->
 def write_names(undecodable: Sequence[str], file: Path) -> None:
     """Write one name per line; raises PrepareError if the file cannot be written."""
     try:
-        file.write_text("".join(f"{name}\n" for name in undecodable))
+        file.write_text("".join(f"{escaped(name)}\n" for name in undecodable), encoding="utf-8")
     except OSError as error:
         raise write_error(file, error) from None
 

@@ -15,6 +15,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from alexnet_jax.data.images import JPEG_QUALITY, SIDE, to_jpeg, to_square
 from alexnet_jax.errors import one_line
 from alexnet_jax.preparation.sources import Part, PrepareError
+from alexnet_jax.runtime.output import escaped
 
 SHARD_SIZE = 1024  # images, at most
 
@@ -112,7 +113,7 @@ def _write_shard(shard: Shard, fingerprint: str, temporary: Path) -> ShardInfo:
             reason = re.sub(r" <.*>", "", one_line(error))  # without the address of Pillow's file object
             undecodable.append(f"{shard.split}/{name}: {reason}")
             continue
-        example = {"image": io.BytesIO(to_jpeg(pixels)), "label": label, "file_name": name}
+        example = {"image": io.BytesIO(to_jpeg(pixels)), "label": label, "file_name": escaped(name)}
         example = serializer.get_tf_example(shard.features.encode_example(example))
         writer.write(example.SerializeToString(deterministic=True))
         examples += 1

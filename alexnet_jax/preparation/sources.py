@@ -3,18 +3,22 @@
 import functools
 import hashlib
 import logging
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import tensorflow_datasets as tfds
 
-from alexnet_jax.data.source import DataError, how_to_build, open_builder
-from alexnet_jax.errors import UserError, one_line
+from alexnet_jax.data.source import DataError, check_features, how_to_build, open_builder, unreadable
+from alexnet_jax.errors import UserError
+from alexnet_jax.runtime.files import raise_open_files_limit
+from alexnet_jax.runtime.output import escaped
 
 log = logging.getLogger(__name__)
 
 NAMES_SHOWN = 5  # in a message
+SYSTEM_NAMES = ("thumbs.db", "desktop.ini", ".ds_store", "__macosx", "@eadir")  # what systems write into any folder
 
 
 class PrepareError(UserError):
@@ -77,10 +81,7 @@ class TfdsPart(NamedTuple):
             try:
                 example = _records(self.folder, self.split)[position]
             except Exception as error:  # any exception of a corrupt file
-                raise DataError(
-                    f"{self.folder}, {self.split}: example {position} cannot be read ({one_line(error)}); restore its "
-                    "file, or delete the folder and prepare the data set again"
-                ) from None
+                raise unreadable(self.folder, self.split, position, error) from None
             yield example.get("file_name", b"%d" % position).decode(), example["image"], int(example["label"])
 
     def fingerprint(self) -> str:
@@ -93,6 +94,7 @@ Part = FolderPart | TfdsPart
 
 @functools.lru_cache(maxsize=2)  # few, since an open data set may be a temporary one
 def _records(folder: Path, split: str) -> Any:
+    raise_open_files_limit()
     builder = tfds.builder_from_directory(folder)
     return builder.as_data_source(split, decoders=dict.fromkeys(["image"], tfds.decode.SkipDecoding()))
 
@@ -107,20 +109,37 @@ def _hidden(name: str) -> bool:
     return any(word.startswith(".") for word in name.split("/"))
 
 
+def _some(names: Sequence[str]) -> str:
+    """Return the first of some names and the number of the others."""
+    more = f" and {len(names) - NAMES_SHOWN:,} more" if len(names) > NAMES_SHOWN else ""
+    return ", ".join(names[:NAMES_SHOWN]) + more
+
+
+def _of_system(name: str) -> bool:
+    return any(word.lower() in SYSTEM_NAMES for word in name.split("/"))
+
+
 def folder_parts(
     files: Iterable[str], folder: Path, size: int, others: Iterable[str] = ()
 ) -> tuple[dict[str, list[Part]], tfds.features.ClassLabel | None]:
     """Return the parts of each split, up to `size` images each, and the classes, of files split/class/image.
 
-    A line is logged with what is skipped: files in other places, and `others`. Hidden files are ignored.
+    A line is logged with what is skipped: files of the operating system, files in other places, and `others`. Other
+    hidden files are ignored.
 
     Args:
       files, others: paths relative to `folder`.
+
+    Raises:
+      PrepareError: a class without images to train.
     """
+    files = list(files)
+    if of_system := sorted(file for file in files if _of_system(file)):
+        log.info("skipped, files of the operating system: %s", _some(of_system))
     paths: dict[str, list[str]] = {}
     skipped = {name for name in others if not _hidden(name)}
     for file in files:
-        if _hidden(file):
+        if _hidden(file) or _of_system(file):
             continue
         if file.count("/") == 2:
             split, path = file.split("/", 1)
@@ -128,16 +147,22 @@ def folder_parts(
         else:
             skipped.add(file)
     if skipped:
-        more = f" and {len(skipped) - NAMES_SHOWN:,} more" if len(skipped) > NAMES_SHOWN else ""
-        log.info("skipped, not split/class/image: %s%s", ", ".join(sorted(skipped)[:NAMES_SHOWN]), more)
+        log.info("skipped, not split/class/image: %s", _some(sorted(skipped)))
     classes = sorted({path.split("/")[0] for images in paths.values() for path in images})
+    train = {path.split("/")[0] for path in paths.get("train", ())}
+    places = {(split, path.split("/")[0]) for split, images in paths.items() for path in images}
+    if train and (unknown := sorted("/".join(place) for place in places if place[1] not in train)):
+        raise PrepareError(
+            f"{_some(unknown)}: no images of this class in train/, so that each would count as an error; add some, or "
+            "move the folder elsewhere (python -m alexnet_jax.predict classifies unlabelled images)"
+        )
     for images in paths.values():
-        images.sort(key=lambda path: hashlib.sha256(path.encode()).digest())
+        images.sort(key=lambda path: hashlib.sha256(os.fsencode(path)).digest())
     parts: dict[str, list[Part]] = {
         split: [FolderPart(folder / split, [images[i] for i in piece], classes) for piece in _pieces(len(images), size)]
         for split, images in sorted(paths.items())
     }
-    return parts, tfds.features.ClassLabel(names=classes) if classes else None
+    return parts, tfds.features.ClassLabel(names=[*map(escaped, classes)]) if classes else None
 
 
 def find_parts(dataset: str, data_dir: Path, size: int) -> tuple[dict[str, list[Part]], tfds.features.ClassLabel]:
@@ -151,8 +176,7 @@ def find_parts(dataset: str, data_dir: Path, size: int) -> tuple[dict[str, list[
     if any((data_dir / dataset).glob("**/dataset_info.json")):
         builder = open_builder(dataset, str(data_dir))
         info, folder = builder.info, Path(builder.data_path)
-        if not {"image", "label"} <= set(info.features):
-            raise PrepareError(f"--dataset={dataset} has {', '.join(info.features)}; expected image, label")
+        check_features(builder, prepared=False)
         if info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
             raise PrepareError(f"{folder} is stored as {info.file_format.value}; expected array_record")
         sizes = {split: info.splits[split].num_examples for split in sorted(info.splits)}
@@ -165,7 +189,8 @@ def find_parts(dataset: str, data_dir: Path, size: int) -> tuple[dict[str, list[
         others: set[str] = set()
         for path in (path for pattern in ("*", "*/*", "*/*/*") for path in data_dir.glob(pattern)):
             (files.append if path.is_file() else others.add)(path.relative_to(data_dir).as_posix())
-        for split, name, *image in (file.split("/") for file in files if "/" in file):  # folders that hold an image
+        nested = (file.split("/") for file in files if "/" in file and not _of_system(file))
+        for split, name, *image in nested:  # folders that hold an image
             others -= {split, f"{split}/{name}"} if image else set()
         parts, label = folder_parts(files, data_dir, size, others)
     if "train" not in parts:

@@ -1,18 +1,40 @@
-"""Files that appear complete or not at all, and locks."""
+"""Files that appear complete or not at all, locks, and the paths that a user names."""
 
 import contextlib
 import errno
 import fcntl
 import json
 import logging
+import math
 import os
+import re
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from alexnet_jax.errors import UserError
+
 log = logging.getLogger(__name__)
 
 NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}  # of file systems such as Lustre's and FUSE's
+
+
+def user_path(path: str | Path, name: str) -> Path:
+    """Return the path that a user gives as `name`, a flag or a field of a config, with `~` expanded.
+
+    Raises:
+      UserError: an empty path, an unknown user after `~`, or the address of a bucket.
+    """
+    text = os.fspath(path)
+    if not text:
+        raise UserError(f"{name} is empty; expected a path (. for the current folder)")
+    if re.match(r"\w{2,}:/", text):  # pathlib makes one slash of two
+        raise UserError(f"{name}={text}: expected a path on a disk; copy a bucket to one, or mount it")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise UserError(f"{name}={text}: no such user; expected a path") from None
 
 
 @contextlib.contextmanager
@@ -23,10 +45,19 @@ def replaced(path: Path) -> Iterator[Path]:
     temporary.replace(path)
 
 
+def finite(value: Any) -> Any:
+    """Return a value of JSON's types with None for each number that is not finite, which JSON lacks."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file, the complete file or nothing; raises OSError."""
     with replaced(path) as temporary, open(temporary, "w") as file:
-        json.dump(value, file, indent=2)
+        json.dump(finite(value), file, indent=2, allow_nan=False)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
@@ -51,3 +82,10 @@ def lock(file: int, path: Path, wait: bool = False) -> None:
         if error.errno not in NO_LOCKS:
             raise
         log.warning("Warning: %s is on a file system without locks; start one process at a time in it", path)
+
+
+def raise_open_files_limit() -> None:
+    """Raise this process's limit of open files as far as the system allows: a data set may have thousands of files."""
+    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # macOS reports no limit and takes none
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))

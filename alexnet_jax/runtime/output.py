@@ -1,0 +1,16 @@
+"""Output in any encoding: what it cannot encode is printed as an escape."""
+
+import io
+import sys
+
+
+def escape_output() -> None:
+    """Print a character that the encoding of stdout or stderr lacks as an escape, such as \\xe9; a command calls it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a notebook has others
+            stream.reconfigure(errors="backslashreplace")
+
+
+def escaped(text: str) -> str:
+    """Return text of a file's name with what is not UTF-8 as escapes."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
