@@ -26,7 +26,7 @@ def flag_error(error: Exception, argv: Sequence[str]) -> str:
       argv: the command line that raised it.
     """
     if isinstance(error, AttributeError | KeyError):
-        return _unknown_field(error, argv)
+        return _unknown_field_error(error, argv)
     message = one_line(error, 1000)
     if message.startswith("flag --workdir=None"):
         return "--workdir is missing: expected the run's working directory, as in --workdir runs/"
@@ -45,11 +45,12 @@ def flag_error(error: Exception, argv: Sequence[str]) -> str:
     return message
 
 
-def _unknown_field(error: Exception, argv: Sequence[str]) -> str:
+def _unknown_field_error(error: Exception, argv: Sequence[str]) -> str:
     config = default.get_config()
     fields = sorted({*config, *(f"mesh.{name}" for name in config.mesh)} - {"mesh"})
     names = [name for name in re.findall(r"--config\.([\w.]+)", " ".join(argv)) if name not in fields]
-    name = names[0] if names else re.search(r"\w+|$", str(error)).group()
-    similar = difflib.get_close_matches(name, fields, n=1)
+    if not names:
+        return f"--config: {one_line(error)}; expected a Python file with a function get_config"
+    similar = difflib.get_close_matches(names[0], fields, n=1)
     suggestion = f" Did you mean config.{similar[0]}?" if similar else ""
-    return f"config.{name}: no such field.{suggestion} The fields are {', '.join(fields)}"
+    return f"config.{names[0]}: no such field.{suggestion} The fields are {', '.join(fields)}"

@@ -37,6 +37,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
         config_flags.DEFINE_config_file(
             "config", str(CONFIGS / "fashion_mnist.py"), "A config; --config.FIELD=VALUE sets one field of it."
         )
+        for flag in flags.FLAGS.get_key_flags_for_module(__name__):  # --help shows those of the script, `alexnet-train`
+            flags.FLAGS.register_key_flag_for_module(argv[0], flag)
         rest = flags.FLAGS(argv)
         flags.FLAGS.config.to_dict()  # raises here if the file could not be read
     except FLAG_ERRORS as error:

@@ -5,6 +5,7 @@ gradient `g` of the result, and returns that of each argument.
 """
 
 import numpy as np
+from scipy.signal import correlate
 
 
 def _float64(*arrays):
@@ -26,6 +27,14 @@ def conv(x, kernel, stride=1, padding=((0, 0), (0, 0))):
     x, kernel = _float64(x, kernel)
     columns, shape = _columns(x, kernel.shape[0], stride, padding)
     return (columns @ kernel.reshape(-1, kernel.shape[3])).reshape(*shape, -1)
+
+
+def scipy_conv(x, kernel, stride=1, padding=((0, 0), (0, 0))):
+    """The same by SciPy's correlation."""
+    x, kernel = _float64(np.pad(x, ((0, 0), *padding, (0, 0))), kernel)
+    filters = np.moveaxis(kernel, 3, 0)
+    maps = [[correlate(image, w, "valid", "direct")[::stride, ::stride, 0] for w in filters] for image in x]
+    return np.moveaxis(maps, 1, 3)
 
 
 def conv_gradient(x, kernel, g, stride=1, padding=((0, 0), (0, 0))):

@@ -33,12 +33,14 @@ def encoded(image, file_format="JPEG", **options):
 
 
 def examples(shape, count, seed):
-    """Return images uint8 [N, H, W, C] and labels [N]: the smooth pattern of each class, under noise."""
+    """Return images uint8 [N, H, W, C] and labels [N]: the smooth pattern of each class with noise, on black."""
     random = np.random.default_rng(seed)
     patterns = np.stack([photograph(i, *shape[1::-1])[..., : shape[2]] for i in range(len(CLASSES))])
     labels = random.integers(0, len(CLASSES), count)
-    pixels = patterns[labels] / 2 + 64 + random.normal(0, 40, (count, *shape))
-    return np.clip(pixels, 0, 255).astype(np.uint8), labels
+    pixels = np.clip(patterns[labels] / 2 + 64 + random.normal(0, 30, (count, *shape)), 0, 255).astype(np.uint8)
+    images = np.zeros_like(pixels)
+    images[:, 2:-2, 2:-2] = pixels[:, 2:-2, 2:-2]
+    return images, labels
 
 
 def write(name):

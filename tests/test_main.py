@@ -3,11 +3,12 @@
 import os
 import resource
 import signal
+import subprocess
 import sys
 import time
 
 import pytest
-from runners import SYNTHETIC, TINY, assert_same_state, corrupt, follow, largest_file, run_main, start_main
+from runners import ROOT, SYNTHETIC, TINY, assert_same_state, corrupt, follow, largest_file, run_main, start_main
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +141,10 @@ def test_a_workdir_that_cannot_be_written(synthetic, tmp_path):
     (["--config.batch_size=1.5"], "config.batch_size='1.5': expected a whole number"),
     (["--config.mesh=2"], "config.mesh='2': expected its fields, config.mesh.cpu_devices, config.mesh.data"),
     (["--config.lrn=maybe"], "config.lrn='maybe': expected True or False"),
-    (["--config.test_split=dev"], "config.test_split: split 'dev' of synthetic: it has train (1,200)"),
+    (["--config.train_split=train", "--config.validation_split=test", "--config.test_split=dev"],
+     "config.test_split: split 'dev' of synthetic: it has train (1,200)"),
+    (["--config=/dev/null"], "--config: "),
+    (["--config=alexnet_jax/errors.py"], "'get_config'; expected a Python file with a function get_config"),
     (["--config=no_such.py"], "--config: no_such.py [Errno 2] No such file"),
     (["--config=alexnet_jax/configs/imagenet2012.py:nope"], "py:nope: expected one of paper, source2012, caffe"),
     (["--colour=1"], "colour"),
@@ -150,3 +154,14 @@ def test_a_wrong_command_line_is_one_line(synthetic, tmp_path, flags, words):
     code, output = run_main(tmp_path / "run", *flags, *SYNTHETIC)
     assert code == 1 and words in output and output.count("\n") == 1, output
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_help_lists_the_flags(tmp_path, installed):
+    script = tmp_path / "alexnet-train"  # as pip installs it
+    script.write_text("from alexnet_jax.main import main\nmain()\n")
+    command = [str(script)] if installed else ["-m", "alexnet_jax.main"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, *command, "--help"], env=environment, capture_output=True, text=True)
+    for flag in ("--workdir", "--config", "--num_processes", "--compile_cache"):
+        assert flag in done.stdout, done.stdout + done.stderr

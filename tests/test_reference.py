@@ -5,7 +5,6 @@ from functools import partial
 import numpy as np
 import pytest
 import reference
-from scipy.signal import correlate2d
 
 
 def random_arrays(*shapes):
@@ -23,13 +22,8 @@ def assert_slopes(function, x, gradient, g, step=1e-6, rel=1e-6):
 @pytest.mark.parametrize("stride,padding", [(1, ((0, 0), (0, 0))), (1, ((1, 2), (0, 3))), (3, ((2, 1), (1, 0)))])
 def test_conv_is_scipys_correlation(stride, padding):
     x, w = random_arrays((2, 9, 11, 3), (4, 4, 3, 5))
-    padded = np.pad(x, ((0, 0), *padding, (0, 0)))
-    expected = np.stack([
-        [sum(correlate2d(image[..., c], w[..., c, o], "valid") for c in range(3))[::stride, ::stride] for o in range(5)]
-        for image in padded
-    ])  # fmt: skip
     y = reference.conv(x, w, stride, padding)
-    np.testing.assert_allclose(y, np.moveaxis(expected, 1, 3), atol=1e-12)
+    np.testing.assert_allclose(y, reference.scipy_conv(x, w, stride, padding), atol=1e-12)
     (g,) = random_arrays(y.shape)
     dx, dw = reference.conv_gradient(x, w, g, stride, padding)
     assert_slopes(lambda x: reference.conv(x, w, stride, padding), x, dx, g)
