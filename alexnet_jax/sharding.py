@@ -13,6 +13,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from alexnet_jax.runtime.workers import available_cores
+
 DATA, TOWER = "data", "tower"
 REPLICATED = PartitionSpec()
 BATCH = PartitionSpec(DATA)
@@ -43,7 +45,7 @@ def make_mesh(data: int = -1, tower: int = 1, cpu_devices: int = 1) -> Mesh:
     if cpu_devices > 1:
         # A device that waits in a collective holds a thread of XLA's pool. With only one thread per core two devices
         # can wait for each other until XLA aborts.
-        os.environ.setdefault("PJRT_NPROC", str((os.cpu_count() or 1) + cpu_devices))
+        os.environ.setdefault("PJRT_NPROC", str(available_cores() + cpu_devices))
         with contextlib.suppress(RuntimeError):  # the backend is running (a notebook): use its devices
             jax.config.update("jax_num_cpu_devices", cpu_devices)
     devices = jax.devices()
