@@ -32,6 +32,21 @@ def write_json(path: Path, value: Any) -> None:
         os.fsync(file.fileno())
 
 
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a file with one a line; a line that a power failure has torn is dropped with a warning.
+
+    Raises:
+      OSError: the file cannot be read.
+    """
+    objects = []
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+        try:
+            objects.append(json.loads(line))
+        except ValueError:
+            log.warning("Warning: line %d of %s is torn; dropped", number, path)
+    return objects
+
+
 def lock(file: int, path: Path, wait: bool = False) -> None:
     """Lock an open file against other processes; the system releases the lock when the file is closed.
 
