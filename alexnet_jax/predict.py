@@ -4,7 +4,6 @@ Any format that Pillow reads, any size, in gray or in color. A file that cannot 
 """
 
 import argparse
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from alexnet_jax.checkpoint import silence_orbax
 from alexnet_jax.data.images import read_image
 from alexnet_jax.errors import UserError, one_line
 from alexnet_jax.plots import plot_predictions
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--data_dir", default="", help="where TFDS keeps the data set, if not where it was")
     parser.add_argument("--compile_cache", help="the folder of compiled programs, as of alexnet_jax.main")
     flags = parser.parse_args()
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    silence_orbax()
 
     out = flags.out or flags.workdir / "predictions.png"
     if flags.out and (out.suffix != ".png" or not out.parent.is_dir() or out.is_dir()):

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,7 +73,9 @@ def open_builder(name: str, data_dir: str = "", source_dir: str = "") -> tfds.co
     Raises:
       DataError: an unknown name, or a data set that is neither prepared nor can be prepared here.
     """
-    folder = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser().absolute()
+    folder = Path(os.path.expanduser(data_dir or tfds.core.constants.DATA_DIR)).absolute()
+    if "~" in folder.parts:
+        raise DataError(f"config.data_dir={data_dir!r}: this user has no home directory; name a folder")
     try:
         builder = tfds.builder(name, data_dir=folder)
         if not builder.info.splits and name == "fashion_mnist":
