@@ -24,7 +24,7 @@ from alexnet_jax.preparation.statistics import statistics
 from alexnet_jax.progress import Progress
 from alexnet_jax.runtime.files import lock
 from alexnet_jax.runtime.signals import deferred_signals
-from alexnet_jax.runtime.workers import available_cores, start_worker
+from alexnet_jax.runtime.workers import MAIN_GUARD, available_cores, start_worker
 from alexnet_jax.tables import table
 
 log = logging.getLogger(__name__)
@@ -137,7 +137,9 @@ def _make_shards(shards: Sequence[Shard], workers: int, max_undecodable: int) ->
     with ProcessPoolExecutor(workers, context, start_worker) as pool:
         try:
             with deferred_signals():  # while the workers start
+                started_workers = pool.submit(int)
                 futures = [pool.submit(make_shard, shard) for shard in shards]
+            started_workers.result()
             for done, future in enumerate(as_completed(futures), 1):
                 images += future.result().examples
                 if future.result().undecodable:
@@ -153,6 +155,8 @@ def _make_shards(shards: Sequence[Shard], workers: int, max_undecodable: int) ->
                         undecodable=str(len(undecodable)),
                     )  # fmt: skip
         except BrokenProcessPool:
+            if started_workers.exception():
+                raise PrepareError(MAIN_GUARD) from None
             raise PrepareError("a worker was killed (out of memory?); run the same command again to resume") from None
         finally:
             progress.close()

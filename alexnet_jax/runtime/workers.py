@@ -34,6 +34,12 @@ def _cpu_quota(cgroup: Path) -> float:
         return math.inf
 
 
+MAIN_GUARD = (
+    "a worker cannot start, because it imports the script that started it: expected a file whose calls stand below "
+    'if __name__ == "__main__":'
+)
+
+
 def start_worker() -> None:
     """Leave Ctrl-C to the parent, and exit when the parent does; a worker calls this first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
