@@ -1,8 +1,10 @@
 """Orbax checkpoints: complete, verified, and sufficient to resume exactly where a run stopped."""
 
+import inspect
 import json
 import logging
 import os
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +14,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging as absl_logging
 from jax import lax
 
 from alexnet_jax.errors import UserError, one_line
 from alexnet_jax.runtime import distributed
 
 log = logging.getLogger(__name__)
+
+
+def silence_orbax() -> None:
+    """Drop what Orbax logs and raises as well, and the echoes of a failed save or read: its cancelled operations.
+
+    A command calls this first.
+    """
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    sys.unraisablehook = _ignore_failed_io
+
+
+def _ignore_failed_io(unraisable: "sys.UnraisableHookArgs") -> None:
+    if str(unraisable.exc_value) != "Event loop is closed" and not inspect.iscoroutine(unraisable.object):
+        sys.__unraisablehook__(unraisable)
 
 
 class CheckpointError(UserError):

@@ -8,9 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import logging as absl_logging
-
 from alexnet_jax import sharding
+from alexnet_jax.checkpoint import silence_orbax
 from alexnet_jax.data import Batch
 from alexnet_jax.data.dataset import Batches
 from alexnet_jax.errors import UserError
@@ -116,7 +115,7 @@ def main() -> None:
     flags = parser.parse_args()
     escape_output()
     use_compilation_cache(flags.compile_cache)
-    absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax logs what it raises
+    silence_orbax()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         evaluate_workdirs(flags.workdir, flags.split, flags.data_dir)

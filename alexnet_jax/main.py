@@ -4,14 +4,12 @@ In one process or in several: those that JAX detects on a cluster, or those of -
 and --process_id.
 """
 
-import inspect
 import logging
 import os
 import signal
 import sys
 
 from absl import app, flags
-from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from alexnet_jax.errors import UserError
@@ -48,15 +46,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
     return rest
 
 
-def _ignore_failed_io(unraisable: "sys.UnraisableHookArgs") -> None:
-    """Ignore the exceptions of operations that Orbax cancels when another one has failed."""
-    if str(unraisable.exc_value) != "Event loop is closed" and not inspect.iscoroutine(unraisable.object):
-        sys.__unraisablehook__(unraisable)
-
-
 def _set_up_logging() -> logging.Logger:
-    """Send this package's messages to stdout, and drop those of Orbax, which logs what it writes and raises."""
-    absl_logging.set_verbosity(absl_logging.FATAL)
+    """Send this package's messages to stdout."""
     logger = logging.getLogger("alexnet_jax")
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
@@ -68,16 +59,17 @@ def _set_up_logging() -> logging.Logger:
 
 def _run(argv: list[str]) -> None:
     del argv
-    sys.unraisablehook = _ignore_failed_io
     logger = _set_up_logging()
 
     # Imported after the flags are parsed: importing JAX takes seconds, and a typo is reported without it.
     import jax
 
+    from alexnet_jax.checkpoint import silence_orbax
     from alexnet_jax.runtime import distributed
     from alexnet_jax.runtime.compilation_cache import use_compilation_cache
     from alexnet_jax.train import Interrupted, train_and_evaluate
 
+    silence_orbax()
     values = flags.FLAGS
     use_compilation_cache(values.compile_cache)
     try:

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import logging
 import time
 from pathlib import Path
 
@@ -11,26 +10,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
-from alexnet_jax.runtime.files import finite, replaced
-
-log = logging.getLogger(__name__)
-
-
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Return the objects of a file `metrics.jsonl`; a line that is torn, by a power failure, is dropped with a warning.
-
-    Raises:
-      OSError: the file cannot be read.
-    """
-    lines = []
-    for number, text in enumerate(path.read_text(errors="replace").splitlines(), 1):
-        try:
-            values = json.loads(text)
-            values["step"] + 0
-            lines.append(values)
-        except (ValueError, KeyError, TypeError):
-            log.warning("Warning: line %d of %s is torn; dropped", number, path)
-    return lines
+from alexnet_jax.runtime.files import finite, read_json_lines, replaced
 
 
 class Metrics:
@@ -45,7 +25,7 @@ class Metrics:
         if not self._first:
             return
         self.path = workdir / "metrics.jsonl"
-        lines = read_metrics(self.path) if self.path.exists() else []
+        lines = read_json_lines(self.path) if self.path.exists() else []
         last = step if validated else step - 1
         kept = [x for x in lines if x["step"] <= (last if "validation_loss" in x else step)]
         with replaced(self.path) as temporary:

@@ -12,8 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from alexnet_jax.metrics import read_metrics
-from alexnet_jax.runtime.files import replaced
+from alexnet_jax.runtime.files import read_json_lines, replaced
 
 _text = matplotlib.rc_context({"text.usetex": False})  # names are text, whatever the user's matplotlibrc says
 
@@ -204,7 +203,7 @@ def plot_confusion(confusion: np.ndarray, names: Sequence[str], path: Path) -> N
 @_text
 def plot_curves(metrics: Path, path: Path) -> None:
     """Plot loss, error and learning rate against the step, from `metrics.jsonl`."""
-    lines = read_metrics(metrics)
+    lines = read_json_lines(metrics)
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     axes = figure.subplots(1, 3)
     for axis, title, names in (

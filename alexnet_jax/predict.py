@@ -4,13 +4,13 @@ Any format that Pillow reads, any size, in gray or in color. A file that cannot 
 """
 
 import argparse
-import logging
 import os
 import sys
 from collections.abc import Sequence
 
 import numpy as np
 
+from alexnet_jax.checkpoint import silence_orbax
 from alexnet_jax.data.images import read_image
 from alexnet_jax.errors import UserError, one_line
 from alexnet_jax.plots import plot_predictions
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--data_dir", default="", help="where TFDS keeps the data set (default: as in training)")
     parser.add_argument("--compile_cache", help="folder of compiled programs, as for alexnet_jax.main")
     flags = parser.parse_args()
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    silence_orbax()
 
     escape_output()
     try:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from alexnet_jax import evaluation
+from alexnet_jax import evaluation, sharding
 from alexnet_jax.checkpoint import newest_step, read_checkpoint
 from alexnet_jax.configs import default
 from alexnet_jax.data import Examples
@@ -103,9 +103,11 @@ def open_run(workdir: str | Path, data_dir: str = "") -> Run:
     Raises:
       RunError: the folder holds no run, or no checkpoint.
       checkpoint.CheckpointError: the newest checkpoint is corrupt.
+      sharding.DeviceError: there are no devices.
       data.DataError: the data set that the network was trained on is missing.
     """
     workdir = user_path(workdir, "--workdir")
+    sharding.all_devices()
     config = default.get_config().lock()
     try:
         config.update(json.loads((workdir / CONFIG).read_text()))

@@ -13,9 +13,16 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from alexnet_jax.errors import UserError, one_line
+from alexnet_jax.runtime.workers import available_cores
+
 DATA, TOWER = "data", "tower"
 REPLICATED = PartitionSpec()
 BATCH = PartitionSpec(DATA)
+
+
+class DeviceError(UserError):
+    """A platform without a device."""
 
 
 def check_axes(data: int, tower: int, cpu_devices: int) -> None:
@@ -38,15 +45,16 @@ def make_mesh(data: int = -1, tower: int = 1, cpu_devices: int = 1) -> Mesh:
 
     Raises:
       ValueError: no such mesh on these devices.
+      DeviceError: there are no devices.
     """
     check_axes(data, tower, cpu_devices)
     if cpu_devices > 1:
         # A device that waits in a collective holds a thread of XLA's pool. With only one thread per core two devices
         # can wait for each other until XLA aborts.
-        os.environ.setdefault("PJRT_NPROC", str((os.cpu_count() or 1) + cpu_devices))
+        os.environ.setdefault("PJRT_NPROC", str(available_cores() + cpu_devices))
         with contextlib.suppress(RuntimeError):  # the backend is running (a notebook): use its devices
             jax.config.update("jax_num_cpu_devices", cpu_devices)
-    devices = jax.devices()
+    devices = all_devices()
     if data == -1 and len(devices) % tower == 0:
         data = len(devices) // tower
     if data == -1 or data * tower > len(devices):
@@ -60,6 +68,17 @@ def make_mesh(data: int = -1, tower: int = 1, cpu_devices: int = 1) -> Mesh:
             f"{jax.process_count()} processes; expected data × tower to equal that number"
         )
     return Mesh(np.array(devices[: data * tower]).reshape(data, tower), (DATA, TOWER))
+
+
+def all_devices() -> list[jax.Device]:
+    """Return `jax.devices()`; raises DeviceError if there are none of the platform that the user asks for."""
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:  # JAX asserts that one of the platforms has started
+        platforms = jax.config.jax_platforms  # type: ignore[attr-defined]
+        raise DeviceError(
+            f"JAX_PLATFORMS={platforms}: JAX finds no such device ({one_line(error)}); unset it, or install JAX for it"
+        ) from None
 
 
 def one_device() -> Mesh:

@@ -27,6 +27,17 @@ from alexnet_jax.preparation.sources import PrepareError, find_parts
 from alexnet_jax.setup import build_preprocess
 
 
+@pytest.mark.parametrize("as_file", [True, False])
+def test_a_script_without_a_main_guard_is_told_so(image_folder, tmp_path, as_file):
+    call = f"prepare('x', {str(image_folder)!r}, {str(tmp_path)!r}, 1)"
+    code = f"from alexnet_jax.preparation.local import prepare\n{call}"
+    (tmp_path / "script.py").write_text(code)
+    command = [sys.executable, str(tmp_path / "script.py") if as_file else "-"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, input=code, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and 'if __name__ == "__main__":' in done.stderr.splitlines()[-1]
+
+
 def test_a_disk_that_fills_up_at_the_end_costs_no_shard(image_folder, prepared, tmp_path, monkeypatch):
     def full(*arguments, **options):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -34,7 +34,7 @@ from alexnet_jax.data.source import (
     unreadable,
 )
 from alexnet_jax.runtime.files import raise_open_files_limit
-from alexnet_jax.runtime.workers import available_cores, start_worker
+from alexnet_jax.runtime.workers import MAIN_GUARD, available_cores, start_worker
 
 AHEAD = 2  # batches on the devices beyond the one that is requested
 MAX_WORKERS = 16
@@ -181,6 +181,7 @@ def decoded_batches(
     buffers = _Buffers((rows, *decoder.shape), max(1, 2 * workers))
     dataset = grain.MapDataset.range(steps.start, steps.stop).map_with_index(partial(decoder, buffers, positions_of))
     iterator = iter(dataset.to_iter_dataset(read_options).mp_prefetch(worker_options, _start_worker))
+    first = None
     try:
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))  # workers inherit it
         try:
@@ -193,6 +194,8 @@ def decoded_batches(
     except RuntimeError as error:
         if not (code := re.search(r"exit code (-?\d+)", str(error))):
             raise
+        if first is None and int(code[1]) == 1:
+            raise DataError(MAIN_GUARD) from None
         reason = {-7: "/dev/shm is full", -9: "killed (out of memory?)"}.get(int(code[1]), code[0])
         raise DataError(
             f"a process that decodes images died: {reason}; run the same command again to resume from the last "

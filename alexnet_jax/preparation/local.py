@@ -26,7 +26,7 @@ from alexnet_jax.progress import Progress
 from alexnet_jax.runtime.files import lock, user_path
 from alexnet_jax.runtime.output import escaped
 from alexnet_jax.runtime.signals import deferred_signals
-from alexnet_jax.runtime.workers import available_cores, start_worker
+from alexnet_jax.runtime.workers import MAIN_GUARD, available_cores, start_worker
 from alexnet_jax.tables import table
 
 log = logging.getLogger(__name__)
@@ -150,7 +150,9 @@ def _make_shards(shards: Sequence[Shard], workers: int, max_undecodable: int) ->
     with ProcessPoolExecutor(workers, context, start_worker) as pool:
         try:
             with deferred_signals():  # while the workers start
+                started_workers = pool.submit(int)
                 futures = [pool.submit(make_shard, shard) for shard in shards]
+            started_workers.result()
             for done, future in enumerate(as_completed(futures), 1):
                 images += future.result().examples
                 if future.result().undecodable:
@@ -166,6 +168,8 @@ def _make_shards(shards: Sequence[Shard], workers: int, max_undecodable: int) ->
                         undecodable=str(len(undecodable)),
                     )  # fmt: skip
         except BrokenProcessPool:
+            if started_workers.exception():
+                raise PrepareError(MAIN_GUARD) from None
             raise PrepareError("a worker was killed (out of memory?); run the same command again to resume") from None
         finally:
             progress.close()

@@ -1,5 +1,6 @@
 """JAX's persistent compilation cache: compiled programs are kept from one start to the next."""
 
+import errno
 import logging
 import os
 import tempfile
@@ -11,8 +12,8 @@ log = logging.getLogger(__name__)
 
 
 def default_folder() -> Path:
-    """Return `alexnet_jax` in the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "alexnet_jax"
+    """Return `alexnet_jax` in the user's cache folder, which begins with `~` for a user without a home directory."""
+    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "alexnet_jax"
 
 
 def use_compilation_cache(folder: str | None = None) -> None:
@@ -30,13 +31,15 @@ def use_compilation_cache(folder: str | None = None) -> None:
         jax.config.update("jax_enable_compilation_cache", False)
         return
     if "://" not in folder:  # JAX opens a bucket itself
-        path = Path(folder).expanduser().absolute()
+        path = Path(os.path.expanduser(folder)).absolute()
         try:
+            if "~" in path.parts:
+                raise OSError(errno.ENOENT, "no home directory")
             path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=path):
                 pass
         except OSError as error:
-            log.warning("--compile_cache=%s: %s; programs are not cached", path, error.strerror)
+            log.warning("--compile_cache=%s: %s; programs are not cached", folder, error.strerror)
             jax.config.update("jax_enable_compilation_cache", False)
             return
         folder = str(path)

@@ -34,7 +34,7 @@ def user_path(path: str | Path, name: str) -> Path:
     try:
         return Path(text).expanduser()
     except RuntimeError:
-        raise UserError(f"{name}={text}: no such user; expected a path") from None
+        raise UserError(f"{name}={text}: ~ has no home directory here; expected a path without it") from None
 
 
 @contextlib.contextmanager
@@ -61,6 +61,21 @@ def write_json(path: Path, value: Any) -> None:
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a file with one a line; a line that a power failure has torn is dropped with a warning.
+
+    Raises:
+      OSError: the file cannot be read.
+    """
+    objects = []
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+        try:
+            objects.append(json.loads(line))
+        except ValueError:
+            log.warning("Warning: line %d of %s is torn; dropped", number, path)
+    return objects
 
 
 def lock(file: int, path: Path, wait: bool = False) -> None:

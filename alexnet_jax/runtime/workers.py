@@ -1,16 +1,43 @@
 """Worker processes of this process."""
 
+import math
 import multiprocessing
 import os
 import signal
 import threading
+from pathlib import Path
 
 
 def available_cores() -> int:
-    """Return the number of CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1  # macOS
+    """Return the number of CPU cores that this process may use: those of the system, its affinity and its container."""
+    if hasattr(os, "process_cpu_count"):  # Python 3.13, which knows the affinity, and $PYTHON_CPU_COUNT
+        cores = os.process_cpu_count() or 1
+    elif hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1  # macOS
+    return max(1, math.ceil(min(cores, _cpu_quota(Path("/sys/fs/cgroup")))))
+
+
+def _cpu_quota(cgroup: Path) -> float:
+    """Return how many cores' time a container may use: of cgroup v2 or v1; infinite without a limit."""
+    try:
+        quota, period = (cgroup / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        try:
+            quota, period = ((cgroup / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        except OSError:
+            return math.inf
+    try:
+        return int(quota) / int(period) if int(quota) > 0 else math.inf
+    except (ValueError, ZeroDivisionError):  # "max"
+        return math.inf
+
+
+MAIN_GUARD = (
+    "a worker cannot start, because it imports the script that started it: expected a file whose calls stand below "
+    'if __name__ == "__main__":'
+)
 
 
 def start_worker() -> None:
