@@ -72,8 +72,8 @@ def evaluate_workdirs(workdirs: Sequence[str | Path], split: str = "", data_dir:
       run.RunError: a folder without a run, or given twice, or runs of different data sets.
       checkpoint.CheckpointError, data.DataError: a corrupt checkpoint; a data set or a split that is missing.
     """
-    workdirs = [user_path(workdir, "--workdir") for workdir in workdirs]
-    runs, mesh = open_runs(workdirs, data_dir), sharding.make_mesh()
+    folders = [user_path(workdir, "--workdir") for workdir in workdirs]
+    runs, mesh = open_runs(folders, data_dir), sharding.make_mesh()
     first, split = runs[0], split or runs[0].config.validation_split
     networks = [Network(run.model, run.params, run.preprocess) for run in runs]
     examples = first.dataset.size(split)
@@ -81,7 +81,7 @@ def evaluate_workdirs(workdirs: Sequence[str | Path], split: str = "", data_dir:
         "dataset": first.dataset.full_name,
         "split": split,
         "examples": examples,
-        "networks": [{"workdir": str(w), "step": run.step} for w, run in zip(workdirs, runs, strict=True)],
+        "networks": [{"workdir": str(w), "step": run.step} for w, run in zip(folders, runs, strict=True)],
     }
     rows = []
     for crops, ten_crop in (("center", False), ("ten", True)):
@@ -95,9 +95,9 @@ def evaluate_workdirs(workdirs: Sequence[str | Path], split: str = "", data_dir:
             result[crops] |= dict(zip(("paper_top1_error", "paper_top5_error"), paper, strict=False))
         rows.append(row)
     header = ("crops", "top-1 error", "top-5 error", "paper, top-1", "paper, top-5")[: len(rows[0])]
-    path = workdirs[0] / ("evaluation.json" if len(workdirs) == 1 else "evaluation_averaged.json")
+    path = folders[0] / ("evaluation.json" if len(folders) == 1 else "evaluation_averaged.json")
     write_json(path, result)
-    steps = ", ".join(f"{w} at step {run.step:,}" for w, run in zip(workdirs, runs, strict=True))
+    steps = ", ".join(f"{w} at step {run.step:,}" for w, run in zip(folders, runs, strict=True))
     print(f"\n{result['dataset']}, {split}, {examples:,} images; {steps}\n\n{table(rows, header)}")
     print(f"\nWritten to {path}")
     return result

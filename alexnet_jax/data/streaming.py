@@ -292,7 +292,7 @@ def _on_devices(
             part = np.arange(batch_size)[index]
             first = np.searchsorted(rows, part[0])
             own = array[first : first + len(part)]
-            if device.platform == "cpu":  # JAX uses aligned memory as it is, also with may_alias=False
+            if mesh.devices.flat[0].platform == "cpu":  # JAX uses aligned memory as it is, also with may_alias=False
                 own = own.copy()
             parts.append(jax.device_put(own, device))
         return jax.make_array_from_single_device_arrays(shape, batch_sharding, parts)
