@@ -5,6 +5,7 @@ import logging
 import shutil
 import signal
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ from alexnet_jax.summary import layer_summary
 from alexnet_jax.tables import table
 from alexnet_jax.train_step import TrainState, create_state, make_train_step
 from alexnet_jax.workdir import CHECKPOINTS, METRICS, RESULT, UNVALIDATED, check_config_matches, claimed, read_result
+
+STEPS_IN_FLIGHT = 2  # steps that the device has yet to finish when the next is dispatched
 
 log = logging.getLogger(__name__)
 
@@ -131,6 +134,7 @@ class _StepMetrics:
     def __init__(self, run: Setup, first: int, metrics: Metrics, progress: Progress):
         self.run, self.metrics, self.progress = run, metrics, progress
         self.pending: list[dict[str, jax.Array]] = []
+        self.in_flight: deque[jax.Array] = deque()
         self.shown = first
         self.restart_clock()
 
@@ -138,7 +142,11 @@ class _StepMetrics:
         self.clock = time.monotonic()
 
     def add(self, values: dict[str, jax.Array]) -> None:
+        """Add the metrics of a step, and wait for the step `STEPS_IN_FLIGHT` before it: each holds its batch."""
         self.pending.append(values)
+        self.in_flight.append(values["loss"])
+        if len(self.in_flight) > STEPS_IN_FLIGHT:
+            self.in_flight.popleft().block_until_ready()
         self.progress.advance()
 
     def show(self, step: int) -> None:

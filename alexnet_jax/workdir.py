@@ -1,7 +1,9 @@
 """A run's working directory: its config, its result, and the lock against a second run."""
 
 import contextlib
+import errno
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -107,6 +109,10 @@ def claimed(workdir: Path, config: dict[str, Any]) -> Iterator[None]:
                 )
             yield
         except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise WorkdirError(f"{error}; raise the limit of open files (ulimit -n)") from None
+            if error.filename and not Path(os.fsdecode(error.filename)).absolute().is_relative_to(workdir.absolute()):
+                raise WorkdirError(f"{error}; mend that file or its folder, then run the same command again") from None
             raise WorkdirError(
                 f"--workdir={workdir} cannot be written: {error}; free some space or make it writable, then run the "
                 "same command again"

@@ -274,3 +274,92 @@ def test_runs_of_different_data_sets_are_not_averaged(folder, uninterrupted, tmp
         with pytest.raises(RunError, match=words) as error:
             evaluate_workdirs([uninterrupted, run])
         assert "\n" not in str(error.value)
+
+
+def test_a_batch_in_parts_is_the_same_and_its_memory_is_bounded(builder, monkeypatch):
+    images, labels = records(builder, "validation")
+    mesh, decoders = sharding.one_device(), []
+    monkeypatch.setattr(streaming, "PART_BYTES", 5 * 256 * 256 * 3)
+    for workers in (1, 2):
+        data = streaming.StreamedBatches(builder, "validation", 12, mesh, workers)
+        batches = [(np.asarray(b.images), np.asarray(b.labels)) for b in data]
+        np.testing.assert_array_equal(np.concatenate([b for b, _ in batches])[:VALIDATION], images)
+        assert np.concatenate([b for _, b in batches]).tolist() == [*labels, -1]
+        decoders.append(data._decoder)
+    buffers, workers = streaming._allocate((decoders[0].part_size, 256, 256, 3), 2)
+    assert workers == 2 and buffers._memory.size <= 2 * 2 * streaming.PART_BYTES + 4096
+    buffers.close()
+    train = streaming.StreamedData(builder, "train", 20, mesh, workers=2)
+    found = [which(train.batch(jax.random.key(3), step).images) for step in (4, 5)]
+    train.close()
+    monkeypatch.setattr(streaming, "PART_BYTES", 20 * 256 * 256 * 3)
+    train = streaming.StreamedData(builder, "train", 20, mesh, workers=1)
+    assert found == [which(train.batch(jax.random.key(3), step).images) for step in (4, 5)]
+    train.close()
+
+
+@pytest.mark.parametrize("parts,processes", [(3, 1), (1, 1)])
+def test_a_small_dev_shm_is_a_warning_and_fewer_processes(builder, tmp_path, parts, processes):
+    """A limit of the size of files acts on shared memory as a full /dev/shm does."""
+    code = (
+        "import logging, resource, sys; logging.basicConfig(format='%(message)s', stream=sys.stdout)\n"
+        "import tensorflow_datasets as tfds, numpy as np\n"
+        "from alexnet_jax.data import streaming\n"
+        "if __name__ == '__main__':\n"
+        f"    limit = {parts} * 20 * 256 * 256 * 3; resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))\n"
+        f"    builder = tfds.builder_from_directory({str(builder.data_path)!r})\n"
+        "    data = streaming.StreamedBatches(builder, 'train', 20, streaming.sharding.one_device(), workers=4)\n"
+        "    print(sum(len(b.labels) for b in data))\n"
+    )
+    (tmp_path / "start.py").write_text(code)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, tmp_path / "start.py"], capture_output=True, text=True, timeout=120, env=environment
+    )
+    assert done.returncode == 0 and done.stdout.endswith("\n80\n"), done.stdout + done.stderr
+    assert f"/dev/shm is full: {processes} processes decode images instead of 4; give it" in done.stdout
+
+
+def test_batches_on_a_cpu_keep_their_images_when_the_memory_of_the_next_is_aligned():
+    """JAX takes memory at a multiple of 64 bytes as it is, and then a later batch would appear in an earlier one."""
+    memory = np.empty(10 * 64 * 64 * 3 + 64, np.uint8)
+    images = memory[-memory.ctypes.data % 64 :][: 10 * 64 * 64 * 3].reshape(10, 64, 64, 3)
+
+    def host_batches():
+        for value in range(6):
+            images[:] = value
+            yield images, np.full(10, value, np.int32)
+
+    batches = list(streaming._on_devices(host_batches(), 10, sharding.one_device()))
+    assert [(np.asarray(b.images) == b.labels[0]).all() for b in batches] == [True] * 6
+
+
+def test_one_batch_needs_no_shared_memory(builder, monkeypatch):
+    monkeypatch.setattr(streaming.shared_memory, "SharedMemory", None)
+    (batch,) = streaming.StreamedBatches(builder, "validation", 24, sharding.one_device(), workers=2)
+    np.testing.assert_array_equal(batch.images[:VALIDATION], records(builder, "validation")[0])
+
+
+@pytest.mark.parametrize("limits,code,words", [((24, 400), 0, "62\n"), ((24, 24), 1, "too many open files; raise")])
+def test_a_limit_of_open_files_is_raised_or_named(tmp_path, builder, limits, code, words):
+    root = tmp_path / "images"
+    for i, (image, label) in enumerate(zip(*records(builder, "train"), strict=True)):
+        file = root / "train" / "abc"[label] / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(file, compress_level=0)
+    folder = prepare("many", root, tmp_path, workers=1, shard_size=1)
+    start = (
+        f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, {limits})\n"
+        "from alexnet_jax.data.source import DataError\n"
+        "try: print(len(load(builder, 'train').labels))\n"
+        "except DataError as error: raise SystemExit(str(error))\n"
+    )
+    program = (
+        "import tensorflow_datasets as tfds; from alexnet_jax.data import load\n"
+        f"builder = tfds.builder_from_directory({str(folder)!r})\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program + start], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == code and words in done.stdout + done.stderr, done.stdout + done.stderr
+    assert "restore its file" not in done.stderr and "Traceback" not in done.stderr

@@ -1,4 +1,4 @@
-"""A working directory against a second run, and on a file system without locks."""
+"""A working directory against a second run and on a file system without locks; which file an error names."""
 
 import errno
 import fcntl
@@ -16,7 +16,7 @@ from alexnet_jax.workdir import WorkdirError, claimed
 
 @pytest.mark.parametrize("learning_rate,same", [(0.02, True), (0.05, False)])
 def test_what_another_run_wrote_during_the_set_up_is_neither_resumed_nor_overwritten(
-    fashion_mnist, tmp_path, monkeypatch, learning_rate, same
+    synthetic, tmp_path, monkeypatch, learning_rate, same
 ):
     first = tiny_config(learning_rate=0.02, num_train_steps=2)
     set_up, files = train.setup, {}
@@ -50,3 +50,16 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog,
     with caplog.at_level(logging.WARNING), claimed(tmp_path / "run", config):
         assert json.loads((tmp_path / "run" / "config.json").read_text()) == config
     assert f"{tmp_path / 'run'} is on a file system without locks" in caplog.text
+
+
+@pytest.mark.parametrize("error,words,advice", [
+    (lambda folder: OSError(errno.EMFILE, "Too many open files", "/data/shard"), "/data/shard", "ulimit -n"),
+    (lambda folder: PermissionError(errno.EACCES, "Permission denied", "/data/shard"), "/data/shard", "mend that file"),
+    (lambda folder: OSError(errno.ENOSPC, "No space left", str(folder / "metrics.jsonl")), "--workdir=", "free some"),
+    (lambda folder: OSError(errno.ENOSPC, "No space left"), "--workdir=", "free some space"),
+])  # fmt: skip
+def test_an_error_of_the_system_names_its_own_file(tmp_path, error, words, advice):
+    with pytest.raises(WorkdirError, match=advice) as raised, claimed(tmp_path, as_json(tiny_config())):
+        raise error(tmp_path)
+    assert words in str(raised.value) and "\n" not in str(raised.value)
+    assert ("--workdir" in str(raised.value)) == (words == "--workdir=")

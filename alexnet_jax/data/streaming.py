@@ -2,7 +2,9 @@
 
 import contextlib
 import itertools
+import logging
 import math
+import os
 import re
 import signal
 import sys
@@ -11,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from multiprocessing import resource_tracker, shared_memory
+from pathlib import Path
 
 import cv2
 import grain
@@ -38,39 +41,77 @@ from alexnet_jax.runtime.workers import MAIN_GUARD, available_cores, start_worke
 
 AHEAD = 2  # batches on the devices beyond the one that is requested
 MAX_WORKERS = 16
+PART_BYTES = 128 * 256 * 256 * 3  # a worker decodes up to so much at a time: 128 images of 256×256
+SHARED_MEMORY = Path("/dev/shm")
+
+log = logging.getLogger(__name__)
+
+
+class _Buffer:
+    """Ordinary memory for one part of a batch, which this process decodes itself."""
+
+    def __init__(self, shape: tuple[int, ...]):
+        """Take the shape of a part."""
+        self._images = np.empty(shape, np.uint8)
+
+    def __getitem__(self, part: int) -> np.ndarray:
+        """Return the memory, uint8 [rows, H, W, C], whatever the part."""
+        return self._images
+
+    wait = __getitem__
+
+    def free(self, part: int) -> None:
+        """Do nothing; nobody waits."""
+
+    def release(self) -> None:
+        """Do nothing; nobody waits."""
+
+    def close(self) -> None:
+        """Do nothing; the memory is freed with its last array."""
 
 
 class _Buffers:
-    """A ring of shared memory for a few batches of images.
+    """A ring of shared memory for a few parts of batches.
 
-    With new memory for each batch the system would zero and map all of its pages, in the worker and in this process.
+    With new memory for each part the system would zero and map all of its pages, in the worker and in this process.
     """
 
     def __init__(self, shape: tuple[int, ...], count: int, name: str | None = None):
-        """Create `count` buffers of one batch each; `name` is that of the memory if it exists."""
+        """Create `count` buffers of one part each; `name` is that of the memory if it exists.
+
+        Raises:
+          OSError: /dev/shm is full.
+        """
         header = count * np.dtype(np.int64).itemsize
         self._memory = shared_memory.SharedMemory(name, name is None, header + count * math.prod(shape))
-        self._free_for = np.ndarray(count, np.int64, self._memory.buf)  # the batch that each buffer is free for
+        self._free_for = np.ndarray(count, np.int64, self._memory.buf)  # the part that each buffer is free for
         self._images = np.ndarray((count, *shape), np.uint8, self._memory.buf, header)
         if name is None:
+            if SHARED_MEMORY.exists():  # a page that is not there when it is first written kills the process
+                try:
+                    with open(SHARED_MEMORY / self._memory.name, "r+b") as file:
+                        os.posix_fallocate(file.fileno(), 0, self._memory.size)
+                except OSError:
+                    self.close()
+                    raise
             self._free_for[:] = np.arange(count)
 
     def __reduce__(self):
         return _Buffers, (self._images.shape[1:], len(self._free_for), self._memory.name)
 
-    def __getitem__(self, batch: int) -> np.ndarray:
-        """Return the memory of a batch, uint8 [rows, H, W, C]."""
-        return self._images[batch % len(self._images)]
+    def __getitem__(self, part: int) -> np.ndarray:
+        """Return the memory of a part, uint8 [rows, H, W, C]."""
+        return self._images[part % len(self._images)]
 
-    def wait(self, batch: int) -> np.ndarray:
-        """Return the memory of a batch as soon as the previous batch in it has been used."""
-        while self._free_for[batch % len(self._free_for)] < batch:
+    def wait(self, part: int) -> np.ndarray:
+        """Return the memory of a part as soon as the previous part in it has been used."""
+        while self._free_for[part % len(self._free_for)] < part:
             time.sleep(0.005)
-        return self[batch]
+        return self[part]
 
-    def free(self, batch: int) -> None:
-        """Release the memory of a batch for the next one."""
-        self._free_for[batch % len(self._free_for)] = batch + len(self._free_for)
+    def free(self, part: int) -> None:
+        """Release the memory of a part for the next one."""
+        self._free_for[part % len(self._free_for)] = part + len(self._free_for)
 
     def release(self) -> None:
         """Let every worker that waits continue."""
@@ -82,6 +123,14 @@ class _Buffers:
         self._memory.unlink()
         with contextlib.suppress(BufferError):
             self._memory.close()
+
+
+def _allocate(shape: tuple[int, ...], workers: int) -> tuple[_Buffers | _Buffer, int]:
+    """Return memory for the parts of batches, and how many workers it is for: fewer if /dev/shm is full."""
+    for count in range(workers, 0, -1):
+        with contextlib.suppress(OSError):
+            return _Buffers(shape, 2 * count), count
+    return _Buffer(shape), 0
 
 
 class Shuffled:
@@ -103,7 +152,7 @@ def _in_order(batch_size: int, step: int) -> np.ndarray:
 
 
 class Decoder:
-    """Reads and decodes some rows of a batch; each worker has a copy of this object."""
+    """Reads and decodes parts of batches; each worker has a copy of this object."""
 
     def __init__(self, builder: tfds.core.DatasetBuilder, split: str, rows: np.ndarray | slice, labelled: bool = True):
         """Open a split; `rows` are those of each batch, and `labelled` whether an image without a label is an error."""
@@ -113,13 +162,22 @@ class Decoder:
         self.classes = builder.info.features["label"].num_classes if labelled else None
         self.name, self.folder, self.split = builder.name, str(builder.data_path), split
         self.shape, self.rows = image_shape(builder), rows
+        self.part_size = max(1, PART_BYTES // math.prod(self.shape))  # rows
 
     def __call__(
-        self, buffers: _Buffers, positions_of: Callable[[int], np.ndarray], batch: int, step: int
+        self, buffers: _Buffers | _Buffer, positions_of: Callable[[int], np.ndarray], parts: int, index: int, part: int
     ) -> np.ndarray:
-        """Fill the buffer of a batch and return labels int32 [rows]; the padding is black and has label −1."""
-        positions = positions_of(step)[self.rows].tolist()
-        images, labels = buffers.wait(batch), np.full(len(positions), -1, np.int32)
+        """Fill a buffer and return labels int32 [rows]; the padding is black and has label −1.
+
+        Args:
+          positions_of: gives the positions in the split of a step's batch.
+          parts: of a batch.
+          index: of the buffer.
+          part: among those of all steps.
+        """
+        step, place = divmod(part, parts)
+        positions = positions_of(step)[self.rows][place * self.part_size : (place + 1) * self.part_size].tolist()
+        images, labels = buffers.wait(index)[: len(positions)], np.full(len(positions), -1, np.int32)
         for image, i, position in zip(images, range(len(positions)), positions, strict=True):
             if position < len(self.records):
                 try:
@@ -168,18 +226,25 @@ def decoded_batches(
     Raises:
       DataError: an example that cannot be read, or a worker that died.
     """
-    workers = min(workers or min(available_cores(), MAX_WORKERS), len(steps))
+    rows = len(positions_of(steps[0])[decoder.rows])
+    parts = -(-rows // decoder.part_size)
+    wanted = min(workers or min(available_cores(), MAX_WORKERS), len(steps) * parts)
     if len(steps) == 1:  # one batch is decoded sooner than a process starts
-        workers = 0
+        wanted = 0
     for name in FLAGS:
         if name.startswith("grain_"):  # Grain reads its own flags, which nobody may have parsed
             FLAGS[name].present = True
     _start_resource_tracker()
+    buffers, workers = _allocate((min(rows, decoder.part_size), *decoder.shape), wanted)
+    if workers < wanted:
+        log.warning(
+            "%s is full: %d processes decode images instead of %d; give it %d MB (docker run --shm-size)",
+            SHARED_MEMORY, workers or 1, wanted, 4 * wanted * PART_BYTES // 10**6,
+        )  # fmt: skip
     read_options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     worker_options = grain.MultiprocessingOptions(num_workers=workers)
-    rows = len(positions_of(steps[0])[decoder.rows])
-    buffers = _Buffers((rows, *decoder.shape), max(1, 2 * workers))
-    dataset = grain.MapDataset.range(steps.start, steps.stop).map_with_index(partial(decoder, buffers, positions_of))
+    dataset = grain.MapDataset.range(steps.start * parts, min(steps.stop * parts, sys.maxsize))
+    dataset = dataset.map_with_index(partial(decoder, buffers, positions_of, parts))
     iterator = iter(dataset.to_iter_dataset(read_options).mp_prefetch(worker_options, _start_worker))
     first = None
     try:
@@ -188,9 +253,20 @@ def decoded_batches(
             first = next(iterator)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for batch, labels in enumerate(itertools.chain([first], iterator)):
-            yield buffers[batch], labels
-            buffers.free(batch)
+        decoded = enumerate(itertools.chain([first], iterator))
+        if parts == 1:
+            for index, labels in decoded:
+                yield buffers[index], labels
+                buffers.free(index)
+        else:
+            images, all_labels = np.empty((rows, *decoder.shape), np.uint8), np.empty(rows, np.int32)
+            for index, labels in decoded:
+                start = index % parts * decoder.part_size
+                images[start : start + len(labels)] = buffers[index][: len(labels)]
+                all_labels[start : start + len(labels)] = labels
+                buffers.free(index)
+                if index % parts == parts - 1:
+                    yield images, all_labels
     except RuntimeError as error:
         if not (code := re.search(r"exit code (-?\d+)", str(error))):
             raise
@@ -218,7 +294,10 @@ def _on_devices(
         for device, (index, *_) in batch_sharding.addressable_devices_indices_map(shape).items():
             part = np.arange(batch_size)[index]
             first = np.searchsorted(rows, part[0])
-            parts.append(jax.device_put(array[first : first + len(part)], device, may_alias=False))
+            own = array[first : first + len(part)]
+            if mesh.devices.flat[0].platform == "cpu":  # JAX uses aligned memory as it is, also with may_alias=False
+                own = own.copy()
+            parts.append(jax.device_put(own, device))
         return jax.make_array_from_single_device_arrays(shape, batch_sharding, parts)
 
     waiting: deque[Batch] = deque()
