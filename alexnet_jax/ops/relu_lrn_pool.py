@@ -9,7 +9,6 @@ A thread holds `LANES` channels of a pixel, each in a variable of its own, and r
 sums over channels need neither other threads nor padding. Its neighbours in memory are its neighbours in the warp.
 """
 
-import functools
 from functools import partial
 from typing import NamedTuple
 
@@ -64,35 +63,44 @@ class _Layer(NamedTuple):
     def groups(self):
         return self.channels // LANES
 
+    @property
+    def reach(self):  # channels that are loaded on each side of a group
+        return pl.next_power_of_2(self.half)
 
-def _unstack(x):
-    """The columns of [items, 2^m], as 2^m arrays [items]."""
-    if x.ndim == 1:
-        return [x]
-    items, parts = x.shape
-    return [x[:, 0]] if parts == 1 else [p.reshape(items) for p in lax.split(x, (1,) * parts, axis=1)]
+
+def _lanes(x):
+    """The columns [items, 1] of [items, 2^m]."""
+    return lax.split(x, (1,) * x.shape[1], axis=1)
 
 
 def _stack(parts):
-    """The inverse of `_unstack`, by joins of two."""
-    if len(parts) == 1:
-        return parts[0]
-    return jnp.stack([_stack(parts[::2]), _stack(parts[1::2])], axis=-1)
+    """The inverse of `_lanes`, by joins of two: [items, 1, 2, …, 2]."""
+    return parts[0] if len(parts) == 1 else jnp.stack([_stack(parts[::2]), _stack(parts[1::2])], axis=-1)
 
 
-def _load(ref, first, mask, lanes=LANES, other=0):
-    """`lanes` float32 arrays [items]: what lies at first, first + 1, … where mask; lanes is a power of two."""
-    if lanes == 1:
-        return [plgpu.load(ref.at[first], mask=mask, other=other).astype(jnp.float32)]
-    places = first[:, None] + lax.broadcasted_iota(jnp.int32, (first.shape[0], lanes), 1)
-    wide = jnp.broadcast_to(mask[:, None], places.shape)
-    return _unstack(plgpu.load(ref.at[places], mask=wide, other=other).astype(jnp.float32))
+def _consecutive_sums(lanes, size):
+    """The sums of each `size` consecutive ones."""
+    if size == 1:
+        return lanes
+    halves = _consecutive_sums(lanes, size // 2)
+    sums = [a + b for a, b in zip(halves, halves[size // 2 :], strict=False)]
+    return sums if size % 2 == 0 else [a + b for a, b in zip(sums, lanes[size - 1 :], strict=False)]
 
 
-def _store(ref, first, mask, parts):
-    values = _stack(parts).reshape(first.shape[0], len(parts)).astype(ref.dtype)
-    places = first[:, None] + lax.broadcasted_iota(jnp.int32, values.shape, 1)
-    plgpu.store(ref.at[places], values, mask=jnp.broadcast_to(mask[:, None], values.shape))
+def _places(first, size):
+    return first[:, None] + lax.broadcasted_iota(jnp.int32, (first.shape[0], size), 1)
+
+
+def _load(ref, first, mask, size=LANES, other=0):
+    """float32 [items, size]: what lies at first, first + 1, … where mask; size is a power of two."""
+    places = _places(first, size)
+    mask = jnp.broadcast_to(mask[:, None], places.shape)
+    return plgpu.load(ref.at[places], mask=mask, other=other).astype(jnp.float32)
+
+
+def _store(ref, first, mask, values):
+    places = _places(first, values.shape[1])
+    plgpu.store(ref.at[places], values.astype(ref.dtype), mask=jnp.broadcast_to(mask[:, None], places.shape))
 
 
 class _Items(NamedTuple):
@@ -114,26 +122,19 @@ class _Items(NamedTuple):
         inside = item < layer.batch * columns * layer.groups
         return cls(inside, pixel // columns, pixel % columns, group, place > 0, place < in_tower - 1)
 
-    def load_with_neighbours(self, ref, first, mask, half, other=0):
-        """LANES + 2 · half arrays: this group's channels and `half` on each side, `other` beyond the tower."""
-        if not half:
-            return _load(ref, first, mask, other=other)
-        reach = pl.next_power_of_2(half)
+    def load_with_neighbours(self, ref, first, mask, reach, other=0):
+        """The `reach` channels before this group, its own, and as many after; `other` beyond the tower."""
         before = _load(ref, first - reach, mask & self.left, reach, other)
         after = _load(ref, first + LANES, mask & self.right, reach, other)
-        return before[reach - half :] + _load(ref, first, mask, other=other) + after[:half]
-
-    def load_bias(self, ref, half):
-        return self.load_with_neighbours(ref, self.group * LANES, self.inside, half)
-
-
-def _sums(parts, others):
-    return [a + b for a, b in zip(parts, others, strict=True)]
+        return before, _load(ref, first, mask, other=other), after
 
 
 def _window_sums(parts, half):
-    """From LANES + 2 · half arrays the LANES sums over 2 · half + 1."""
-    return [functools.reduce(jnp.add, parts[i : i + 2 * half + 1]) for i in range(len(parts) - 2 * half)]
+    """From a group and its neighbours the sums [items, LANES] over 2 · half + 1 channels."""
+    beyond = parts[0].shape[1] - half
+    lanes = [lane for part in parts for lane in _lanes(part)]
+    sums = _consecutive_sums(lanes[beyond : len(lanes) - beyond], 2 * half + 1)
+    return _stack(sums).reshape(parts[1].shape)
 
 
 def _reciprocal_root(s, interpret):
@@ -161,49 +162,46 @@ def _forward_kernel(x_ref, bias_ref, y_ref, *residual_refs, layer, blocks):
     # s / α stands for s: α Σ a² would be a product for each pixel, and a constant factor of b² changes no comparison.
     at = _Items.of_program(layer, layer.columns, blocks.items)
     first_row = pl.program_id(1) * blocks.rows
-    bias = at.load_bias(bias_ref, layer.half)
+    bias = at.load_with_neighbours(bias_ref, at.group * LANES, at.inside, layer.reach)
 
     def row_maxima(row):  # of the window's three pixels in a row: b², s^(−1/2), column, but for powers of α
         maxima = None
         for column in range(WINDOW):
             pixel = (at.image * layer.height + row) * layer.width + STRIDE * at.column + column
             first = pixel * layer.channels + at.group * LANES
-            parts = at.load_with_neighbours(x_ref, first, at.inside & (row < layer.height), layer.half)
-            squares = [lax.square(jnp.maximum(x, 0)) for x in _sums(parts, bias)]
-            totals = _window_sums(squares, layer.half)
-            roots = [_reciprocal_root(layer.k / layer.alpha + total, layer.interpret) for total in totals]
-            centre = squares[layer.half : layer.half + LANES]
-            found = [
-                (a2 * _squared_power(root, layer.beta), root, jnp.full(root.shape, column, jnp.int32))
-                for a2, root in zip(centre, roots, strict=True)
-            ]
+            x = at.load_with_neighbours(x_ref, first, at.inside & (row < layer.height), layer.reach)
+            squares = jax.tree.map(lambda x, b: lax.square(jnp.maximum(x + b, 0)), x, bias)
+            root = _reciprocal_root(layer.k / layer.alpha + _window_sums(squares, layer.half), layer.interpret)
+            found = squares[1] * _squared_power(root, layer.beta), root, jnp.full(root.shape, column, jnp.int32)
             maxima = found if maxima is None else later_maxima(maxima, found, 0)
         return maxima
 
     def later_maxima(maxima, others, offset):  # the first of equal ones wins
-        results = []
-        for (value, root, place), (other, other_root, other_place) in zip(maxima, others, strict=True):
-            wins = other > value
-            place = jnp.where(wins, other_place + offset, place)
-            results.append((jnp.maximum(value, other), jnp.where(wins, other_root, root), place))
-        return results
+        (value, root, place), (other, other_root, other_place) = maxima, others
+        wins = other > value
+        place = jnp.where(wins, other_place + offset, place)
+        return jnp.maximum(value, other), jnp.where(wins, other_root, root), place
 
     def body(i, top):
         row = first_row + i
         maxima = later_maxima(top, row_maxima(STRIDE * row + 1), WINDOW)
         bottom = row_maxima(STRIDE * row + 2)
-        maxima = later_maxima(maxima, bottom, 2 * WINDOW)
+        value, root, place = later_maxima(maxima, bottom, 2 * WINDOW)
         mask = at.inside & (row < layer.rows)
         group = ((at.image * layer.rows + row) * layer.columns + at.column) * layer.groups + at.group
-        _store(y_ref, group * LANES, mask, [jnp.sqrt(value) * layer.alpha**-layer.beta for value, _, _ in maxima])
+        _store(y_ref, group * LANES, mask, jnp.sqrt(value) * layer.alpha**-layer.beta)
         if residual_refs:
             quarter_ref, place_ref = residual_refs
-            _store(quarter_ref, group * LANES, mask, [jnp.sqrt(root) * layer.alpha**-0.25 for _, root, _ in maxima])
-            word = functools.reduce(jnp.bitwise_or, (place << 4 * i for i, (_, _, place) in enumerate(maxima)))
-            plgpu.store(place_ref.at[group], word, mask=mask)
+            _store(quarter_ref, group * LANES, mask, jnp.sqrt(root) * layer.alpha**-0.25)
+            plgpu.store(place_ref.at[group], (place << _bits(0, LANES)).sum(1), mask=mask)
         return bottom
 
     lax.fori_loop(0, blocks.rows, body, row_maxima(STRIDE * first_row))
+
+
+def _bits(first, size):
+    """int32 [1, size]: where the places of the lanes from `first` on lie in their word."""
+    return 4 * (first + lax.broadcasted_iota(jnp.int32, (1, size), 1))
 
 
 def _backward_kernel(x_ref, bias_ref, dy_ref, quarter_ref, place_ref, dx_ref, dbias_ref, *, layer, blocks):
@@ -211,65 +209,61 @@ def _backward_kernel(x_ref, bias_ref, dy_ref, quarter_ref, place_ref, dx_ref, db
     # pairs of pixels (2m, 2m + 1) × (2n, 2n + 1): they lie in the windows (m, n), (m, n − 1), (m − 1, n), …
     at = _Items.of_program(layer, -(-layer.width // STRIDE), blocks.items)
     first_row = pl.program_id(1) * blocks.rows
-    bias = at.load_bias(bias_ref, layer.half)
-    half, lanes = layer.half, range(-layer.half, LANES + layer.half)
+    bias = at.load_with_neighbours(bias_ref, at.group * LANES, at.inside, layer.reach)
 
     def window(row, column):
         mask = at.inside & (row >= 0) & (row < layer.rows) & (column >= 0) & (column < layer.columns)
         group = ((at.image * layer.rows + row) * layer.columns + column) * layer.groups + at.group
-        dy = at.load_with_neighbours(dy_ref, group * LANES, mask, half)
-        quarters = at.load_with_neighbours(quarter_ref, group * LANES, mask, half, other=1)
-        words = [plgpu.load(place_ref.at[group], mask=mask, other=-1)]
-        if half:
-            before = plgpu.load(place_ref.at[group - 1], mask=mask & at.left, other=-1)
-            words = [before, *words, plgpu.load(place_ref.at[group + 1], mask=mask & at.right, other=-1)]
+        dy = at.load_with_neighbours(dy_ref, group * LANES, mask, layer.reach)
+        quarters = at.load_with_neighbours(quarter_ref, group * LANES, mask, layer.reach, other=1)
+        words = [
+            plgpu.load(place_ref.at[group + step], mask=mask & in_tower, other=-1)[:, None]
+            for step, in_tower in ((-1, at.left), (0, at.inside), (1, at.right))
+        ]
+        bits = _bits(LANES - layer.reach, layer.reach), _bits(0, LANES), _bits(0, layer.reach)
+        places = [(word >> bit) & 15 for word, bit in zip(words, bits, strict=True)]
         direct = [g * _power(quarter, layer.beta) for g, quarter in zip(dy, quarters, strict=True)]
         spread = [g * lax.square(lax.square(quarter)) for g, quarter in zip(direct, quarters, strict=True)]
-        direct = direct[half : half + LANES]
 
         def given(i, j):  # to the pixel at position (i, j) of the window
-            place = WINDOW * i + j
-            hits = []
-            for lane in lanes:
-                word, bits = words[lane // LANES + bool(half)], 4 * (lane % LANES)
-                hits.append(((word >> bits) & 15) == place)
-            of_direct = zip(hits[half : half + LANES], direct, strict=True)
-            return [jnp.where(hit, g, 0.0) for hit, g in [*of_direct, *zip(hits, spread, strict=True)]]
+            hits = [place == WINDOW * i + j for place in places]
+            return jax.tree.map(lambda hit, g: jnp.where(hit, g, 0.0), [hits[1], *hits], [direct[1], *spread])
 
         return given
 
     def windows(row):  # what the windows of a row give to position i of their columns, for both columns of pixels
         here, before = window(row, at.column), window(row, at.column - 1)
-        return lambda i: (_sums(here(i, 0), before(i, 2)), here(i, 1))
+        return lambda i: (_add(here(i, 0), before(i, 2)), here(i, 1))
 
     def write(row, column, given):
         pixel = (at.image * layer.height + row) * layer.width + column
         first = pixel * layer.channels + at.group * LANES
         mask = at.inside & (row < layer.height) & (column < layer.width)
-        x = _sums(at.load_with_neighbours(x_ref, first, mask, half), bias)
-        direct, spread = given[:LANES], given[LANES:]
-        sums = _window_sums([jnp.maximum(a, 0) * g for a, g in zip(x, spread, strict=True)], half)
-        factor = 2 * layer.alpha * layer.beta
-        of_lane = zip(x[half : half + LANES], direct, sums, strict=True)
-        dx = [jnp.where(a > 0, g - factor * a * total, 0.0) for a, g, total in of_lane]
+        x = _add(at.load_with_neighbours(x_ref, first, mask, layer.reach), bias)
+        direct, *spread = given
+        totals = _window_sums([jnp.maximum(a, 0) * g for a, g in zip(x, spread, strict=True)], layer.half)
+        dx = jnp.where(x[1] > 0, direct - 2 * layer.alpha * layer.beta * x[1] * totals, 0.0)
         _store(dx_ref, first, mask, dx)
-        return [jnp.where(mask, part, 0.0) for part in dx]
+        return jnp.where(mask[:, None], dx, 0.0)
 
     def body(i, carry):
         top, dbias = carry
         m = first_row + i
         given = windows(m)
         for column, (above, below) in enumerate(zip(top, given(0), strict=True)):
-            dbias = _sums(dbias, write(STRIDE * m, STRIDE * at.column + column, _sums(above, below)))
+            dbias += write(STRIDE * m, STRIDE * at.column + column, _add(above, below))
         for column, own in enumerate(given(1)):
-            dbias = _sums(dbias, write(STRIDE * m + 1, STRIDE * at.column + column, own))
+            dbias += write(STRIDE * m + 1, STRIDE * at.column + column, own)
         return given(2), dbias
 
-    dbias = [jnp.zeros((blocks.items,), jnp.float32)] * LANES
+    dbias = jnp.zeros((blocks.items, LANES), jnp.float32)
     _, dbias = lax.fori_loop(0, blocks.rows, body, (windows(first_row - 1)(2), dbias))
     item = (at.image * -(-layer.width // STRIDE) + at.column) * layer.groups + at.group
     size = layer.batch * -(-layer.width // STRIDE) * layer.channels
     _store(dbias_ref, pl.program_id(1) * size + item * LANES, at.inside, dbias)
+
+
+_add = partial(jax.tree.map, jnp.add)
 
 
 def _call(kernel, layer, blocks, columns, rows, out_shape, name):
