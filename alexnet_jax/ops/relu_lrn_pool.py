@@ -5,11 +5,11 @@ of its step on that. Here the forward pass reads x once and writes y; the backwa
 lies between them has the size of y: for each window the place of its maximum, and s^(−1/4) there, where
 s = k + α Σ a². The bias that the convolution needs may be added here; its gradient then takes no pass of its own.
 
-A thread holds `LANES` channels of a pixel, each in a variable of its own, and reads the channels beside them, so that
-sums over channels need neither other threads nor padding. Its neighbours in memory are its neighbours in the warp.
+A thread holds a group of channels of a pixel, its lanes, and reads the channels on both sides of it, so that sums over
+channels need neither other threads nor padding. Its neighbors in memory are its neighbors in the warp. Arrays are
+[items, lanes], and only the sums take them apart: Triton's compile time grows with the square of the operations.
 """
 
-import functools
 from functools import partial
 from typing import NamedTuple
 
@@ -22,12 +22,13 @@ from jax.experimental.pallas import triton as plgpu
 from alexnet_jax.ops.lrn import local_response_norm
 from alexnet_jax.ops.pooling import max_pool
 
-LANES = 8  # channels a thread: 16 bytes of bfloat16, and eight places of four bits in an int32
+LANES = {jnp.dtype(jnp.bfloat16): 8, jnp.dtype(jnp.float32): 4}  # channels a thread: loads and stores of 16 bytes
 WINDOW, STRIDE = 3, 2
+_add = partial(jax.tree.map, jnp.add)
 
 
 class Blocks(NamedTuple):
-    """How a kernel is laid out: threads' work items a program, rows of windows a program, warps a program."""
+    """The work items, rows of windows and warps of a program; a thread has one item where items = 32 · warps."""
 
     items: int = 128
     rows: int = 9
@@ -39,15 +40,16 @@ BACKWARD = Blocks(128, 7, 4)
 
 
 class _Layer(NamedTuple):
-    """The static facts of one call."""
+    """The static arguments of a call."""
 
     batch: int
     height: int
     width: int
     channels: int
+    lanes: int
     towers: int
     k: float
-    half: int  # channels on each side of the centre
+    half: int  # channels on each side of the center
     alpha: float
     beta: float
     interpret: bool
@@ -62,42 +64,52 @@ class _Layer(NamedTuple):
 
     @property
     def groups(self):
-        return self.channels // LANES
+        return self.channels // self.lanes
+
+    @property
+    def reach(self):  # channels loaded on each side of a group: a power of two
+        return pl.next_power_of_2(self.half)
 
 
-def _unstack(x):
-    """The columns of [items, 2^m], as 2^m arrays [items]."""
-    if x.ndim == 1:
-        return [x]
-    items, parts = x.shape
-    return [x[:, 0]] if parts == 1 else [p.reshape(items) for p in lax.split(x, (1,) * parts, axis=1)]
+def _lanes(x):
+    """Return the 2^m columns [items, 1] of [items, 2^m]."""
+    return lax.split(x, (1,) * x.shape[1], axis=1)
 
 
 def _stack(parts):
-    """The inverse of `_unstack`, by joins of two."""
-    if len(parts) == 1:
-        return parts[0]
-    return jnp.stack([_stack(parts[::2]), _stack(parts[1::2])], axis=-1)
+    """Return the columns side by side, by joins of two: [items, 1, 2, …, 2]."""
+    return parts[0] if len(parts) == 1 else jnp.stack([_stack(parts[::2]), _stack(parts[1::2])], axis=-1)
 
 
-def _load(ref, first, mask, lanes=LANES, other=0):
-    """`lanes` float32 arrays [items]: what lies at first, first + 1, … where mask; lanes is a power of two."""
-    if lanes == 1:
-        return [plgpu.load(ref.at[first], mask=mask, other=other).astype(jnp.float32)]
-    places = first[:, None] + lax.broadcasted_iota(jnp.int32, (first.shape[0], lanes), 1)
-    wide = jnp.broadcast_to(mask[:, None], places.shape)
-    return _unstack(plgpu.load(ref.at[places], mask=wide, other=other).astype(jnp.float32))
+def _consecutive_sums(lanes, size):
+    """Return the sums of each `size` consecutive arrays."""
+    if size == 1:
+        return lanes
+    halves = _consecutive_sums(lanes, size // 2)
+    sums = [a + b for a, b in zip(halves, halves[size // 2 :], strict=False)]
+    return sums if size % 2 == 0 else [a + b for a, b in zip(sums, lanes[size - 1 :], strict=False)]
 
 
-def _store(ref, first, mask, parts):
-    values = _stack(parts).reshape(first.shape[0], len(parts)).astype(ref.dtype)
-    places = first[:, None] + lax.broadcasted_iota(jnp.int32, values.shape, 1)
-    plgpu.store(ref.at[places], values, mask=jnp.broadcast_to(mask[:, None], values.shape))
+def _places(first, size):
+    return first[:, None] + lax.broadcasted_iota(jnp.int32, (first.shape[0], size), 1)
+
+
+def _load(ref, first, mask, size, other=0):
+    """Return float32 [items, size]: the elements from `first` [items] on, `other` where mask [items] is false."""
+    places = _places(first, size)
+    mask = jnp.broadcast_to(mask[:, None], places.shape)
+    return plgpu.load(ref.at[places], mask=mask, other=other).astype(jnp.float32)
+
+
+def _store(ref, first, mask, values):
+    places = _places(first, values.shape[1])
+    plgpu.store(ref.at[places], values.astype(ref.dtype), mask=jnp.broadcast_to(mask[:, None], places.shape))
 
 
 class _Items(NamedTuple):
-    """The work items [items] of a program: image, column (of windows or of pairs of pixels) and group of channels."""
+    """The work items [items] of a program: an image, a column (of windows or of pairs of pixels), a channel group."""
 
+    lanes: int
     inside: jax.Array
     image: jax.Array
     column: jax.Array
@@ -112,28 +124,21 @@ class _Items(NamedTuple):
         in_tower = layer.groups // layer.towers
         place = group % in_tower
         inside = item < layer.batch * columns * layer.groups
-        return cls(inside, pixel // columns, pixel % columns, group, place > 0, place < in_tower - 1)
+        return cls(layer.lanes, inside, pixel // columns, pixel % columns, group, place > 0, place < in_tower - 1)
 
-    def load_with_neighbours(self, ref, first, mask, half, other=0):
-        """LANES + 2 · half arrays: this group's channels and `half` on each side, `other` beyond the tower."""
-        if not half:
-            return _load(ref, first, mask, other=other)
-        reach = pl.next_power_of_2(half)
+    def load_with_neighbors(self, ref, first, mask, reach, other=0):
+        """Return the `reach` channels before the group, the group's, and as many after; `other` beyond the tower."""
         before = _load(ref, first - reach, mask & self.left, reach, other)
-        after = _load(ref, first + LANES, mask & self.right, reach, other)
-        return before[reach - half :] + _load(ref, first, mask, other=other) + after[:half]
-
-    def load_bias(self, ref, half):
-        return self.load_with_neighbours(ref, self.group * LANES, self.inside, half)
-
-
-def _sums(parts, others):
-    return [a + b for a, b in zip(parts, others, strict=True)]
+        after = _load(ref, first + self.lanes, mask & self.right, reach, other)
+        return before, _load(ref, first, mask, self.lanes, other), after
 
 
 def _window_sums(parts, half):
-    """From LANES + 2 · half arrays the LANES sums over 2 · half + 1."""
-    return [functools.reduce(jnp.add, parts[i : i + 2 * half + 1]) for i in range(len(parts) - 2 * half)]
+    """Return the sums [items, lanes] over 2 · half + 1 channels, from `load_with_neighbors`' three arrays."""
+    beyond = parts[0].shape[1] - half
+    lanes = [lane for part in parts for lane in _lanes(part)]
+    sums = _consecutive_sums(lanes[beyond : len(lanes) - beyond], 2 * half + 1)
+    return _stack(sums).reshape(parts[1].shape)
 
 
 def _reciprocal_root(s, interpret):
@@ -146,14 +151,14 @@ def _reciprocal_root(s, interpret):
     )[0]
 
 
-def _squared_power(root, beta):
-    """s^(−2β), from s^(−1/2)."""
+def _power(root, beta):
+    """Return s^−β from s^(−1/4), or s^(−2β) from s^(−1/2)."""
     return root * root * root if beta == 0.75 else jnp.exp2(jnp.log2(root) * (4 * beta))
 
 
-def _power(quarter, beta):
-    """s^−β, from s^(−1/4)."""
-    return quarter * quarter * quarter if beta == 0.75 else jnp.exp2(jnp.log2(quarter) * (4 * beta))
+def _bits(first, size):
+    """Return int32 [1, size]: where in a word the four bits of each lane from `first` on start."""
+    return 4 * (first + lax.broadcasted_iota(jnp.int32, (1, size), 1))
 
 
 def _forward_kernel(x_ref, bias_ref, y_ref, *residual_refs, layer, blocks):
@@ -161,46 +166,39 @@ def _forward_kernel(x_ref, bias_ref, y_ref, *residual_refs, layer, blocks):
     # s / α stands for s: α Σ a² would be a product for each pixel, and a constant factor of b² changes no comparison.
     at = _Items.of_program(layer, layer.columns, blocks.items)
     first_row = pl.program_id(1) * blocks.rows
-    bias = at.load_bias(bias_ref, layer.half)
+    bias = at.load_with_neighbors(bias_ref, at.group * layer.lanes, at.inside, layer.reach)
 
     def row_maxima(row):  # of the window's three pixels in a row: b², s^(−1/2), column, but for powers of α
         maxima = None
         for column in range(WINDOW):
             pixel = (at.image * layer.height + row) * layer.width + STRIDE * at.column + column
-            first = pixel * layer.channels + at.group * LANES
-            parts = at.load_with_neighbours(x_ref, first, at.inside & (row < layer.height), layer.half)
-            squares = [lax.square(jnp.maximum(x, 0)) for x in _sums(parts, bias)]
-            totals = _window_sums(squares, layer.half)
-            roots = [_reciprocal_root(layer.k / layer.alpha + total, layer.interpret) for total in totals]
-            centre = squares[layer.half : layer.half + LANES]
-            found = [
-                (a2 * _squared_power(root, layer.beta), root, jnp.full(root.shape, column, jnp.int32))
-                for a2, root in zip(centre, roots, strict=True)
-            ]
+            first = pixel * layer.channels + at.group * layer.lanes
+            x = at.load_with_neighbors(x_ref, first, at.inside & (row < layer.height), layer.reach)
+            squares = jax.tree.map(lambda x, b: lax.square(jnp.maximum(x + b, 0)), x, bias)
+            root = _reciprocal_root(layer.k / layer.alpha + _window_sums(squares, layer.half), layer.interpret)
+            found = squares[1] * _power(root, layer.beta), root, jnp.full(root.shape, column, jnp.int32)
             maxima = found if maxima is None else later_maxima(maxima, found, 0)
         return maxima
 
     def later_maxima(maxima, others, offset):  # the first of equal ones wins
-        results = []
-        for (value, root, place), (other, other_root, other_place) in zip(maxima, others, strict=True):
-            wins = other > value
-            place = jnp.where(wins, other_place + offset, place)
-            results.append((jnp.maximum(value, other), jnp.where(wins, other_root, root), place))
-        return results
+        (value, root, place), (other, other_root, other_place) = maxima, others
+        wins = other > value
+        place = jnp.where(wins, other_place + offset, place)
+        return jnp.maximum(value, other), jnp.where(wins, other_root, root), place
 
     def body(i, top):
         row = first_row + i
         maxima = later_maxima(top, row_maxima(STRIDE * row + 1), WINDOW)
         bottom = row_maxima(STRIDE * row + 2)
-        maxima = later_maxima(maxima, bottom, 2 * WINDOW)
+        value, root, place = later_maxima(maxima, bottom, 2 * WINDOW)
         mask = at.inside & (row < layer.rows)
         group = ((at.image * layer.rows + row) * layer.columns + at.column) * layer.groups + at.group
-        _store(y_ref, group * LANES, mask, [jnp.sqrt(value) * layer.alpha**-layer.beta for value, _, _ in maxima])
+        _store(y_ref, group * layer.lanes, mask, jnp.sqrt(value) * layer.alpha**-layer.beta)
         if residual_refs:
             quarter_ref, place_ref = residual_refs
-            _store(quarter_ref, group * LANES, mask, [jnp.sqrt(root) * layer.alpha**-0.25 for _, root, _ in maxima])
-            word = functools.reduce(jnp.bitwise_or, (place << 4 * i for i, (_, _, place) in enumerate(maxima)))
-            plgpu.store(place_ref.at[group], word, mask=mask)
+            _store(quarter_ref, group * layer.lanes, mask, jnp.sqrt(root) * layer.alpha**-0.25)
+            word = (place << _bits(0, layer.lanes)).sum(1)
+            plgpu.store(place_ref.at[group], word.astype(place_ref.dtype), mask=mask)
         return bottom
 
     lax.fori_loop(0, blocks.rows, body, row_maxima(STRIDE * first_row))
@@ -211,65 +209,58 @@ def _backward_kernel(x_ref, bias_ref, dy_ref, quarter_ref, place_ref, dx_ref, db
     # pairs of pixels (2m, 2m + 1) × (2n, 2n + 1): they lie in the windows (m, n), (m, n − 1), (m − 1, n), …
     at = _Items.of_program(layer, -(-layer.width // STRIDE), blocks.items)
     first_row = pl.program_id(1) * blocks.rows
-    bias = at.load_bias(bias_ref, layer.half)
-    half, lanes = layer.half, range(-layer.half, LANES + layer.half)
+    bias = at.load_with_neighbors(bias_ref, at.group * layer.lanes, at.inside, layer.reach)
 
     def window(row, column):
         mask = at.inside & (row >= 0) & (row < layer.rows) & (column >= 0) & (column < layer.columns)
         group = ((at.image * layer.rows + row) * layer.columns + column) * layer.groups + at.group
-        dy = at.load_with_neighbours(dy_ref, group * LANES, mask, half)
-        quarters = at.load_with_neighbours(quarter_ref, group * LANES, mask, half, other=1)
-        words = [plgpu.load(place_ref.at[group], mask=mask, other=-1)]
-        if half:
-            before = plgpu.load(place_ref.at[group - 1], mask=mask & at.left, other=-1)
-            words = [before, *words, plgpu.load(place_ref.at[group + 1], mask=mask & at.right, other=-1)]
+        dy = at.load_with_neighbors(dy_ref, group * layer.lanes, mask, layer.reach)
+        quarters = at.load_with_neighbors(quarter_ref, group * layer.lanes, mask, layer.reach, other=1)
+        words = [
+            plgpu.load(place_ref.at[group + step], mask=mask & in_tower, other=-1).astype(jnp.int32)[:, None]
+            for step, in_tower in ((-1, at.left), (0, at.inside), (1, at.right))
+        ]
+        bits = _bits(layer.lanes - layer.reach, layer.reach), _bits(0, layer.lanes), _bits(0, layer.reach)
+        places = [(word >> bit) & 15 for word, bit in zip(words, bits, strict=True)]
         direct = [g * _power(quarter, layer.beta) for g, quarter in zip(dy, quarters, strict=True)]
         spread = [g * lax.square(lax.square(quarter)) for g, quarter in zip(direct, quarters, strict=True)]
-        direct = direct[half : half + LANES]
 
-        def given(i, j):  # to the pixel at position (i, j) of the window
-            place = WINDOW * i + j
-            hits = []
-            for lane in lanes:
-                word, bits = words[lane // LANES + bool(half)], 4 * (lane % LANES)
-                hits.append(((word >> bits) & 15) == place)
-            of_direct = zip(hits[half : half + LANES], direct, strict=True)
-            return [jnp.where(hit, g, 0.0) for hit, g in [*of_direct, *zip(hits, spread, strict=True)]]
+        def gradients(i, j):  # for the pixel at position (i, j) of the window
+            hits = [place == WINDOW * i + j for place in places]
+            return jax.tree.map(lambda hit, g: jnp.where(hit, g, 0.0), [hits[1], *hits], [direct[1], *spread])
 
-        return given
+        return gradients
 
-    def windows(row):  # what the windows of a row give to position i of their columns, for both columns of pixels
+    def windows(row):  # the gradients for position i of a row of windows, for both columns of pixels
         here, before = window(row, at.column), window(row, at.column - 1)
-        return lambda i: (_sums(here(i, 0), before(i, 2)), here(i, 1))
+        return lambda i: (_add(here(i, 0), before(i, 2)), here(i, 1))
 
-    def write(row, column, given):
+    def write(row, column, gradients):
         pixel = (at.image * layer.height + row) * layer.width + column
-        first = pixel * layer.channels + at.group * LANES
+        first = pixel * layer.channels + at.group * layer.lanes
         mask = at.inside & (row < layer.height) & (column < layer.width)
-        x = _sums(at.load_with_neighbours(x_ref, first, mask, half), bias)
-        direct, spread = given[:LANES], given[LANES:]
-        sums = _window_sums([jnp.maximum(a, 0) * g for a, g in zip(x, spread, strict=True)], half)
-        factor = 2 * layer.alpha * layer.beta
-        of_lane = zip(x[half : half + LANES], direct, sums, strict=True)
-        dx = [jnp.where(a > 0, g - factor * a * total, 0.0) for a, g, total in of_lane]
+        x = _add(at.load_with_neighbors(x_ref, first, mask, layer.reach), bias)
+        direct, *spread = gradients
+        totals = _window_sums([jnp.maximum(a, 0) * g for a, g in zip(x, spread, strict=True)], layer.half)
+        dx = jnp.where(x[1] > 0, direct - 2 * layer.alpha * layer.beta * x[1] * totals, 0.0)
         _store(dx_ref, first, mask, dx)
-        return [jnp.where(mask, part, 0.0) for part in dx]
+        return jnp.where(mask[:, None], dx, 0.0)
 
     def body(i, carry):
         top, dbias = carry
         m = first_row + i
-        given = windows(m)
-        for column, (above, below) in enumerate(zip(top, given(0), strict=True)):
-            dbias = _sums(dbias, write(STRIDE * m, STRIDE * at.column + column, _sums(above, below)))
-        for column, own in enumerate(given(1)):
-            dbias = _sums(dbias, write(STRIDE * m + 1, STRIDE * at.column + column, own))
-        return given(2), dbias
+        gradients = windows(m)
+        for column, (above, below) in enumerate(zip(top, gradients(0), strict=True)):
+            dbias += write(STRIDE * m, STRIDE * at.column + column, _add(above, below))
+        for column, own in enumerate(gradients(1)):
+            dbias += write(STRIDE * m + 1, STRIDE * at.column + column, own)
+        return gradients(2), dbias
 
-    dbias = [jnp.zeros((blocks.items,), jnp.float32)] * LANES
+    dbias = jnp.zeros((blocks.items, layer.lanes), jnp.float32)
     _, dbias = lax.fori_loop(0, blocks.rows, body, (windows(first_row - 1)(2), dbias))
     item = (at.image * -(-layer.width // STRIDE) + at.column) * layer.groups + at.group
     size = layer.batch * -(-layer.width // STRIDE) * layer.channels
-    _store(dbias_ref, pl.program_id(1) * size + item * LANES, at.inside, dbias)
+    _store(dbias_ref, pl.program_id(1) * size + item * layer.lanes, at.inside, dbias)
 
 
 def _call(kernel, layer, blocks, columns, rows, out_shape, name):
@@ -294,7 +285,7 @@ def _forward(x, bias, layer, blocks, residuals):
     out_shape = [_like(x, size, x.dtype)]
     if residuals:  # float16 has three bits more than bfloat16, and the range that a fourth root takes
         dtype = jnp.float32 if x.dtype == jnp.float32 else jnp.float16
-        out_shape += [_like(x, size, dtype), _like(x, size // LANES, jnp.int32)]
+        out_shape += [_like(x, size, dtype), _like(x, size // layer.lanes, f"int{4 * layer.lanes}")]
     call = _call(_forward_kernel, layer, blocks, layer.columns, layer.rows, out_shape, "relu_lrn_pool")
     y, *rest = call(x.reshape(-1), bias)
     return y.reshape(layer.batch, layer.rows, layer.columns, layer.channels), rest
@@ -325,16 +316,16 @@ _relu_lrn_pool.defvjp(_vjp_forward, _vjp_backward)
 
 def unsupported(x: jax.Array, towers: int, k: float, n: int, alpha: float, window: int = 3, stride: int = 2) -> str:
     """Return why the kernels do not take these arguments of `relu_lrn_pool`, or ""."""
-    if x.dtype not in (jnp.float32, jnp.bfloat16):
+    if x.dtype not in LANES:
         return f"{x.dtype}: expected float32 or bfloat16"
     if (window, stride) != (WINDOW, STRIDE):
         return f"window={window}, stride={stride}: expected {WINDOW} and {STRIDE}"
-    if n < 1 or n % 2 == 0 or n // 2 > LANES:
-        return f"n={n}: expected a positive odd number up to {2 * LANES + 1}"
-    if x.ndim != 4 or min(x.shape[1:3]) < WINDOW or towers < 1 or x.shape[3] % (LANES * towers) or x.size >= 2**31:
+    if n not in (3, 5, 7, 9):
+        return f"n={n}: expected 3, 5, 7 or 9"
+    if x.ndim != 4 or min(x.shape[1:3]) < WINDOW or towers < 1 or x.shape[3] % (8 * towers) or x.size >= 2**31:
         return (
             f"shape {x.shape}, towers={towers}: expected [B, H, W, C] with H and W from {WINDOW}, a multiple of "
-            f"{LANES} channels in each tower, and fewer than 2^31 elements"
+            f"8 channels in each tower, and fewer than 2^31 elements"
         )
     if k <= 0 or alpha <= 0:
         return f"k={k}, alpha={alpha}: expected both to be above 0"
@@ -366,8 +357,7 @@ def fused_relu_lrn_pool(
         )
     axes = jax.typeof(x).manual_axis_type.varying - jax.typeof(bias).manual_axis_type.varying
     bias = lax.pcast(bias, tuple(axes), to="varying") if axes else bias
-    batch, height, width, channels = x.shape
-    layer = _Layer(batch, height, width, channels, towers, float(k), n // 2, float(alpha), float(beta), interpret)
+    layer = _Layer(*x.shape, LANES[x.dtype], towers, float(k), n // 2, float(alpha), float(beta), interpret)
     return _relu_lrn_pool(x, bias, layer, blocks)
 
 
