@@ -139,6 +139,7 @@ def test_a_workdir_that_cannot_be_written(fashion_mnist, tmp_path):
     (["--config.batch_size=many"], "config.batch_size='many': expected a whole number"),
     (["--config.batch_size=1.5"], "config.batch_size='1.5': expected a whole number"),
     (["--config.mesh=2"], "config.mesh='2': expected its fields, config.mesh.cpu_devices, config.mesh.data"),
+    (["--config.widths=32.,64,96,96,96,64,64"], "config.widths=(32.0, 64, 96, 96, 96, 64, 64): expected seven even"),
     (["--config.lrn=maybe"], "config.lrn='maybe': expected True or False"),
     (["--config.test_split=dev"], "config.test_split: split 'dev' of fashion_mnist: it has train (60,000)"),
     (["--config=no_such.py"], "--config: no_such.py [Errno 2] No such file"),
