@@ -28,11 +28,12 @@ def check_network(network: Any) -> None:
     )
     require("stem", stem, "(kernel, stride, padding), with kernel and stride at least 1 and padding at least 0")
     require("towers", network.towers in (1, 2), "1 or 2")
+    numbers = all(isinstance(w, int) for w in network.widths)
     if network.towers == 2:
-        widths = all(w >= 2 and w % 2 == 0 for w in network.widths)
+        widths = numbers and all(w >= 2 and w % 2 == 0 for w in network.widths)
         require("widths", widths and len(network.widths) == 7, "seven even numbers (conv1 to conv5, fc6, fc7)")
     else:
-        widths = len(network.widths) == 7 and network.widths[0] >= 1 and min(network.widths) >= 0
+        widths = numbers and len(network.widths) == 7 and network.widths[0] >= 1 and min(network.widths) >= 0
         takes = "seven numbers, of which 0 leaves out a layer after conv1 (conv1 to conv5, fc6, fc7)"
         require("widths", widths, takes)
     require("activation", network.activation in ACTIVATIONS, f"one of {', '.join(ACTIVATIONS)}")

@@ -328,9 +328,11 @@ def activations(model: AlexNet, params: Any, images: jax.Array) -> dict[str, jax
       images: [B, H, W, C].
 
     Returns:
-      The arrays named in `OUTPUTS`, in that order, without those of layers that are left out; each as the next layer
-      reads it: after ReLU, unless the variant has none at this point. fc8 is the logits. The channels of tower 0 come
-      before those of tower 1.
+      The arrays named in `OUTPUTS`, in that order, without those of layers that are left out; each after ReLU, unless
+      the variant has none at this point. fc8 is the logits. The channels of tower 0 come before those of tower 1.
+
+      fc6 and fc7 are as they were before dropout: without the factor 1 − `dropout` of section 4.2, with which the next
+      layer of the variants `paper` and `source2012` reads them in testing.
     """
     outputs = model.apply({"params": params}, images, mutable=["activations"])[1]["activations"]["outputs"]
     return {name: outputs[name] for name in OUTPUTS if name in outputs}

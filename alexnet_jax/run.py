@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -64,25 +64,39 @@ class Run:
     @run_settings()
     def predict(self, images: np.ndarray, ten_crop: bool = False) -> np.ndarray:
         """Return class probabilities [N, K] of uint8 images [N, H, W, C], as the data set has them."""
-        predict = evaluation.jit_forward(
-            lambda params, x: evaluation.predict(self.model, params, x, self.preprocess, ten_crop)
-        )
-        return _in_batches(partial(predict, self.params), images, AT_A_TIME // 10 if ten_crop else AT_A_TIME)
+        predict = partial(_predict_program(), self.params, self.preprocess, model=self.model, ten_crop=ten_crop)
+        return _in_batches(predict, images, AT_A_TIME // 10 if ten_crop else AT_A_TIME)
 
     @run_settings()
     def activations(self, images: np.ndarray, layer: str = "fc7") -> np.ndarray:
-        """Return one layer's output [N, …] on the center crops of uint8 images [N, H, W, C]."""
-        layer_of = evaluation.jit_forward(
-            lambda params, x: activations(self.model, params, self.preprocess.center_crop(x))[layer]
-        )
-        return _in_batches(partial(layer_of, self.params), images, AT_A_TIME)
+        """Return one layer's output [N, …] on the center crops of uint8 images [N, H, W, C], as `model.activations`."""
+        layer_of = partial(_layer_program(), self.params, self.preprocess, model=self.model, layer=layer)
+        return _in_batches(layer_of, images, AT_A_TIME)
 
     def error(self, examples: Examples, ten_crop: bool = False) -> float:
         """Return the top-1 error on some examples, as a fraction."""
         return float(np.mean(self.predict(examples.images, ten_crop).argmax(axis=1) != examples.labels))
 
 
+@cache
+def _predict_program() -> Callable:
+    def predict(params, preprocess, images, *, model, ten_crop):
+        return evaluation.predict(model, params, images, preprocess, ten_crop)
+
+    return evaluation.jit_forward(predict, static_argnames=("model", "ten_crop"))
+
+
+@cache
+def _layer_program() -> Callable:
+    def layer_of(params, preprocess, images, *, model, layer):
+        return activations(model, params, preprocess.center_crop(images))[layer]
+
+    return evaluation.jit_forward(layer_of, static_argnames=("model", "layer"))
+
+
 def _in_batches(call: Callable[[np.ndarray], jax.Array], images: np.ndarray, size: int) -> np.ndarray:
+    if not len(images):
+        return _in_batches(call, np.zeros((1, *images.shape[1:]), images.dtype), 1)[:0]
     size = min(size, len(images))
     outputs = []
     for start in range(0, len(images), size):

@@ -140,6 +140,7 @@ def test_a_workdir_that_cannot_be_written(synthetic, tmp_path):
     (["--config.batch_size=many"], "config.batch_size='many': expected a whole number"),
     (["--config.batch_size=1.5"], "config.batch_size='1.5': expected a whole number"),
     (["--config.mesh=2"], "config.mesh='2': expected its fields, config.mesh.cpu_devices, config.mesh.data"),
+    (["--config.widths=32.,64,96,96,96,64,64"], "config.widths=(32.0, 64, 96, 96, 96, 64, 64): expected seven even"),
     (["--config.lrn=maybe"], "config.lrn='maybe': expected True or False"),
     (["--config.train_split=train", "--config.validation_split=test", "--config.test_split=dev"],
      "config.test_split: split 'dev' of synthetic: it has train (1,200)"),

@@ -40,6 +40,21 @@ def test_activations_in_batches_are_those_of_one_batch(opened, monkeypatch):
     assert opened.activations(images, "conv4").shape == exact["conv4"].shape
 
 
+def test_equal_calls_compile_once_and_an_empty_batch_is_empty(trained, opened):
+    images, again = opened.load("test[:17]").images, run.open_run(trained)
+    opened.predict(images), opened.activations(images, "conv5")
+    compiled = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run.evaluation, "predict", lambda *arguments: compiled.append("predict"))
+        patch.setattr(run, "activations", lambda *arguments: compiled.append("activations"))
+        for same in (opened, again):
+            assert same.predict(images).shape == (17, 10)
+            assert same.activations(images, "conv5").shape[0] == 17
+    assert not compiled
+    assert opened.predict(images[:0]).shape == opened.predict(images[:0], ten_crop=True).shape == (0, 10)
+    assert opened.activations(images[:0]).shape == (0, 32)
+
+
 def test_a_corrupt_checkpoint_is_named_and_left_alone(trained, tmp_path):
     copy = shutil.copytree(trained, tmp_path / "copy")
     corrupt(largest_file(copy / "checkpoints" / "40"))
