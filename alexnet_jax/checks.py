@@ -1,10 +1,12 @@
-"""Checks of a network's fields, which `model.AlexNet` and a config name alike."""
+"""Checks of a network's fields, shared by `model.AlexNet` and the configs."""
 
 import math
 from collections.abc import Sequence
 from typing import Any
 
 from alexnet_jax.variants import ACTIVATIONS, LAYERS, VARIANTS
+
+OPERATIONS = {"relu", "lrn", "contrast_norm", "pool"}  # those of a variant's order
 
 
 def check_network(network: Any) -> None:
@@ -23,6 +25,13 @@ def check_network(network: Any) -> None:
             raise ValueError(f"{name}={getattr(network, name)!r}: expected {expected}")
 
     require("variant", network.variant in VARIANTS, f"one of {', '.join(VARIANTS)}")
+    for layer in LAYERS[:5]:
+        order = getattr(VARIANTS[network.variant], layer)
+        if unknown := set(order.split()) - OPERATIONS:
+            raise ValueError(
+                f"VARIANTS[{network.variant!r}].{layer}={order!r}: unknown operation {min(unknown)!r}; expected "
+                f"some of {', '.join(sorted(OPERATIONS))}"
+            )
     stem = len(network.stem) == 3 and all(
         isinstance(x, int) and x >= least for x, least in zip(network.stem, (1, 1, 0), strict=True)
     )

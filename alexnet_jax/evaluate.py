@@ -13,7 +13,7 @@ from alexnet_jax.checkpoint import silence_orbax
 from alexnet_jax.data import Batch
 from alexnet_jax.data.dataset import Batches
 from alexnet_jax.errors import UserError
-from alexnet_jax.evaluation import Network, batch_size, evaluate
+from alexnet_jax.inference import Network, batch_size, evaluate
 from alexnet_jax.progress import Progress
 from alexnet_jax.run import Run, RunError, open_run
 from alexnet_jax.runtime.compilation_cache import use_compilation_cache

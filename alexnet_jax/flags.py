@@ -18,6 +18,17 @@ _TYPES = {
 }  # fmt: skip
 
 
+def without_none(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the command line without flags `--config.FIELD=None`, and these fields: absl has no None for a field.
+
+    Only fields that are None in the default config are taken out; the others keep their error.
+    """
+    optional = [name for name, value in default.get_config().items() if value is None]
+    pattern = re.compile(rf"--?config\.({'|'.join(optional)})=None")
+    fields = [match.group(1) for argument in argv if (match := pattern.fullmatch(argument))]
+    return [argument for argument in argv if not pattern.fullmatch(argument)], fields
+
+
 def flag_error(error: Exception, argv: Sequence[str]) -> str:
     """Return the text of an error of absl or ml_collections on one line, with what was expected.
 

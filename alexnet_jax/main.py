@@ -13,13 +13,14 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from alexnet_jax.errors import UserError
-from alexnet_jax.flags import CONFIGS, FLAG_ERRORS, flag_error
+from alexnet_jax.flags import CONFIGS, FLAG_ERRORS, flag_error, without_none
 from alexnet_jax.runtime.huge_pages import use_huge_pages
 from alexnet_jax.runtime.output import escape_output
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
     """Define the flags and parse them; defining --config reads the command line already."""
+    argv, none_fields = without_none(argv)
     try:
         flags.DEFINE_string("workdir", None, "The run's working directory: created, or resumed from.", required=True)
         flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0; all processes connect to it.")
@@ -33,12 +34,14 @@ def _parse_flags(argv: list[str]) -> list[str]:
             "$JAX_COMPILATION_CACHE_DIR, or else alexnet_jax in the user's cache folder.",
         )  # fmt: skip
         config_flags.DEFINE_config_file(
-            "config", str(CONFIGS / "fashion_mnist.py"), "A config; --config.FIELD=VALUE sets one field of it."
-        )
+            "config", str(CONFIGS / "fashion_mnist.py"), "A config; --config.FIELD=VALUE sets one field of it.",
+            sys_argv=argv,
+        )  # fmt: skip
         for flag in flags.FLAGS.get_key_flags_for_module(__name__):  # --help shows those of the script, `alexnet-train`
             flags.FLAGS.register_key_flag_for_module(argv[0], flag)
         rest = flags.FLAGS(argv)
         flags.FLAGS.config.to_dict()  # raises here if the file could not be read
+        flags.FLAGS.config.update(dict.fromkeys(none_fields))
     except FLAG_ERRORS as error:
         sys.exit(f"Error: {flag_error(error, argv)}")
     if len(rest) > 1:

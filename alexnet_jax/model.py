@@ -64,8 +64,8 @@ class Conv(nn.Module):
       ceil_mode: whether the output size is rounded up, by more zeros at the right and bottom edge.
       gather: whether the kernels take the channels of both towers, or of their own tower alone.
       towers, tower_axis, conv: as in `AlexNet`; `conv` is that of its operations.
-      epilogue: a function (x, bias, towers) that takes the place of x + bias, for outputs x of `towers` towers; None:
-        x + bias.
+      epilogue: applied instead of adding the bias: (x, bias, towers) to the output of so many towers; None adds the
+        bias.
       dtype, param_dtype, precision, kernel_init, bias_init: as in `flax.linen.Conv`.
     """
 
@@ -151,7 +151,8 @@ class AlexNet(nn.Module):
       variant: a name in `VARIANTS`. The LRN of "caffe" runs across the towers, so they must be on one device.
       dtype, param_dtype, precision: of the activations, of the parameters, and of the products, as in Flax.
       stem: the first convolution; the default is the paper's 11×11, stride 4.
-      widths: kernels or units of conv1 … conv5, fc6, fc7, both towers together. With one tower, 0 leaves a layer out.
+      widths: kernels or units of conv1 … conv5, fc6, fc7, summed over the towers. With towers=1, a width of 0 omits
+        the layer.
       towers: 2, or 1 for a network whose layers all take every channel before them.
       activation: "relu", or the "tanh" that section 3.1 compares it with.
       lrn: whether local response normalization (LRN) follows conv1 and conv2.

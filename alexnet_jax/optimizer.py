@@ -39,8 +39,8 @@ def paper_sgd(
       v ← momentum · v − weight_decay · ε · w − ε · g
       w ← w + v
 
-    `optax.sgd(ε, momentum)` after `add_decayed_weights` multiplies the whole velocity by ε at the end, so that it drops
-    with ε; here ε is inside v, and earlier steps keep their size. At a constant ε the two are equal.
+    `optax.sgd` after `add_decayed_weights` multiplies the velocity by ε after the accumulation, so a decay of ε
+    rescales past steps too; here each step keeps its own ε. At a constant ε the two are equal.
 
     Args:
       learning_rate: ε, or a schedule of the number of updates. A keyword `learning_rate` of `update` overrides it, so
@@ -108,7 +108,7 @@ def plateau_update(state: Plateau, validation_error: jax.Array, patience: int, m
     Args:
       validation_error: of the evaluation, a scalar.
       patience: evaluations without a new best error after which the learning rate is divided by 10.
-      max_drops: after so many divisions the learning rate stays; the paper's three.
+      max_drops: the maximum number of divisions; the paper's three.
     """
     improved = validation_error < state.best_error
     evaluations = jnp.where(improved, 0, state.evaluations_since_best + 1)
@@ -134,7 +134,7 @@ def learning_rate_at(
 
     Args:
       step: the number of updates so far.
-      plateau: the state of the decay on plateau; its n-th drop comes at step `drop_at[n − 1]` at the latest.
+      plateau: the state of the decay on plateau. From step `drop_at[n − 1]` at least n drops apply.
       warmup_steps: steps in which the rate rises linearly to `base`; 0 in the paper.
       drop_at: the steps of a fixed schedule.
       linear_steps: steps in which the rate falls linearly to zero; 0 (the paper's) for no such decay.

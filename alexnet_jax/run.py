@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from alexnet_jax import evaluation, sharding
+from alexnet_jax import inference, sharding
 from alexnet_jax.checkpoint import newest_step, read_checkpoint
 from alexnet_jax.configs import default
 from alexnet_jax.data import Examples
 from alexnet_jax.data.dataset import Dataset
 from alexnet_jax.errors import UserError, one_line
-from alexnet_jax.model import AlexNet, activations
+from alexnet_jax.model import OUTPUTS, AlexNet, activations
 from alexnet_jax.optimizer import paper_sgd
 from alexnet_jax.preprocess import Preprocess
 from alexnet_jax.runtime.files import user_path
@@ -63,15 +63,35 @@ class Run:
 
     @run_settings()
     def predict(self, images: np.ndarray, ten_crop: bool = False) -> np.ndarray:
-        """Return class probabilities [N, K] of uint8 images [N, H, W, C], as the data set has them."""
+        """Return class probabilities [N, K] of uint8 images [N, H, W, C], as the data set has them.
+
+        Raises:
+          ValueError: other images.
+        """
+        self._check(images)
         predict = partial(_predict_program(), self.params, self.preprocess, model=self.model, ten_crop=ten_crop)
         return _in_batches(predict, images, AT_A_TIME // 10 if ten_crop else AT_A_TIME)
 
     @run_settings()
     def activations(self, images: np.ndarray, layer: str = "fc7") -> np.ndarray:
-        """Return one layer's output [N, …] on the center crops of uint8 images [N, H, W, C], as `model.activations`."""
+        """Return one layer's output [N, …] on the center crops of uint8 images [N, H, W, C], as `model.activations`.
+
+        Raises:
+          ValueError: other images, or no such layer.
+        """
+        self._check(images)
+        if layer not in OUTPUTS:
+            raise ValueError(f"layer={layer!r}: expected one of {', '.join(OUTPUTS)}")
         layer_of = partial(_layer_program(), self.params, self.preprocess, model=self.model, layer=layer)
         return _in_batches(layer_of, images, AT_A_TIME)
+
+    def _check(self, images: np.ndarray) -> None:
+        shape = self.preprocess.mean.shape
+        if images.ndim != 4 or images.shape[1:] != shape or images.dtype != np.uint8:
+            expected = ", ".join(map(str, shape))
+            raise ValueError(
+                f"images {images.dtype}{[*images.shape]}: expected uint8 [N, {expected}], as the data set has"
+            )
 
     def error(self, examples: Examples, ten_crop: bool = False) -> float:
         """Return the top-1 error on some examples, as a fraction."""
@@ -81,9 +101,9 @@ class Run:
 @cache
 def _predict_program() -> Callable:
     def predict(params, preprocess, images, *, model, ten_crop):
-        return evaluation.predict(model, params, images, preprocess, ten_crop)
+        return inference.predict(model, params, images, preprocess, ten_crop)
 
-    return evaluation.jit_forward(predict, static_argnames=("model", "ten_crop"))
+    return inference.jit_forward(predict, static_argnames=("model", "ten_crop"))
 
 
 @cache
@@ -91,7 +111,7 @@ def _layer_program() -> Callable:
     def layer_of(params, preprocess, images, *, model, layer):
         return activations(model, params, preprocess.center_crop(images))[layer]
 
-    return evaluation.jit_forward(layer_of, static_argnames=("model", "layer"))
+    return inference.jit_forward(layer_of, static_argnames=("model", "layer"))
 
 
 def _in_batches(call: Callable[[np.ndarray], jax.Array], images: np.ndarray, size: int) -> np.ndarray:

@@ -17,7 +17,7 @@ from alexnet_jax.config import ConfigError, check_data
 from alexnet_jax.data.dataset import Batches, Dataset, TrainData
 from alexnet_jax.data.images import SIDE
 from alexnet_jax.errors import one_line
-from alexnet_jax.evaluation import batch_size
+from alexnet_jax.inference import batch_size
 from alexnet_jax.model import AlexNet, Stem
 from alexnet_jax.optimizer import Plateau, learning_rate_at, paper_sgd
 from alexnet_jax.preprocess import Preprocess, Statistics, fit, read_statistics

@@ -21,7 +21,7 @@ from alexnet_jax import plots, sharding
 from alexnet_jax.checkpoint import CheckpointError, Checkpoints, newest_step
 from alexnet_jax.config import as_json, check_config
 from alexnet_jax.errors import UserError, one_line
-from alexnet_jax.evaluation import Network, batch_size, evaluate
+from alexnet_jax.inference import Network, batch_size, evaluate
 from alexnet_jax.metrics import Metrics
 from alexnet_jax.optimizer import plateau_update
 from alexnet_jax.progress import Progress

@@ -105,7 +105,7 @@ def make_update(
             params = jax.tree.map(lambda w: lax.pcast(w, sharding.DATA, to="varying"), params)
             logits: Any = model.apply({"params": params}, images, train=True, rngs={"dropout": dropout_key})
             with jax.named_scope("metrics"):
-                # Both towers hold the same logits, so the mean over `tower` halves each one's share of the gradient.
+                # Both towers compute the same loss; the mean over `tower` keeps its gradient from counting twice.
                 return lax.pmean(cross_entropy(logits, labels), axes), logits
 
         (loss, logits), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)

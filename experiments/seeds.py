@@ -16,7 +16,7 @@ import optax
 
 from alexnet_jax import sharding
 from alexnet_jax.data import Batch, Examples
-from alexnet_jax.evaluation import predict
+from alexnet_jax.inference import predict
 from alexnet_jax.optimizer import Plateau
 from alexnet_jax.preprocess import Preprocess
 from alexnet_jax.train_step import TrainState, create_state, make_update, state_specs

@@ -5,6 +5,7 @@ from runners import tiny_config
 
 from alexnet_jax.config import ConfigError
 from alexnet_jax.data import DataError
+from alexnet_jax.flags import without_none
 from alexnet_jax.train import train_and_evaluate
 
 
@@ -39,3 +40,8 @@ def test_a_config_that_cannot_work_is_one_line(synthetic, tmp_path, fields, word
         train_and_evaluate(tiny_config(**fields), tmp_path / "run")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_none_returns_a_field_to_the_variants_value():
+    argv = ["main", "--config.bias=None", "--config.seed=3", "-config.lrn_alpha=None", "--config.batch_size=None"]
+    assert without_none(argv) == (["main", "--config.seed=3", "--config.batch_size=None"], ["bias", "lrn_alpha"])

@@ -146,7 +146,7 @@ def test_a_process_that_fails_alone_prints_the_reason_and_does_not_wait(syntheti
 
 
 @pytest.mark.parametrize("address,number,process,words", [
-    (None, 2, None, "--coordinator_address and --process_id is missing"),
+    (None, 2, None, "missing: --coordinator_address and --process_id;"),
     ("localhost", 2, 1, "--coordinator_address=localhost: expected HOST:PORT"),
     ("localhost:1", 2, 2, "--process_id=2: expected 0 to 1"),
 ])  # fmt: skip

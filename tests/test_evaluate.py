@@ -13,7 +13,7 @@ from alexnet_jax import evaluate as command
 from alexnet_jax.checkpoint import CheckpointError
 from alexnet_jax.data import DeviceBatches, Examples
 from alexnet_jax.evaluate import evaluate_workdirs
-from alexnet_jax.evaluation import Network, evaluate, predict
+from alexnet_jax.inference import Network, evaluate, predict
 from alexnet_jax.preprocess import fit
 from alexnet_jax.run import RunError
 from alexnet_jax.setup import build_model

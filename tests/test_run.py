@@ -91,3 +91,15 @@ def test_the_towers_influence_each_other_from_conv3_on(opened):
         "conv1", "norm1", "pool1", "conv2", "norm2", "pool2"
     }  # fmt: skip
     assert list(influence)[-1] == "fc8" and jax.tree.all(jax.tree.map(np.isfinite, influence))
+
+
+@pytest.mark.parametrize("shape, dtype", [((28, 28, 1), np.uint8), ((2, 40, 40, 1), np.uint8), ((2, 28, 28, 1), float)])
+def test_other_images_are_refused(opened, shape, dtype):
+    for call in (opened.predict, opened.activations):
+        with pytest.raises(ValueError, match=r"expected uint8 \[N, 28, 28, 1\]"):
+            call(np.zeros(shape, dtype))
+
+
+def test_an_unknown_layer_is_refused(opened):
+    with pytest.raises(ValueError, match="layer='fc9': expected one of conv1, norm1"):
+        opened.activations(np.zeros((1, 28, 28, 1), np.uint8), "fc9")

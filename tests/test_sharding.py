@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from runners import ROOT, saved_state, tiny_config
 
-from alexnet_jax import AlexNet, Stem, evaluation, paper_sgd, preprocess, sharding
+from alexnet_jax import AlexNet, Stem, inference, paper_sgd, preprocess, sharding
 from alexnet_jax.data import DeviceBatches, DeviceData, load
 from alexnet_jax.model import all_gather_towers
 from alexnet_jax.train import train_and_evaluate
@@ -33,8 +33,8 @@ def twenty_steps(mesh, examples):
     for i in range(20):
         state, metrics = step(state, data.batch(jax.random.key(5), i), jax.random.key(i))
         losses.append(float(metrics["loss"]))
-    network = evaluation.Network(MODEL, state.params, prepare)
-    tested = evaluation.evaluate([network], DeviceBatches(examples, 48, mesh), mesh=mesh)
+    network = inference.Network(MODEL, state.params, prepare)
+    tested = inference.evaluate([network], DeviceBatches(examples, 48, mesh), mesh=mesh)
     return state, losses, tested
 
 

@@ -25,7 +25,7 @@ from runners import (
     start_processes,
 )
 
-from alexnet_jax import AlexNet, Stem, evaluation, preprocess, sharding
+from alexnet_jax import AlexNet, Stem, inference, preprocess, sharding
 from alexnet_jax.configs import imagenet2012
 from alexnet_jax.data import DataError, streaming
 from alexnet_jax.data.dataset import Dataset
@@ -100,7 +100,7 @@ def test_a_batch_is_a_function_of_key_and_step_with_any_number_of_workers(builde
 def test_a_split_in_order_has_each_example_once_and_is_evaluated_as_in_memory(builder):
     images, labels = records(builder, "validation")
     mesh = sharding.make_mesh(4, 2)
-    assert evaluation.batch_size(VALIDATION, True, mesh, crops=100) == 12
+    assert inference.batch_size(VALIDATION, True, mesh, crops=100) == 12
     batches = list(streaming.StreamedBatches(builder, "validation", 12, mesh, workers=2))
     assert [len(b.labels) for b in batches] == [12, 12]
     assert batches[0].images.sharding.spec == sharding.BATCH and not batches[0].images.is_fully_replicated
@@ -110,14 +110,14 @@ def test_a_split_in_order_has_each_example_once_and_is_evaluated_as_in_memory(bu
     model = AlexNet(num_classes=3, stem=Stem(3, 1, 1), widths=(4,) * 5 + (8, 8), kernel_std=(0.4,) * 8)
     model = model.clone(num_classes=4)  # even, for two towers
     params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 28, 28, 3), np.float32))["params"]
-    network = evaluation.Network(model, params, preprocess.fit(np.stack(images), 0, 28, 0, False, False, 0.01))
-    before = evaluation._predict_program()._cache_size(), evaluation._count._cache_size()
-    streamed = evaluation.evaluate([network], batches, True, mesh)
-    assert (evaluation._predict_program()._cache_size(), evaluation._count._cache_size()) == (
+    network = inference.Network(model, params, preprocess.fit(np.stack(images), 0, 28, 0, False, False, 0.01))
+    before = inference._predict_program()._cache_size(), inference._count._cache_size()
+    streamed = inference.evaluate([network], batches, True, mesh)
+    assert (inference._predict_program()._cache_size(), inference._count._cache_size()) == (
         before[0] + 1,
         before[1] + 1,
     )
-    p = np.asarray(evaluation.predict(model, params, np.stack(images), network.preprocess, True), np.float64)
+    p = np.asarray(inference.predict(model, params, np.stack(images), network.preprocess, True), np.float64)
     assert streamed.confusion.sum() == VALIDATION
     assert streamed.top1_error == pytest.approx((p.argmax(1) != labels).mean())
     assert streamed.loss == pytest.approx(-np.log(p[np.arange(VALIDATION), labels]).mean(), rel=1e-4)

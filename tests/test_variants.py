@@ -16,6 +16,7 @@ from alexnet_jax.config import ConfigError, check_config
 from alexnet_jax.configs import fashion_mnist, imagenet2012
 from alexnet_jax.model import LAYERS
 from alexnet_jax.preprocess import Preprocess, fit
+from alexnet_jax.variants import VARIANTS as VARIANT_TABLE
 
 VARIANTS = ("paper", "source2012", "caffe")
 each_variant = pytest.mark.parametrize("variant", VARIANTS)
@@ -177,3 +178,9 @@ def test_caffe_needs_both_towers_on_one_device():
     look = jax.vmap(network.init, in_axes=(None, None), axis_name="tower", axis_size=2)
     with pytest.raises(ValueError, match="both towers"):
         jax.eval_shape(look, jax.random.key(0), images_of(40))
+
+
+def test_an_unknown_operation_of_a_variant_is_refused(monkeypatch):
+    monkeypatch.setitem(VARIANT_TABLE, "mine", VARIANT_TABLE["paper"]._replace(conv1="relu foo pool"))
+    with pytest.raises(ValueError, match="conv1='relu foo pool': unknown operation 'foo'; expected some of"):
+        SMALL.clone(variant="mine").init(jax.random.key(0), images_of(36))

@@ -36,7 +36,7 @@ OPS = Ops()
 # XLA's own operations with autodiff's gradients: `jax.jvp`, `jax.hessian` and XLA's partitioner work on them.
 PLAIN = Ops(plain.conv, plain.max_pool, plain.local_response_norm, plain.spatial_response_norm)
 
-# One kernel each way for the operations between two convolutions, which are most of a step's memory traffic on a GPU.
+# One kernel forward and one backward for the operations between two convolutions: most of the memory traffic on a GPU.
 CUDA = OPS._replace(relu_lrn_pool=relu_lrn_pool.relu_lrn_pool)
 
 

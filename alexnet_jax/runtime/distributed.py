@@ -50,7 +50,7 @@ def start(
         return
     if 0 < len(missing) < len(flags):
         raise DistributedError(
-            f"{' and '.join(missing)} is missing: give all of {', '.join(flags)}, or none of them on Slurm, Kubernetes "
+            f"missing: {' and '.join(missing)}; give all of {', '.join(flags)}, or none of them on Slurm, Kubernetes "
             "or a TPU pod"
         )
     if not missing and not 0 <= process_id < num_processes:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from alexnet_jax import AlexNet, paper_sgd
-from alexnet_jax.evaluation import jit_forward, predict
+from alexnet_jax.inference import jit_forward, predict
 from alexnet_jax.train_step import create_state, make_train_step
 from experiments import measure
 

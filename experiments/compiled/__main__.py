@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from alexnet_jax import AlexNet, paper_sgd, sharding
 from alexnet_jax.data.batch import Batch
 from alexnet_jax.errors import UserError
-from alexnet_jax.evaluation import predict
+from alexnet_jax.inference import predict
 from alexnet_jax.model import LAYERS
 from alexnet_jax.ops import CUDA, OPS
 from alexnet_jax.preprocess import Preprocess

@@ -5,6 +5,7 @@ lists what each step did. `--data_dir` holds TFDS's Fashion-MNIST and CIFAR-10.
 """
 
 import argparse
+import atexit
 import datetime
 import json
 import os
@@ -14,6 +15,8 @@ import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
+
+import jax
 
 from alexnet_jax.runtime.files import write_json
 
@@ -74,7 +77,7 @@ def start(step: Step, budget: float, workdir: Path, data_dir: str, quick: bool) 
     arguments = [argument.format(**values) for argument in (*step.command, *(step.quick if quick else ()))]
     command = [sys.executable, "-m", *arguments, f"--workdir={folder}"]
     print(f"\n{step.name}, {budget:.0f} s: {' '.join(command[2:])}", flush=True)
-    environment = os.environ | {"PYTHONUNBUFFERED": "1", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     with open(folder / "log.txt", "w") as log:
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
@@ -82,15 +85,22 @@ def start(step: Step, budget: float, workdir: Path, data_dir: str, quick: bool) 
     return process, command[2:]
 
 
+def stop(processes: list[subprocess.Popen]) -> None:
+    """Kill the steps that are still running, with their own processes."""
+    for process in processes:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
 def finish(process: subprocess.Popen, seconds: float) -> str:
     """Wait for a step, and stop it when its seconds are over; what became of it."""
     outcome = "ended"
-    for stop, then in ((signal.SIGTERM, "stopped at the end of its budget"), (signal.SIGKILL, "killed after it")):
+    for number, then in ((signal.SIGTERM, "stopped at the end of its budget"), (signal.SIGKILL, "killed after it")):
         try:
-            process.wait(max(0.1, seconds) if stop == signal.SIGTERM else GRACE_S)
+            process.wait(max(0.1, seconds) if number == signal.SIGTERM else GRACE_S)
         except subprocess.TimeoutExpired:
             outcome = then
-            os.killpg(process.pid, stop)
+            os.killpg(process.pid, number)
     process.wait()
     return outcome
 
@@ -108,6 +118,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it works")
     flags = parser.parse_args()
     only = flags.only.split(",")
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the memory belongs to the steps
+    if not flags.quick and jax.default_backend() != "gpu":
+        sys.exit("Error: JAX finds no GPU here; --quick shows on a CPU that the steps work")
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     if unknown := set(only) - set(names):
         sys.exit(f"Error: --only: unknown step {min(unknown)!r}; expected some of {', '.join(names)}")
     end = time.monotonic() + flags.budget
@@ -120,6 +134,7 @@ def main() -> None:
             record["steps"] |= {step.name: {"outcome": f"skipped: {left:.0f} s were left"} for step in group}
             continue
         running = [(step, *start(step, budget, flags.workdir, flags.data_dir, flags.quick)) for step in group]
+        atexit.register(stop, [process for _, process, _ in running])
         for step, process, command in running:
             outcome = finish(process, begin + budget - time.monotonic())
             record["steps"][step.name] = {
