@@ -13,12 +13,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 from jax import lax
 
 from alexnet_jax.errors import UserError, one_line
 from alexnet_jax.runtime import distributed
+from alexnet_jax.runtime.imports import import_quietly
+
+ocp = import_quietly("orbax.checkpoint")
 
 log = logging.getLogger(__name__)
 

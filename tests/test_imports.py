@@ -7,7 +7,7 @@ import synthetic_data
 from runners import ROOT
 
 CODE = """
-import pkgutil, signal, sys, warnings
+import logging, pkgutil, signal, sys, warnings
 import matplotlib
 before = (matplotlib.get_backend(auto_select=False), [*sys.warnoptions], [*warnings.filters], sys.unraisablehook,
           signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
@@ -22,6 +22,7 @@ assert not xla_bridge.backends_are_initialized()
 assert before[0] == matplotlib.get_backend(auto_select=False)
 assert before[1] == sys.warnoptions and before[3] == sys.unraisablehook
 assert before[4:] == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+assert logging.root.handlers == [] and logging.root.level == logging.WARNING
 assert not FLAGS.is_parsed() and "workdir" not in FLAGS
 assert "matplotlib.pyplot" not in sys.modules and "tensorflow" not in sys.modules
 from alexnet_jax import data

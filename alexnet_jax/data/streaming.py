@@ -16,7 +16,6 @@ from multiprocessing import resource_tracker, shared_memory
 from pathlib import Path
 
 import cv2
-import grain
 import jax
 import numpy as np
 import tensorflow_datasets as tfds
@@ -37,7 +36,10 @@ from alexnet_jax.data.source import (
     unreadable,
 )
 from alexnet_jax.runtime.files import raise_open_files_limit
+from alexnet_jax.runtime.imports import import_quietly
 from alexnet_jax.runtime.workers import MAIN_GUARD, available_cores, start_worker
+
+grain = import_quietly("grain")
 
 AHEAD = 2  # batches on the devices beyond the one that is requested
 MAX_WORKERS = 16
