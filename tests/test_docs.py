@@ -1,6 +1,7 @@
 """The README and the docs: Python examples are executed; commands, config fields, paths and links must exist.
 
-`<!-- needs: SOMETHING -->` directly above a block marks a block that the tests cannot run; they check its flags.
+`<!-- needs: SOMETHING -->` directly above a block marks a block that is not run here; its modules, flags and fields are
+checked, and other tests run the same commands on less data.
 """
 
 import doctest
