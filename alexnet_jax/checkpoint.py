@@ -142,9 +142,14 @@ class Checkpoints:
     processes all of them call every method, and each writes and reads its own part of the arrays.
     """
 
-    def __init__(self, folder: Path, keep: int = 3):
-        """Create the folder if necessary; raises CheckpointError if it cannot be written."""
+    def __init__(self, folder: Path, keep: int = 3, others: tuple[Path, ...] = ()):
+        """Create the folder if necessary; raises CheckpointError if it cannot be written.
+
+        Args:
+          others: further folders with checkpoints of the run, for the message of a save that fails.
+        """
         self.folder = Path(folder).absolute()
+        self._folders = (self.folder, *others)
         self._writing = 0  # the step of the last save
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         try:
@@ -178,7 +183,7 @@ class Checkpoints:
         except jax.errors.JaxRuntimeError:  # an error of the devices or of another process, not of the disk
             raise
         except Exception as error:  # Orbax and TensorStore wrap a full disk in several types
-            newest = newest_step(self.folder)
+            newest = max((step for folder in self._folders if (step := newest_step(folder)) is not None), default=None)
             kept = "there is no earlier checkpoint" if newest is None else f"the last good checkpoint is step {newest}"
             raise CheckpointError(
                 f"the checkpoint of step {self._writing} could not be written to {self.folder}: "

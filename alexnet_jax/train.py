@@ -95,7 +95,8 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path) -
         with claimed(workdir, values):
             if (result := read_result(workdir, " when it is locked")) is not None:  # another run has just finished
                 return _report(result, workdir)
-            checkpoints, unvalidated = Checkpoints(workdir / CHECKPOINTS), Checkpoints(workdir / UNVALIDATED, keep=1)
+            checkpoints = Checkpoints(workdir / CHECKPOINTS)
+            unvalidated = Checkpoints(workdir / UNVALIDATED, keep=1, others=(checkpoints.folder,))
             state = create_state(run.model, run.optimizer, run.preprocess.image_shape, run.seed, run.mesh)
             images_per_s = 0.0
             checkpoint, validated = _restore(checkpoints, unvalidated, state)

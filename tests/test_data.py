@@ -17,7 +17,8 @@ import pytest
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
-from runners import CIFAR10, ROOT, encoded, photograph
+from runners import CIFAR10, ROOT
+from synthetic_data import encoded, photograph
 
 from alexnet_jax import data, sharding
 from alexnet_jax.data import DataError, fashion_mnist

@@ -6,6 +6,7 @@ import signal
 import jax
 import numpy as np
 import pytest
+import synthetic_data
 from runners import (
     ENVIRONMENT,
     TINY,
@@ -135,9 +136,9 @@ def test_slurms_tasks_are_detected_and_a_mesh_without_some_of_their_devices_is_r
 
 def test_a_process_that_fails_alone_prints_the_reason_and_does_not_wait(synthetic, tmp_path):
     (tmp_path / "file").write_text("")
-    other, failing = start_processes(
-        tmp_path / "run", *FLAGS, *ONE_DEVICE_EACH, environments=({}, {"TFDS_DATA_DIR": str(tmp_path / "file")})
-    )
+    flags = [flag for flag in FLAGS if not flag.startswith("--config.data_dir=")]
+    folders = [{"TFDS_DATA_DIR": str(folder)} for folder in (synthetic_data.DATA_DIR, tmp_path / "file")]
+    other, failing = start_processes(tmp_path / "run", *flags, *ONE_DEVICE_EACH, environments=folders)
     codes, outputs = end([failing], within=60)
     other.kill()  # it would end when the heartbeats have stopped for 30 s
     other.communicate()

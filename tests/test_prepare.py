@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
-from runners import ROOT, SHARD, encoded, files_of, photograph
+from runners import ROOT, SHARD, files_of
+from synthetic_data import encoded, photograph
 
 from alexnet_jax import data
 from alexnet_jax.configs import imagenet2012
