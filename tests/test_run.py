@@ -45,7 +45,7 @@ def test_equal_calls_compile_once_and_an_empty_batch_is_empty(trained, opened):
     opened.predict(images), opened.activations(images, "conv5")
     compiled = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run.evaluation, "predict", lambda *arguments: compiled.append("predict"))
+        patch.setattr(run.inference, "predict", lambda *arguments: compiled.append("predict"))
         patch.setattr(run, "activations", lambda *arguments: compiled.append("activations"))
         for same in (opened, again):
             assert same.predict(images).shape == (17, 10)
