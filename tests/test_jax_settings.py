@@ -17,7 +17,7 @@ SETTINGS = {
 }
 
 
-def test_a_run_is_the_same_under_any_settings_and_is_read_under_others(fashion_mnist, tmp_path):
+def test_a_run_is_the_same_under_any_settings_and_is_read_under_others(synthetic, tmp_path):
     steps = ("--config.num_train_steps=10", "--config.mesh.data=1")
     for name, environment in (("usual", {}), ("other", SETTINGS)):
         code, output = run_main(tmp_path / name, *TINY, *steps, env=ENVIRONMENT | environment)

@@ -65,7 +65,7 @@ def test_a_signal_saves_a_checkpoint_and_a_corrupt_one_falls_back(uninterrupted,
     ("epoch 0.50", ("--config.train_split=train[:100]", "--config.test_split=train", "--config.ten_crop=True")),
     ("device ", ()),
 ])  # fmt: skip
-def test_a_signal_in_the_set_up_or_the_test_stops_at_once_and_resumes(fashion_mnist, tmp_path, line, flags):
+def test_a_signal_in_the_set_up_or_the_test_stops_at_once_and_resumes(synthetic, tmp_path, line, flags):
     one_step = (*TINY, "--config.num_train_steps=1", "--config.log_every=1", *flags)
     process = start_main(tmp_path, *one_step)
     follow(process, line)

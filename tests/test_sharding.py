@@ -90,7 +90,7 @@ def test_a_gather_in_conv2_is_found():
     assert ("conv2", "tower") not in {(c["layer"], c["axis"]) for c in expected}
 
 
-def test_a_checkpoint_goes_on_on_any_other_mesh(fashion_mnist, tmp_path):
+def test_a_checkpoint_resumes_on_any_other_mesh(synthetic, tmp_path):
     def run(folder, data, tower):
         config = tiny_config(num_train_steps=8, batch_size=48, eval_every=4)
         config.mesh.data, config.mesh.tower = data, tower
