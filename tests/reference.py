@@ -147,6 +147,28 @@ def max_pool_gradient(x, g, window=3, stride=2):
 # Objective, dropout and the update (sections 3.5, 4.2 and 5).
 
 
+def relu_lrn_pool(x, dy, towers, k, n, alpha, beta):
+    """ReLU, LRN within each tower, and 3×3 max pooling of stride 2: the result, and the gradient for dy."""
+    x, dy = np.asarray(x, np.float64), np.asarray(dy, np.float64)
+    batch, height, width, channels = x.shape
+    number = np.arange(channels)
+    near = abs(number[:, None] - number) <= n // 2
+    near &= (number[:, None] // (channels // towers)) == (number // (channels // towers))
+    a = np.maximum(x, 0)
+    s = k + alpha * (a**2 @ near)
+    b = a * s**-beta
+    y, d = np.empty(dy.shape), np.zeros(x.shape)
+    image, channel = np.ix_(np.arange(batch), number)
+    for row in range(dy.shape[1]):
+        for column in range(dy.shape[2]):
+            taps = b[:, 2 * row : 2 * row + 3, 2 * column : 2 * column + 3].reshape(batch, 9, channels)
+            winner = taps.argmax(1)
+            y[:, row, column] = taps.max(1)
+            d[image, 2 * row + winner // 3, 2 * column + winner % 3, channel] += dy[:, row, column]
+    da = d * s**-beta - 2 * alpha * beta * a * ((d * a * s ** (-beta - 1)) @ near)
+    return y, np.where(x > 0, da, 0)
+
+
 def softmax(logits):
     (logits,) = _float64(logits)
     p = np.exp(logits - logits.max(-1, keepdims=True))

@@ -14,8 +14,8 @@ from experiments.seeds import Runs, Task
 
 
 @pytest.fixture
-def task(fashion_mnist):
-    train = data.load(fashion_mnist, "train[:120]")
+def task(synthetic):
+    train = data.load(synthetic, "train[:120]")
     model = AlexNet(num_classes=10, stem=(3, 1, 1), widths=(4, 8, 8, 8, 8, 16, 16), kernel_std=(0.3,) * 8)
     preprocess = fit(train.images, pad=1, crop=28, resize=0, flip=True, lighting=False, scale=1 / 70)
     return Task(model, paper_sgd(), preprocess, partial(learning_rate_at, base=0.02), train, batch_size=50)
