@@ -16,7 +16,6 @@ class Variant(NamedTuple):
     `contrast_norm` (the spatial normalization of the original code) and `pool`.
     """
 
-    image_size: int = 224  # side of the crop from a 256×256 image
     ceil_mode: bool = True  # conv1's output size is rounded up: zeros are added at the right and bottom edge
     conv1: str = "relu lrn pool"
     conv2: str = "relu lrn pool"
@@ -44,7 +43,6 @@ VARIANTS = {
     ),
     # Caffe's models/bvlc_alexnet, which most weights in circulation come from.
     "caffe": Variant(
-        image_size=227,
         ceil_mode=False,
         lrn=(1.0, 5, 1e-4 / 5, 0.75),
         lrn_across_towers=True,

@@ -23,6 +23,7 @@ TRAINING = {
         lighting_divisor=1.1,
     ),
     "caffe": dict(
+        image_size=227,
         batch_size=256,
         bias_rate=2.0,
         bias_decay=0.0,
@@ -44,6 +45,5 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
     c.test_split = "validation"
     c.streaming = True
     c.variant = variant
-    c.image_size = VARIANTS[variant].image_size
     c.update(TRAINING[variant])
     return c
