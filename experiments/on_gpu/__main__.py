@@ -118,12 +118,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it works")
     flags = parser.parse_args()
     only = flags.only.split(",")
-    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the memory belongs to the steps
-    if not flags.quick and jax.default_backend() != "gpu":
-        sys.exit("Error: JAX finds no GPU here; --quick shows on a CPU that the steps work")
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     if unknown := set(only) - set(names):
         sys.exit(f"Error: --only: unknown step {min(unknown)!r}; expected some of {', '.join(names)}")
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the memory belongs to the steps
+    if not flags.quick and jax.default_backend() != "gpu":
+        sys.exit("Error: JAX finds no GPU here; --quick shows on a CPU that the steps work")
     end = time.monotonic() + flags.budget
     record: dict = {"date": f"{datetime.date.today()}", "budget_s": flags.budget, "quick": flags.quick, "steps": {}}
     groups = [chosen for group in GROUPS if (chosen := [step for step in group if step.name in only])]
