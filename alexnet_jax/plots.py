@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from alexnet_jax.runtime.files import read_json_lines, replaced
 
-_text = matplotlib.rc_context({"text.usetex": False})  # names are text, whatever the user's matplotlibrc says
+_text = matplotlib.rc_context({"text.usetex": False})  # names are text, also if the user's matplotlibrc sets LaTeX
 
 
 def tile(kernels: np.ndarray, columns: int, limits: tuple[float, float] | None = None) -> np.ndarray:

@@ -22,7 +22,7 @@ class Dataset:
 
     Attributes:
       builder: of TFDS, as `data.open_builder` returns it.
-      streaming: read from files by worker processes; False: each split that is used lies on every device.
+      streaming: read from files by worker processes; False: each split that is used is copied to every device.
       workers: the processes that decode what is streamed; 0 for one per core, at most 16.
     """
 

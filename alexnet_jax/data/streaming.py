@@ -57,7 +57,7 @@ class _Buffer:
         self._images = np.empty(shape, np.uint8)
 
     def __getitem__(self, part: int) -> np.ndarray:
-        """Return the memory, uint8 [rows, H, W, C], whatever the part."""
+        """Return the memory, uint8 [rows, H, W, C], the same for every part."""
         return self._images
 
     wait = __getitem__
@@ -312,7 +312,7 @@ def _on_devices(
 
 
 def _rows(mesh: Mesh, batch_size: int) -> np.ndarray:
-    """Return the rows of a batch that lie on devices of this process."""
+    """Return the rows of a batch that are on devices of this process."""
     parts = NamedSharding(mesh, sharding.BATCH).addressable_devices_indices_map((batch_size,)).values()
     return np.unique(np.concatenate([np.arange(batch_size)[index] for (index,) in parts]))
 

@@ -1,4 +1,4 @@
-"""JAX's settings that a run does not depend on, whatever the user's environment says."""
+"""Settings of JAX that a run fixes, so that it does not depend on the user's environment."""
 
 import contextlib
 from collections.abc import Iterator

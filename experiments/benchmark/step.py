@@ -59,7 +59,7 @@ def run(setting: Setting) -> dict[str, Any]:
 
 
 def _case(setting: Setting, which: str, dtype: str, batch: int, peer: Peer | None) -> dict[str, Any] | None:
-    """Return the record of one case; None if it fails, for want of memory, and the other cases are kept."""
+    """Return the record of one case; None if it fails, for example out of memory; the other cases are kept."""
     model, peak = setting.model.clone(dtype=jnp.dtype(dtype)), measure.Peak()
     try:
         call = (training_step if which == "training" else inference)(model, batch, setting.shape)
