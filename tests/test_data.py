@@ -219,7 +219,7 @@ def pngs(count=4, mode="RGB", size=(32, 32)):
 @pytest.mark.parametrize("options,words", [
     ({"feature": tfds.features.Image(shape=(32, 32, 1), dtype=np.uint16, encoding_format="png")}, "uint16 with 1 chan"),
     ({"feature": tfds.features.Image(shape=(32, 32, 4), encoding_format="png")}, "uint8 with 4 channels; expected"),
-    ({"keys": ("picture", "label")}, "picture, label; expected image and label"),
+    ({"keys": ("picture", "label")}, "label, picture; expected image and label"),
     ({"keys": ("image", "class")}, "expected image and label"),
     ({"label": tfds.features.Scalar(np.int64)}, "feature label is Scalar; expected tfds.features.ClassLabel"),
 ])  # fmt: skip

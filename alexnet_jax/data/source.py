@@ -128,7 +128,7 @@ def check_features(builder: tfds.core.DatasetBuilder, prepared: bool = True) -> 
     """
     features, name = builder.info.features, builder.name
     if not {"image", "label"} <= set(features):
-        raise DataError(f"{name} has the features {', '.join(features)}; expected image and label")
+        raise DataError(f"{name} has the features {', '.join(sorted(features))}; expected image and label")
     image, label = features["image"], features["label"]
     if not isinstance(image, tfds.features.Image):
         raise DataError(f"{name}: its feature image is {type(image).__name__}; expected tfds.features.Image")
