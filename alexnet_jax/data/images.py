@@ -12,6 +12,7 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
 SIDE = 256
+RESIZINGS = ("fit", "torchvision", "caffe")  # how `read_image` gives a file the shape of a data set's images
 # Chroma is stored at half resolution, Pillow's default: faster to decode, and at 90 above 36 dB.
 JPEG_QUALITY = 90
 BITS_PER_SAMPLE = 258  # TIFF's tag

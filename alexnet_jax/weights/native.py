@@ -1,0 +1,103 @@
+"""This project's file of weights: one .safetensors with the parameters, the mean, and the description as JSON."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from alexnet_jax.errors import one_line
+from alexnet_jax.model import AlexNet, Stem
+from alexnet_jax.preprocess import Preprocess
+from alexnet_jax.runtime.files import replaced
+from alexnet_jax.weights.description import Params, Source, Weights, WeightsError
+
+KEY = "alexnet_jax"  # of the metadata
+NETWORK = (
+    "num_classes", "variant", "stem", "widths", "towers", "activation", "lrn", "lrn_alpha", "pool_window", "dropout",
+    "kernel_std", "bias",
+)  # fmt: skip
+MEAN, LIGHTING = "preprocess.mean", ("preprocess.lighting_factors", "preprocess.lighting_directions")
+STATIC = tuple(f.name for f in fields(Preprocess) if not f.metadata.get("pytree_node", True))
+OTHERS = ("resizing", "ten_crop", "class_names", "dataset", "test_split")
+
+
+def write_native(weights: Weights, path: Path) -> None:
+    """Write weights to a .safetensors file, the complete file or nothing; raises OSError."""
+    preprocess = weights.preprocess
+    tensors = {f"{layer}.{name}": x for layer, arrays in weights.params.items() for name, x in arrays.items()}
+    tensors[MEAN] = np.asarray(preprocess.mean, np.float32)
+    if preprocess.lighting is not None:
+        tensors |= zip(LIGHTING, (np.asarray(x, np.float32) for x in preprocess.lighting), strict=True)
+    description = {
+        "network": {name: getattr(weights.model, name) for name in NETWORK}
+        | {"dtype": jnp.dtype(weights.model.dtype).name},
+        "preprocess": {name: getattr(preprocess, name) for name in STATIC},
+        **{name: getattr(weights, name) for name in OTHERS},
+        "source": weights.source._asdict(),
+    }
+    with replaced(path) as temporary:
+        contiguous = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
+        save_file(contiguous, temporary, metadata={"format": "np", KEY: json.dumps(description)})
+
+
+def is_native(metadata: Mapping[str, str] | None) -> bool:
+    """Return whether the metadata of a .safetensors file is that of `write_native`."""
+    return KEY in (metadata or {})
+
+
+def read_native(path: Path) -> Weights:
+    """Return the weights of a file that `write_native` wrote.
+
+    Raises:
+      WeightsError: another file, or a corrupt one.
+      OSError: the file cannot be read.
+    """
+    try:
+        with safe_open(path, framework="np") as file:
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is not a dict
+    except (SafetensorError, TypeError, KeyError) as error:
+        raise WeightsError(f"{path} is not a .safetensors file: {one_line(error)}") from None
+    if not is_native(metadata):
+        raise WeightsError(f"{path} holds no description of a network ({KEY})")
+    try:
+        return _weights(json.loads(metadata[KEY]), tensors)
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{path}: its description is corrupt: {one_line(error)}") from None
+
+
+def _weights(description: dict[str, Any], tensors: dict[str, np.ndarray]) -> Weights:
+    network = description["network"]
+    mean = tensors.pop(MEAN)
+    lighting = tuple(tensors.pop(name) for name in LIGHTING) if LIGHTING[0] in tensors else None
+    params: Params = {}
+    for key, x in tensors.items():
+        layer, name = key.split(".")
+        params.setdefault(layer, {})[name] = x
+    names = description["class_names"]
+    return Weights(
+        model=AlexNet(
+            **{name: _hashable(network[name]) for name in NETWORK if name != "stem"},
+            stem=Stem(*network["stem"]),
+            dtype=jnp.dtype(network["dtype"]),
+        ),
+        params=params,
+        preprocess=Preprocess(
+            mean=mean, lighting=lighting, **{name: description["preprocess"][name] for name in STATIC}
+        ),
+        source=Source(**description["source"]),
+        **{name: description[name] for name in OTHERS if name != "class_names"},
+        class_names=None if names is None else tuple(names),
+    )
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
