@@ -12,7 +12,7 @@ from functools import cache, partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import export, lax
 
 from alexnet_jax.ops.space_to_depth import space_to_depth, zero_pad
 
@@ -117,6 +117,8 @@ _convolve.defvjp(_convolve_forward, _convolve_backward)
 
 def pays(x: jax.Array, kernel: jax.Array, stride: int) -> bool:
     """Return whether the convolution of images [B, H, W, I] by an HWIO kernel is faster this way, on a CPU."""
+    if export.is_symbolic_dim(x.shape[0]):
+        return False  # conv1's batch is computed in parts, whose number is then unknown
     # Products saved, I · O, against sums added, I + O: the paper's layers gain from 32 times as many products, the
     # compact network's conv2 loses at 11, and smaller convolutions gain nothing and compile for twice as long.
     size, _, channels, features = kernel.shape
