@@ -34,16 +34,20 @@ def write_native(weights: Weights, path: Path) -> None:
     tensors[MEAN] = np.asarray(preprocess.mean, np.float32)
     if preprocess.lighting is not None:
         tensors |= zip(LIGHTING, (np.asarray(x, np.float32) for x in preprocess.lighting), strict=True)
-    description = {
+    with replaced(path) as temporary:
+        contiguous = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
+        save_file(contiguous, temporary, metadata={"format": "np", KEY: json.dumps(describe(weights))})
+
+
+def describe(weights: Weights) -> dict[str, Any]:
+    """Return all but the arrays of some weights, in JSON's types."""
+    return {
         "network": {name: getattr(weights.model, name) for name in NETWORK}
         | {"dtype": jnp.dtype(weights.model.dtype).name},
-        "preprocess": {name: getattr(preprocess, name) for name in STATIC},
+        "preprocess": {name: getattr(weights.preprocess, name) for name in STATIC},
         **{name: getattr(weights, name) for name in OTHERS},
         "source": weights.source._asdict(),
     }
-    with replaced(path) as temporary:
-        contiguous = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
-        save_file(contiguous, temporary, metadata={"format": "np", KEY: json.dumps(description)})
 
 
 def is_native(metadata: Mapping[str, str] | None) -> bool:
