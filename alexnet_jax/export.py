@@ -74,7 +74,9 @@ def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m alexnet_jax.export", description=__doc__.splitlines()[0])
     parser.add_argument("weights", metavar="RUN_OR_FILE", help="a run's workdir, or a file of weights")
-    parser.add_argument("out", metavar="OUT", help="the file to write; its suffix is its format: " + ", ".join(SUFFIXES))
+    parser.add_argument(
+        "out", metavar="OUT", help="the file to write; its suffix is its format: " + ", ".join(SUFFIXES)
+    )
     parser.add_argument("--keys", choices=("torch",), default="", help="the keys and layout of torchvision's alexnet")
     parser.add_argument(
         "--with_preprocessing", action="store_true",

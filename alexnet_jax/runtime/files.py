@@ -39,10 +39,15 @@ def user_path(path: str | Path, name: str) -> Path:
 
 @contextlib.contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """Yield a temporary path next to `path`; it replaces `path` when the block ends without an exception."""
+    """Yield a temporary path next to `path`; it replaces `path` when the block ends, and is removed if it raises."""
     temporary = path.with_name(f"{path.name}.tmp")
-    yield temporary
-    temporary.replace(path)
+    try:
+        yield temporary
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def finite(value: Any) -> Any:
