@@ -26,8 +26,9 @@ def load_weights(path: Path) -> Weights:
         return read_native(path)
     run = open_run(path)
     return Weights(
-        run.model, jax.device_get(run.params), run.preprocess, class_names=tuple(run.names), ten_crop=run.config.ten_crop,
-        dataset=run.config.dataset, test_split=run.config.test_split, source=Source("run", str(path)),
+        run.model, jax.device_get(run.params), run.preprocess, class_names=tuple(run.names),
+        ten_crop=run.config.ten_crop, dataset=run.config.dataset, test_split=run.config.test_split,
+        source=Source("run", str(path)),
     )  # fmt: skip
 
 

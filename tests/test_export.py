@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from alexnet_jax import VARIANTS, AlexNet, Stem
-from alexnet_jax.export import export
+from alexnet_jax.export import export, main
 from alexnet_jax.preprocess import Preprocess
 from alexnet_jax.weights import Source, Weights, WeightsError, read_native
 from alexnet_jax.weights.to_onnx import onnx_model
@@ -171,7 +171,7 @@ def test_stablehlo_runs_without_this_package(network, with_preprocessing, tmp_pa
 
 
 def torch_weights(**fields):
-    """Weights of torchvision's shapes; fc6 and fc7 hold few different numbers, to be quick."""
+    """Return random weights of torchvision's shapes and mean."""
     mean = 255 * TORCH_MEAN
     fields = {"variant": "torchvision", "num_classes": 5, "crop": 224, "side": 224, "mean": mean, **fields}
     return random_weights(**fields)
@@ -223,7 +223,7 @@ def test_torchvision_computes_the_same_logits(tmp_path):
 
 
 @pytest.mark.parametrize("fields,words", [
-    (dict(variant="caffe", stem=Stem(11, 4, 2)), "torchvision's alexnet has variant='torchvision', and this network 'caffe'"),
+    (dict(variant="caffe", stem=Stem(11, 4, 2)), "has variant='torchvision', and this network 'caffe'"),
     (dict(widths=WIDTHS), r"has widths=\(64, 192, 384, 256, 256, 4096, 4096\), and this network \(8, 12"),
     (dict(activation="tanh"), "has activation='relu', and this network 'tanh'"),
     (dict(channels=1, mean=None), r"has a kernel \[11, 11, 3, 64\] in conv1, and this network \[11, 11, 1, 64\]"),
@@ -237,6 +237,7 @@ def test_torch_keys_are_for_the_network_of_torchvision(fields, words, tmp_path):
 
 
 def run_export(*arguments):
+    """Run the command: (exit code, stdout, stderr)."""
     done = subprocess.run(
         [sys.executable, "-m", "alexnet_jax.export", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
         timeout=300,
@@ -265,7 +266,7 @@ def test_a_run_is_exported(trained, tmp_path):
     assert code == 0 and not error
 
 
-def test_bad_input_is_one_line(trained, tmp_path):
+def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "folder.onnx").mkdir()
     (tmp_path / "text.safetensors").write_text("not weights")
     weights = random_weights(**NETWORKS["gray"])
@@ -290,8 +291,11 @@ def test_bad_input_is_one_line(trained, tmp_path):
         ((tmp_path, tmp_path / "a.onnx"), str(tmp_path)),
     ]
     for arguments, words in cases:
-        code, output, error = run_export(*arguments)
-        assert (code, output) == (1, "") and error.startswith("Error: ") and error.count("\n") == 1, error
-        assert words in error
+        monkeypatch.setattr(sys, "argv", ["export", *map(str, arguments)])
+        with pytest.raises(SystemExit) as error:
+            main()
+        message = error.value.code
+        assert message.startswith("Error: ") and words in message and "\n" not in message, message
+    assert capsys.readouterr() == ("", "")
     assert good.read_bytes() == content
     assert not list(tmp_path.glob("a.*"))

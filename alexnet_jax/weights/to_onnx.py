@@ -99,8 +99,9 @@ def _center_crop(graph: _Graph, preprocess: Preprocess, x: str) -> str:
 
     x = graph.add("Cast", [x], "pixels", to=TensorProto.FLOAT)
     if kept != [(0, size) for size in sizes]:
-        limits = [graph.constant(f"crop.{k}", np.array(v)) for k, v in zip(("starts", "ends"), zip(*kept, strict=True))]
-        x = graph.add("Slice", [x, *limits, graph.constant("crop.axes", np.array([1, 2]))], "crop")
+        limits = {"starts": [top, left], "ends": [bottom, right], "axes": [1, 2]}
+        constants = [graph.constant(f"crop.{name}", np.array(values)) for name, values in limits.items()]
+        x = graph.add("Slice", [x, *constants], "crop")
     mean = np.asarray(preprocess.mean, np.float32)[top:bottom, left:right]
     x = graph.add("Sub", [x, graph.constant("mean", mean)], "centered")
     x = graph.add("Transpose", [x], "nchw", perm=[0, 3, 1, 2])

@@ -15,7 +15,7 @@ KEYS = {
     "fc6": "classifier.1", "fc7": "classifier.4", "fc8": "classifier.6",
 }  # fmt: skip
 FIELDS = ("variant", "stem", "widths", "towers", "activation", "pool_window")
-DEVIATION = 255 * np.array([0.229, 0.224, 0.225])  # of torchvision's inputs, for pixels in 0 to 255
+DEVIATION = np.array((58.395, 57.12, 57.375))  # of torchvision's images, pixels in 0 to 255
 
 
 def write_torch(weights: Weights, path: Path) -> None:
@@ -57,7 +57,7 @@ def state_dict(weights: Weights) -> dict[str, np.ndarray]:
             raise WeightsError(
                 f"torchvision's alexnet has a kernel {list(expected_shape)} in {layer}, and this network {list(shape)}"
             )
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
     for layer, key in KEYS.items():
         kernel, bias = weights.params[layer]["kernel"], weights.params[layer]["bias"]
         if layer == "conv1":
