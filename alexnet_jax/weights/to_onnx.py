@@ -176,9 +176,10 @@ def _lrn(graph: _Graph, model: AlexNet, x: str, name: str) -> str:
 def _contrast_norm(graph: _Graph, size: int, scale: float, power: float, min_div: float, x: str, name: str) -> str:
     """Add b = a / (minDiv + scale · mean(a²))^power, the mean over size×size pixels with zeros past the edges."""
     square = graph.add("Mul", [x, x], f"{name}.square")
-    mean = graph.add(
-        "AveragePool", [square], f"{name}.mean", kernel_shape=[size] * 2, pads=[size // 2] * 4, count_include_pad=1
-    )
+    # The zeros are not those of AveragePool, which OpenCV 4 leaves out of the mean.
+    pads = graph.constant(f"{name}.pads", np.array([0, 0, size // 2, size // 2] * 2))
+    square = graph.add("Pad", [square, pads], f"{name}.padded")
+    mean = graph.add("AveragePool", [square], f"{name}.mean", kernel_shape=[size] * 2)
     scaled = graph.add("Mul", [mean, graph.scalar(f"{name}.scale", scale)], f"{name}.scaled")
     base = graph.add("Add", [scaled, graph.scalar(f"{name}.min_div", min_div)], f"{name}.base")
     divisor = graph.add("Pow", [base, graph.scalar(f"{name}.power", power)], f"{name}.divisor")
