@@ -54,6 +54,19 @@ def test_a_cpu_uses_it_for_layers_that_are_faster_with_it(batch, side, shape, st
     assert "convolution" in on_gpu.as_text()
 
 
+def test_jax_export_takes_a_symbolic_batch():
+    random = np.random.default_rng(4)
+    x, w = (random.standard_normal(shape).astype(np.float32) for shape in ((3, 13, 13, 192), (3, 3, 192, 128)))
+    assert winograd.pays(x, w, 1)
+    (batch,) = jax.export.symbolic_shape("batch")
+    convolution = jax.export.export(jax.jit(lambda x: ops.conv(x, w, 1, ((1, 1), (1, 1)))), platforms=("cpu", "cuda"))(
+        jax.ShapeDtypeStruct((batch, *x.shape[1:]), np.float32)
+    )
+    for images in (x[:1], x):
+        expected = reference.conv(images, w, 1, ((1, 1), (1, 1)))
+        np.testing.assert_allclose(convolution.call(images), expected, atol=1e-4)
+
+
 def test_bfloat16_stays_so_and_is_computed_in_float32():
     random = np.random.default_rng(2)
     x, w = (jnp.bfloat16(random.standard_normal(shape)) for shape in ((2, 9, 9, 64), (5, 5, 64, 64)))
