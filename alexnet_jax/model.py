@@ -7,7 +7,7 @@ mesh with a tower axis each device holds one, and such a layer gathers the other
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -17,19 +17,11 @@ from jax import lax
 
 from alexnet_jax.checks import check_images, check_network, check_tower_devices
 from alexnet_jax.ops import OPS, Ops, ops_for
-from alexnet_jax.variants import ACTIVATIONS, LAYERS, VARIANTS
+from alexnet_jax.variants import ACTIVATIONS, LAYERS, VARIANTS, Stem, Variant
 
 OUTPUTS = (
     "conv1", "norm1", "pool1", "conv2", "norm2", "pool2", "conv3", "conv4", "conv5", "pool5", "fc6", "fc7", "fc8"
 )  # fmt: skip
-
-
-class Stem(NamedTuple):
-    """The first convolution: a square kernel, its stride, and the zero padding on every side."""
-
-    kernel: int = 11
-    stride: int = 4
-    padding: int = 0
 
 
 def all_gather_towers(towers: Sequence[jax.Array], tower_axis: str | None = None) -> jax.Array:
@@ -150,15 +142,15 @@ class AlexNet(nn.Module):
       num_classes: the number of logits.
       variant: a name in `VARIANTS`. The LRN of "caffe" runs across the towers, so they must be on one device.
       dtype, param_dtype, precision: of the activations, of the parameters, and of the products, as in Flax.
-      stem: the first convolution; the default is the paper's 11×11, stride 4.
-      widths: kernels or units of conv1 … conv5, fc6, fc7, summed over the towers. With towers=1, a width of 0 omits
-        the layer.
-      towers: 2, or 1 for a network whose layers all take every channel before them.
+      stem: the first convolution; None is the variant's own, in the paper 11×11 with stride 4.
+      widths: kernels or units of conv1 … conv5, fc6, fc7, summed over the towers; None is the variant's own. With
+        towers=1, a width of 0 omits the layer.
+      towers: 2, or 1 for a network whose layers all take every channel before them; None is the variant's own.
       activation: "relu", or the "tanh" that section 3.1 compares it with.
       lrn: whether local response normalization (LRN) follows conv1 and conv2.
       lrn_alpha: its α; None is the variant's own, meant for images in 0 to 255.
       pool_window: z of section 3.4, where s = 2 always.
-      dropout: the rate at fc6 and fc7.
+      dropout: the rate at fc6 and fc7: of their outputs, or in "torchvision" of their inputs.
       kernel_std, bias: the initial standard deviation of the eight layers' kernels, and the initial value of their
         biases; None is the variant's own.
       ops: the operations; `PLAIN` gives XLA's own, which every transformation of JAX works on. None: `ops_for` the
@@ -177,9 +169,9 @@ class AlexNet(nn.Module):
     num_classes: int = 1000
     variant: str = "paper"
     dtype: Dtype = jnp.float32
-    stem: Stem = Stem()
-    widths: tuple[int, ...] = (96, 256, 384, 384, 256, 4096, 4096)
-    towers: int = 2
+    stem: Stem | None = None
+    widths: tuple[int, ...] | None = None
+    towers: int | None = None
     activation: str = "relu"
     lrn: bool = True
     lrn_alpha: float | None = None
@@ -192,6 +184,13 @@ class AlexNet(nn.Module):
     tower_axis: str | None = None
     param_dtype: Dtype = jnp.float32
     precision: lax.PrecisionLike = None
+
+    def __post_init__(self):
+        variant = VARIANTS.get(self.variant, Variant())  # an unknown one is reported by `check_network`
+        for name in ("stem", "widths", "towers"):
+            if getattr(self, name) is None:
+                setattr(self, name, getattr(variant, name))
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
@@ -280,23 +279,38 @@ class AlexNet(nn.Module):
 
     @nn.nowrap
     def _dense(self, name, x, train):
-        """Return a list with the output of a fully connected layer, after its activation and dropout."""
+        """Return a list with the output of a fully connected layer, after its activation, with its dropout."""
         fields = self._fields(name)
         if not fields["features"]:
             return x
-        x = ACTIVATIONS[self.activation](Dense(**fields)(x))
-        self._record(name, [x])
+        dropout_on_inputs = VARIANTS[self.variant].dropout_on_inputs
+        if dropout_on_inputs:
+            x = self._dropout(name, x, train)
+        x = [ACTIVATIONS[self.activation](Dense(**fields)(x))]
+        self._record(name, x)
+        return x if dropout_on_inputs else self._dropout(name, x, train)
+
+    @nn.nowrap
+    def _dropout(self, name, arrays, train):
+        """Return arrays that each hold equally many towers, [B, ...], after the dropout of the layer `name`."""
         # Section 4.2: half of the outputs in training, half of each output in testing.
         keep_rate = 1 - self.dropout
         train_scale, test_scale = (1 / keep_rate, 1.0) if VARIANTS[self.variant].inverted_dropout else (1.0, keep_rate)
         if not train or not self.dropout:
-            return [x * (train_scale if train else test_scale)]
-        towers = self.towers // tower_devices(self.tower_axis)
-        first_example = lax.axis_index(self.data_axis) * x.shape[0] if self.data_axis else 0
-        first_tower = lax.axis_index(self.tower_axis) * towers if self.tower_axis else 0
+            return [x * (train_scale if train else test_scale) for x in arrays]
+        batch = arrays[0].shape[0]
+        device_towers = self.towers // tower_devices(self.tower_axis)
+        towers = device_towers // len(arrays)
+        first_example = lax.axis_index(self.data_axis) * batch if self.data_axis else 0
+        first_tower = lax.axis_index(self.tower_axis) * device_towers if self.tower_axis else 0
+
+        def drop(key, x, first_tower):
+            units = self._ops.dropout(key, x.reshape(batch, -1), self.dropout, towers, first_example, first_tower)
+            return train_scale * units.reshape(x.shape)
+
         with jax.named_scope(name):
             key = self.make_rng("dropout")
-            return [train_scale * self._ops.dropout(key, x, self.dropout, towers, first_example, first_tower)]
+            return [drop(key, x, first_tower + i * towers) for i, x in enumerate(arrays)]
 
     @nn.nowrap
     def _fields(self, name):

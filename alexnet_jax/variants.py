@@ -9,13 +9,24 @@ LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
 ACTIVATIONS = {"relu": jax.nn.relu, "tanh": jnp.tanh}
 
 
+class Stem(NamedTuple):
+    """The first convolution: a square kernel, its stride, and the zero padding on every side."""
+
+    kernel: int = 11
+    stride: int = 4
+    padding: int = 0
+
+
 class Variant(NamedTuple):
     """One published variant of the network; the defaults are the paper's.
 
-    `conv1` … `conv5` say what follows each convolution, in order: `relu` (the activation, whichever it is), `lrn`,
+    `stem`, `widths` and `towers` are those of an `AlexNet` and a config that do not set them. `conv1` … `conv5` say what follows each convolution, in order: `relu` (the activation, whichever it is), `lrn`,
     `contrast_norm` (the spatial normalization of the original code) and `pool`.
     """
 
+    stem: Stem = Stem()
+    widths: tuple[int, ...] = (96, 256, 384, 384, 256, 4096, 4096)  # conv1 … conv5, fc6, fc7
+    towers: int = 2
     ceil_mode: bool = True  # conv1's output size is rounded up: zeros are added at the right and bottom edge
     conv1: str = "relu lrn pool"
     conv2: str = "relu lrn pool"
@@ -26,6 +37,7 @@ class Variant(NamedTuple):
     lrn_across_towers: bool = False
     contrast_norm: tuple[int, float, float, float] = (5, 0.001, 0.75, 1.0)  # size, scale, power, minDiv
     inverted_dropout: bool = False  # outputs are scaled up in training, or (section 4.2) down in testing
+    dropout_on_inputs: bool = False  # of fc6 and fc7, or on their outputs
     # conv1 … fc8: the initial kernels are N(0, std²), the biases constant (section 5).
     kernel_std: tuple[float, ...] = (0.01,) * 8
     bias: tuple[float, ...] = (0, 1, 0, 1, 1, 1, 1, 0)
@@ -49,5 +61,19 @@ VARIANTS = {
         inverted_dropout=True,
         kernel_std=(0.01, 0.01, 0.01, 0.01, 0.01, 0.005, 0.005, 0.01),
         bias=(0, 0.1, 0, 0.1, 0.1, 0.1, 0.1, 0),
+    ),
+    # torchvision's models.alexnet: the single tower of Krizhevsky's "One weird trick" (2014), with fewer kernels.
+    "torchvision": Variant(
+        stem=Stem(11, 4, 2),
+        widths=(64, 192, 384, 256, 256, 4096, 4096),
+        towers=1,
+        ceil_mode=False,
+        conv1="relu pool",
+        conv2="relu pool",
+        inverted_dropout=True,
+        dropout_on_inputs=True,
+        # PyTorch draws from ±1 / √(inputs of a unit); these are the standard deviations. Its biases are drawn likewise.
+        kernel_std=tuple((3 * inputs) ** -0.5 for inputs in (363, 1600, 1728, 3456, 2304, 9216, 4096, 4096)),
+        bias=(0,) * 8,
     ),
 }

@@ -20,6 +20,7 @@ CLAIMS = (
     Claim("source2012", "The original code reaches the error of the paper's network", "40.7 % top-1 (both)"),
     Claim("caffe", "Caffe's replica reaches the error of the paper's network", "42.9 % top-1 on one crop"),
 )
+COLORS = {"paper": "tab:blue", "source2012": "tab:orange", "caffe": "tab:green"}  # the variants of the 2012 network
 # The fields of optimizer and augmentation that each variant sets; the schedule is the same for all.
 FIELDS = ("bias_rate", "bias_decay", "crop_group", "crop_last_position", "lighting", "lighting_exponent",
           "lighting_divisor")  # fmt: skip
@@ -29,10 +30,10 @@ BUDGETS = {"full": Budget(45_000, 60), "reduced": Budget(15_000, 8)}
 def run(study: Study) -> dict[str, Any]:
     """Train every variant."""
     records = {}
-    for name, variant in VARIANTS.items():
+    for name in COLORS:
         scale = study.config().input_scale
         training = {field: value for field, value in TRAINING[name].items() if field in FIELDS}
-        config = study.config(variant=name, lrn_alpha=variant.lrn[2] / scale**2, **{"lighting": False} | training)
+        config = study.config(variant=name, lrn_alpha=VARIANTS[name].lrn[2] / scale**2, **{"lighting": False} | training)
         arm = "the-whole-network" if name == "paper" else name
         records[name] = [study.train(arm, config, seed) for seed in study.seeds]
     return records
@@ -54,7 +55,7 @@ def plot(records: dict[str, Any], path: Path) -> None:
     """Plot the validation error by epoch, a line for each seed."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    for name, color in zip(VARIANTS, ("tab:blue", "tab:orange", "tab:green"), strict=True):
+    for name, color in COLORS.items():
         for i, record in enumerate(records[name]):
             epochs, errors = range(1, len(record["validation"]) + 1), record["validation"]
             axes.plot(epochs, [100 * e for e in errors], color=color, linewidth=1, label=None if i else name)

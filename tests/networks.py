@@ -15,6 +15,16 @@ MAPS = {
     "conv3": (13, 13, 384), "conv4": (13, 13, 384), "conv5": (13, 13, 256), "pool5": (6, 6, 256),
     "fc6": (4096,), "fc7": (4096,), "fc8": (1000,),
 }  # fmt: skip
+# torchvision's alexnet, as its module prints it; its grid is fc6's rows before they are flattened.
+TORCHVISION_KERNELS = {
+    "conv1": (11, 11, 3, 64), "conv2": (5, 5, 64, 192), "conv3": (3, 3, 192, 384), "conv4": (3, 3, 384, 256),
+    "conv5": (3, 3, 256, 256), "fc6": (9216, 4096), "fc7": (4096, 4096), "fc8": (4096, 1000),
+}  # fmt: skip
+TORCHVISION_MAPS = {
+    "conv1": (55, 55, 64), "pool1": (27, 27, 64), "conv2": (27, 27, 192), "pool2": (13, 13, 192),
+    "conv3": (13, 13, 384), "conv4": (13, 13, 256), "conv5": (13, 13, 256), "pool5": (6, 6, 256),
+    "fc6": (4096,), "fc7": (4096,), "fc8": (1000,),
+}  # fmt: skip
 SMALL = AlexNet(num_classes=6, stem=Stem(5, 2, 2), widths=(8, 12, 16, 8, 12, 20, 14), kernel_std=(0.3,) * 8)
 
 

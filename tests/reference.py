@@ -234,7 +234,8 @@ def resize(images, side):
 
 # The network (section 3.5), in its three published variants.
 
-PAPER_LRN = {"paper": (2.0, 5, 1e-4, 0.75), "source2012": (2.0, 5, 1e-4 / 5, 0.75), "caffe": (1.0, 5, 1e-4 / 5, 0.75)}
+PAPER_LRN = {"paper": (2.0, 5, 1e-4, 0.75), "source2012": (2.0, 5, 1e-4 / 5, 0.75), "caffe": (1.0, 5, 1e-4 / 5, 0.75),
+             "torchvision": None}  # fmt: skip
 ACTIVATIONS = {"relu": (relu, relu_gradient), "tanh": (tanh, tanh_gradient)}
 
 
@@ -248,8 +249,9 @@ def network(
       params: {layer: {"kernel", "bias"}}. The network has no layer of conv2 … fc7 that is missing.
       stem: conv1's kernel, stride and padding.
       lrn_constants: k, n, α, β where they are not the variant's.
-      scale: what the outputs of fc6 and fc7 are multiplied by: the paper's are halved in testing, not in training.
-      masks: what dropout keeps of fc6 and fc7, [B, N] each; None: everything.
+      scale: what the outputs of fc6 and fc7, or torchvision's inputs, are multiplied by: the paper's are halved in
+        testing, not in training.
+      masks: what dropout keeps of these, [B, N] each; None: everything.
     """
     params = {layer: {leaf: np.asarray(w, np.float64) for leaf, w in of.items()} for layer, of in params.items()}
     tape, gradients = [], {}
@@ -273,8 +275,8 @@ def network(
     def convolution(name, x, stride=1, pad=0, parts=1):
         parts = min(parts, towers)
         kernel, bias = params[name]["kernel"], params[name]["bias"]
-        # The output size is rounded up, except in Caffe: the last window reads zeros past the bottom and right edge.
-        past = [-(side + 2 * pad - len(kernel)) % stride * (variant != "caffe") for side in x.shape[1:3]]
+        # The output size is rounded up, except in Caffe and PyTorch: the last window reads zeros past the bottom and right edge.
+        past = [-(side + 2 * pad - len(kernel)) % stride * (variant in ("paper", "source2012")) for side in x.shape[1:3]]
         how = stride, tuple((pad, pad + more) for more in past)
         xs, kernels = np.split(x, parts, -1), np.split(kernel, parts, -1)
 
@@ -288,7 +290,7 @@ def network(
 
     def normalize(x):
         constants = lrn_constants or PAPER_LRN[variant]
-        return each(1 if variant == "caffe" else towers, lrn, lrn_gradient, x, *constants) if use_lrn else x
+        return each(1 if variant == "caffe" else towers, lrn, lrn_gradient, x, *constants) if use_lrn and constants else x
 
     def pool(x):
         return each(1, max_pool, max_pool_gradient, x, pool_window, 2)
@@ -318,7 +320,10 @@ def network(
     shape = x.shape
     x = record(x.reshape(len(x), -1), lambda g: g.reshape(shape))
     for name, mask in zip(("fc6", "fc7"), masks or (1.0, 1.0), strict=True):
-        x = drop(f(fully_connected(name, x)), mask) if name in params else x
+        if name in params and variant == "torchvision":
+            x = f(fully_connected(name, drop(x, mask)))
+        elif name in params:
+            x = drop(f(fully_connected(name, x)), mask)
     logits = fully_connected("fc8", x)
 
     def backward(g):

@@ -82,7 +82,7 @@ WIDTHS = {"conv1": (5, 5, 3, 8), "conv2": (5, 5, 4, 8), "conv3": (3, 3, 8, 6), "
 
 @pytest.mark.parametrize("how", [
     dict(), dict(variant="source2012"), dict(variant="caffe"), dict(activation="tanh"), dict(use_lrn=False),
-    dict(scale=0.5), dict(towers=1),
+    dict(scale=0.5), dict(towers=1), dict(variant="torchvision"),
 ], ids=str)  # fmt: skip
 def test_the_networks_gradients_are_slopes(how):
     shapes = WIDTHS | ({"conv2": (5, 5, 8, 8), "conv4": (3, 3, 6, 8), "conv5": (3, 3, 8, 4)} if "towers" in how else {})
@@ -90,9 +90,11 @@ def test_the_networks_gradients_are_slopes(how):
     params = {
         name: {"kernel": w / np.sqrt(w[..., 0].size), "bias": w[(0,) * (w.ndim - 1)]} for name, w in kernels.items()
     }
-    images, mask = random_arrays((2, 32, 32, 3), (2, 6))
+    torchvision = how.get("variant") == "torchvision"
+    images, mask, inputs_mask = random_arrays((2, 32, 32, 3), (2, 6), (2, 4))
     images *= 1 if "activation" in how else 60  # LRN scales large ones, tanh saturates
-    labels, how = np.array([4, 0]), dict(stem=(5, 2, 2), masks=(mask > 0.5, mask < 0.9), **how)
+    masks = inputs_mask < 0.9 if torchvision else mask > 0.5, mask < 0.9
+    labels, how = np.array([4, 0]), dict(stem=(5, 2, 2), masks=masks, **how)
     _, _, gradients = reference.loss_and_gradients(params, images, labels, **how)
     assert set(gradients) == set(params)
 

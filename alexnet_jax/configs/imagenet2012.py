@@ -31,6 +31,15 @@ TRAINING = {
         crop_last_position=True,
         ten_crop=False,
     ),
+    # torchvision's reference training, but for its crops of random size and shape.
+    "torchvision": dict(
+        input_scale=1 / 57.6,  # 255 times the mean of the three deviations that it divides by
+        batch_size=256,
+        weight_decay=1e-4,
+        drop_at_epochs=(30.0, 60.0),
+        crop_last_position=True,
+        ten_crop=False,
+    ),
 }
 
 
@@ -45,5 +54,7 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
     c.test_split = "validation"
     c.streaming = True
     c.variant = variant
+    for field in ("stem", "widths", "towers"):
+        c[field] = tuple(value) if isinstance(value := getattr(VARIANTS[variant], field), tuple) else value
     c.update(TRAINING[variant])
     return c
