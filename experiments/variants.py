@@ -33,7 +33,8 @@ def run(study: Study) -> dict[str, Any]:
     for name in COLORS:
         scale = study.config().input_scale
         training = {field: value for field, value in TRAINING[name].items() if field in FIELDS}
-        config = study.config(variant=name, lrn_alpha=VARIANTS[name].lrn[2] / scale**2, **{"lighting": False} | training)
+        alpha = VARIANTS[name].lrn[2] / scale**2
+        config = study.config(variant=name, lrn_alpha=alpha, **{"lighting": False} | training)
         arm = "the-whole-network" if name == "paper" else name
         records[name] = [study.train(arm, config, seed) for seed in study.seeds]
     return records

@@ -275,8 +275,9 @@ def network(
     def convolution(name, x, stride=1, pad=0, parts=1):
         parts = min(parts, towers)
         kernel, bias = params[name]["kernel"], params[name]["bias"]
-        # The output size is rounded up, except in Caffe and PyTorch: the last window reads zeros past the bottom and right edge.
-        past = [-(side + 2 * pad - len(kernel)) % stride * (variant in ("paper", "source2012")) for side in x.shape[1:3]]
+        # In 2012 the output size is rounded up: the last window reads zeros past the bottom and right edge.
+        up = variant in ("paper", "source2012")
+        past = [-(side + 2 * pad - len(kernel)) % stride * up for side in x.shape[1:3]]
         how = stride, tuple((pad, pad + more) for more in past)
         xs, kernels = np.split(x, parts, -1), np.split(kernel, parts, -1)
 
@@ -290,7 +291,9 @@ def network(
 
     def normalize(x):
         constants = lrn_constants or PAPER_LRN[variant]
-        return each(1 if variant == "caffe" else towers, lrn, lrn_gradient, x, *constants) if use_lrn and constants else x
+        if not (use_lrn and constants):
+            return x
+        return each(1 if variant == "caffe" else towers, lrn, lrn_gradient, x, *constants)
 
     def pool(x):
         return each(1, max_pool, max_pool_gradient, x, pool_window, 2)

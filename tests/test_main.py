@@ -147,7 +147,7 @@ def test_a_workdir_that_cannot_be_written(synthetic, tmp_path):
     (["--config=/dev/null"], "--config: "),
     (["--config=alexnet_jax/errors.py"], "'get_config'; expected a Python file with a function get_config"),
     (["--config=no_such.py"], "--config: no_such.py [Errno 2] No such file"),
-    (["--config=alexnet_jax/configs/imagenet2012.py:nope"], "py:nope: expected one of paper, source2012, caffe, torchvision"),
+    (["--config=alexnet_jax/configs/imagenet2012.py:nope"], "py:nope: expected one of paper, source2012, caffe, torch"),
     (["--colour=1"], "colour"),
     (["8"], "unexpected argument '8'"),
 ])  # fmt: skip

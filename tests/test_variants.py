@@ -1,4 +1,4 @@
-"""Every row in which the paper, its 2012 source, Caffe's replica and torchvision's network differ, held against what is built.
+"""Every row in which the paper, its 2012 source, Caffe's replica and torchvision's network differ, against the code.
 
 The figures are written from the publications, not from the table in the code.
 """
@@ -10,8 +10,15 @@ import pytest
 import reference
 from jax import lax
 from networks import (
-    KERNELS, MAPS, SMALL, TORCHVISION_KERNELS, TORCHVISION_MAPS, images_of, shapes, small_params
-)  # fmt: skip
+    KERNELS,
+    MAPS,
+    SMALL,
+    TORCHVISION_KERNELS,
+    TORCHVISION_MAPS,
+    images_of,
+    shapes,
+    small_params,
+)
 
 from alexnet_jax import OPS, AlexNet, Stem, activations, paper_sgd, sharding
 from alexnet_jax.config import ConfigError, check_config
