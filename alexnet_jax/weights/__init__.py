@@ -2,5 +2,6 @@
 
 from alexnet_jax.weights.description import Source, Weights, WeightsError
 from alexnet_jax.weights.native import read_native, write_native
+from alexnet_jax.weights.workdir import RunError, read_workdir
 
-__all__ = ["Source", "Weights", "WeightsError", "read_native", "write_native"]
+__all__ = ["RunError", "Source", "Weights", "WeightsError", "read_native", "read_workdir", "write_native"]
