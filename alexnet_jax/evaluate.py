@@ -1,4 +1,4 @@
-"""Test one trained network or the average of several: python -m alexnet_jax.evaluate --workdir RUN [RUN …]"""
+"""Test one trained network or the average of several: python -m alexnet_jax.evaluate --workdir RUN_OR_FILE […]"""
 
 import argparse
 import signal
@@ -11,11 +11,11 @@ from typing import Any
 from alexnet_jax import sharding
 from alexnet_jax.checkpoint import silence_orbax
 from alexnet_jax.data import Batch
-from alexnet_jax.data.dataset import Batches
+from alexnet_jax.data.dataset import Batches, Dataset
 from alexnet_jax.errors import UserError
 from alexnet_jax.inference import Network, batch_size, evaluate
 from alexnet_jax.progress import Progress
-from alexnet_jax.run import Run, RunError, open_run
+from alexnet_jax.run import Run, RunError, open_named_dataset, open_run, output_path
 from alexnet_jax.runtime.compilation_cache import use_compilation_cache
 from alexnet_jax.runtime.files import user_path, write_json
 from alexnet_jax.runtime.jax_settings import run_settings
@@ -39,67 +39,100 @@ def _with_progress(batches: Batches, crops: str) -> Iterator[Batch]:
     progress.close()
 
 
-def open_runs(workdirs: Sequence[Path], data_dir: str = "") -> list[Run]:
-    """Return the runs of some working directories, whose networks can be averaged; raises as `evaluate_workdirs`."""
-    folders = [Path(workdir).resolve() for workdir in workdirs]
+def open_runs(workdirs: Sequence[Path], data_dir: str = "", dataset: str = "") -> tuple[list[Run], Dataset]:
+    """Return some networks that can be averaged, and the data set to test them on; raises as `evaluate_workdirs`."""
+    paths = [Path(workdir).resolve() for workdir in workdirs]
     for i, workdir in enumerate(workdirs):
-        if folders[i] in folders[:i]:
+        if paths[i] in paths[:i]:
             raise RunError(f"--workdir={workdir} is given twice; networks that are averaged count once each")
     runs = [open_run(workdir, data_dir) for workdir in workdirs]
-    for workdir, run in zip(folders, runs, strict=True):
-        if run.dataset.full_name != runs[0].dataset.full_name:
-            what = f"another data set ({run.dataset.full_name}) than {workdirs[0]} ({runs[0].dataset.full_name})"
-        elif run.names != runs[0].names:
-            what = f"other classes than {workdirs[0]}, though both are of {runs[0].dataset.full_name}"
+    named = [run for run in runs if run.weights.dataset]
+    if dataset:
+        tested = open_named_dataset(dataset, data_dir)
+    elif named:
+        tested = named[0].dataset
+    else:
+        raise RunError(f"--workdir={workdirs[0]} names no data set; give one as TFDS names it (--dataset)")
+    for run in [] if dataset else named[1:]:
+        if run.dataset.full_name != tested.full_name:
+            what = f"another data set ({run.dataset.full_name}) than {named[0].path} ({tested.full_name})"
+        elif run.dataset.class_names != tested.class_names:
+            what = f"other classes than {named[0].path}, though both are of {tested.full_name}"
         else:
             continue
-        raise RunError(f"--workdir={workdir} has {what}; networks are averaged over one data set")
-    return runs
+        raise RunError(f"--workdir={run.path} has {what}; networks are averaged over one data set")
+    for run in runs:
+        _check_fits(run, tested)
+    return runs, tested
+
+
+def _check_fits(run: Run, dataset: Dataset) -> None:
+    """Raise RunError if a network cannot be tested on a data set."""
+    images, names = dataset.builder.info.features["image"].shape, run.weights.class_names or ()
+    if None not in images and images != run.preprocess.mean.shape:
+        sizes = ("×".join(map(str, shape)) for shape in (run.preprocess.mean.shape, images))
+        what = "takes images of {}, and those of {name} are {}".format(*sizes, name=dataset.full_name)
+    elif run.model.num_classes != dataset.num_classes:
+        what = f"has {run.model.num_classes} classes, and {dataset.full_name} has {dataset.num_classes}"
+    elif sorted(names) == sorted(dataset.class_names) and [*names] != dataset.class_names:
+        what = f"has the classes of {dataset.full_name} in another order"
+    else:
+        return
+    raise RunError(f"--workdir={run.path} {what}; expected the data set that it was trained on, or one like it")
 
 
 @run_settings()
-def evaluate_workdirs(workdirs: Sequence[str | Path], split: str = "", data_dir: str = "") -> dict[str, Any]:
-    """Return both errors of the networks of some runs, averaged, on the center crop and on ten crops; print a table.
+def evaluate_workdirs(
+    workdirs: Sequence[str | Path], split: str = "", data_dir: str = "", dataset: str = ""
+) -> dict[str, Any]:
+    """Return both errors of some networks, averaged, on the center crop and on ten crops; print a table.
 
     Args:
-      workdirs: the runs' working directories.
-      split: in TFDS's notation; "" is the first config's validation split.
+      workdirs: runs' working directories, or files of weights.
+      split: in TFDS's notation; "" is the validation split of the first network that names a data set.
       data_dir: where TFDS keeps the data set; "" is where it was in training.
+      dataset: as TFDS names it; "" is that of the networks, which must have the same.
 
     Returns:
       The contents of the file that is written to the first workdir: `evaluation.json`, or with several networks
-      `evaluation_averaged.json`.
+      `evaluation_averaged.json`. If the first is a file of weights, FILE.evaluation.json in the current folder.
 
     Raises:
-      run.RunError: a folder without a run, or given twice, or runs of different data sets.
-      checkpoint.CheckpointError, data.DataError: a corrupt checkpoint; a data set or a split that is missing.
+      run.RunError: a folder without a run, or given twice; networks of different data sets, or of none.
+      weights.WeightsError, checkpoint.CheckpointError: a corrupt file of weights or checkpoint.
+      data.DataError: a data set or a split that is missing.
     """
-    folders = [user_path(workdir, "--workdir") for workdir in workdirs]
-    runs, mesh = open_runs(folders, data_dir), sharding.make_mesh()
-    first, split = runs[0], split or runs[0].config.validation_split
-    networks = [Network(run.model, run.params, run.preprocess) for run in runs]
-    examples = first.dataset.size(split)
+    paths = [user_path(workdir, "--workdir") for workdir in workdirs]
+    (runs, tested), mesh = open_runs(paths, data_dir, dataset), sharding.make_mesh()
+    split = split or next((run.weights.test_split for run in runs if run.weights.dataset), "")
+    if not split:
+        raise RunError(f"--workdir={paths[0]} names no split of {tested.full_name}; give one (--split)")
+    networks = [Network(run.model, run.weights.params, run.preprocess) for run in runs]
+    examples = tested.size(split)
     result: dict[str, Any] = {
-        "dataset": first.dataset.full_name,
+        "dataset": tested.full_name,
         "split": split,
         "examples": examples,
-        "networks": [{"workdir": str(w), "step": run.step} for w, run in zip(folders, runs, strict=True)],
+        "networks": [
+            {"file": str(run.path)} if run.step is None else {"workdir": str(run.path), "step": run.step}
+            for run in runs
+        ],
     }
     rows = []
     for crops, ten_crop in (("center", False), ("ten", True)):
-        batches = first.dataset.batches(split, batch_size(examples, ten_crop, mesh), mesh)
+        batches = tested.batches(split, batch_size(examples, ten_crop, mesh), mesh)
         evaluation = evaluate(networks, _with_progress(batches, crops), ten_crop, mesh)
         result[crops] = {k: v for k, v in evaluation._asdict().items() if k != "confusion"}
         row = [crops, f"{100 * evaluation.top1_error:.2f} %", f"{100 * evaluation.top5_error:.2f} %"]
-        if first.config.dataset.startswith("imagenet2012"):
+        if tested.builder.name.startswith("imagenet2012"):
             paper = PAPER.get(len(networks), ()) if ten_crop and split == "validation" else ()
             row += [f"{100 * error:.1f} %" for error in paper] or ["", ""]
             result[crops] |= dict(zip(("paper_top1_error", "paper_top5_error"), paper, strict=False))
         rows.append(row)
     header = ("crops", "top-1 error", "top-5 error", "paper, top-1", "paper, top-5")[: len(rows[0])]
-    path = folders[0] / ("evaluation.json" if len(folders) == 1 else "evaluation_averaged.json")
-    steps = ", ".join(f"{w} at step {run.step:,}" for w, run in zip(folders, runs, strict=True))
-    print(f"\n{result['dataset']}, {split}, {examples:,} images; {steps}\n\n{table(rows, header)}", flush=True)
+    path = output_path(paths[0], "evaluation.json" if len(paths) == 1 else "evaluation_averaged.json")
+    names = ", ".join(str(r.path) if r.step is None else f"{r.path} at step {r.step:,}" for r in runs)
+    print(f"\n{result['dataset']}, {split}, {examples:,} images; {names}\n\n{table(rows, header)}", flush=True)
     write_json(path, result)
     print(f"\nWritten to {path}")
     return result
@@ -108,7 +141,10 @@ def evaluate_workdirs(workdirs: Sequence[str | Path], split: str = "", data_dir:
 def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m alexnet_jax.evaluate", description="Test trained networks.")
-    parser.add_argument("--workdir", required=True, nargs="+", action="extend", help="a run's workdir")
+    parser.add_argument(
+        "--workdir", required=True, nargs="+", action="extend", help="a run's workdir, or a file of weights"
+    )
+    parser.add_argument("--dataset", default="", help="a TFDS name (default: the networks' own)")
     parser.add_argument("--split", default="", help="the split to test on (default: the validation split)")
     parser.add_argument("--data_dir", default="", help="where TFDS keeps the data set (default: as in training)")
     parser.add_argument("--compile_cache", help="folder of compiled programs, as for alexnet_jax.main")
@@ -118,7 +154,7 @@ def main() -> None:
     silence_orbax()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        evaluate_workdirs(flags.workdir, flags.split, flags.data_dir)
+        evaluate_workdirs(flags.workdir, flags.split, flags.data_dir, flags.dataset)
     except (UserError, OSError) as error:
         sys.exit(f"Error: {error}")
     except KeyboardInterrupt:

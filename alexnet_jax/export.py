@@ -4,32 +4,18 @@ import argparse
 import sys
 from pathlib import Path
 
-import jax
 from safetensors import SafetensorError
 
 from alexnet_jax.checkpoint import silence_orbax
 from alexnet_jax.errors import UserError, one_line
-from alexnet_jax.run import open_run
 from alexnet_jax.runtime.files import user_path
 from alexnet_jax.runtime.output import escape_output
-from alexnet_jax.weights import Source, Weights, WeightsError, read_native, write_native
+from alexnet_jax.weights import Weights, WeightsError, load_weights, write_native
 from alexnet_jax.weights.to_onnx import write_onnx
 from alexnet_jax.weights.to_stablehlo import write_stablehlo
 from alexnet_jax.weights.to_torch import write_torch
 
 SUFFIXES = (".safetensors", ".onnx", ".stablehlo")
-
-
-def load_weights(path: Path) -> Weights:
-    """Return the weights of a run's working directory or of a file of `write_native`."""
-    if not path.is_dir():
-        return read_native(path)
-    run = open_run(path)
-    return Weights(
-        run.model, jax.device_get(run.params), run.preprocess, class_names=tuple(run.names),
-        ten_crop=run.config.ten_crop, dataset=run.config.dataset, test_split=run.config.test_split,
-        source=Source("run", str(path)),
-    )  # fmt: skip
 
 
 def check_out(out: Path, keys: str, with_preprocessing: bool) -> None:

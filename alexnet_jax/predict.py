@@ -1,4 +1,4 @@
-"""Classify image files with a trained network: python -m alexnet_jax.predict --workdir RUN IMAGE…
+"""Classify image files with a trained network: python -m alexnet_jax.predict --workdir RUN_OR_FILE IMAGE…
 
 Any format that Pillow reads, any size, in gray or in color. A file that cannot be read is named and skipped.
 """
@@ -14,7 +14,7 @@ from alexnet_jax.checkpoint import silence_orbax
 from alexnet_jax.data.images import read_image
 from alexnet_jax.errors import UserError, one_line
 from alexnet_jax.plots import plot_predictions
-from alexnet_jax.run import Run, open_run
+from alexnet_jax.run import Run, open_run, output_path
 from alexnet_jax.runtime.compilation_cache import use_compilation_cache
 from alexnet_jax.runtime.files import user_path
 from alexnet_jax.runtime.output import escape_output, escaped
@@ -32,7 +32,7 @@ def edge(image: np.ndarray) -> float:
 
 
 def read_images(paths: Sequence[str], run: Run, invert: bool) -> list[tuple[str, np.ndarray]]:
-    """Return the paths and images that can be read, uint8 [H, W, C] in the shape of the run's data set.
+    """Return the paths and images that can be read, uint8 [H, W, C] as the network takes them.
 
     An error is printed for each of the others, and a hint for images on a light background if the data set's are dark.
     """
@@ -40,13 +40,13 @@ def read_images(paths: Sequence[str], run: Run, invert: bool) -> list[tuple[str,
     images = []
     for path in paths:
         try:
-            images.append((path, read_image(path, mean.shape, invert)))
+            images.append((path, read_image(path, mean.shape, invert, run.weights.resizing)))
         except Exception as error:  # any exception of a corrupt file
             print(f"Error: {path}: {one_line(error, 500)}", file=sys.stderr, flush=True)
     light = [path for path, image in images if edge(mean) < DARK and edge(image) > LIGHT]
     if light:
         more = f" and {len(light) - 1} more" if light[1:] else ""
-        dataset = run.config.dataset
+        dataset = run.weights.dataset or "the training data"
         print(f"{light[0]}{more}: on a light background; {dataset} has light objects on black, so try --invert")
     return images
 
@@ -55,8 +55,11 @@ def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m alexnet_jax.predict", description=__doc__.splitlines()[0])
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
-    parser.add_argument("--workdir", required=True, help="a run's workdir")
-    parser.add_argument("--out", help="the figure to write (default: predictions.png in the workdir)")
+    parser.add_argument("--workdir", required=True, help="a run's workdir, or a file of weights")
+    parser.add_argument(
+        "--out", help="the figure to write (default: predictions.png in the workdir; of a file of weights, "
+        "FILE.predictions.png in the current folder)",
+    )  # fmt: skip
     parser.add_argument("--invert", action="store_true", help="invert the pixels first: black becomes white")
     parser.add_argument("--data_dir", default="", help="where TFDS keeps the data set (default: as in training)")
     parser.add_argument("--compile_cache", help="folder of compiled programs, as for alexnet_jax.main")
@@ -66,7 +69,7 @@ def main() -> None:
     escape_output()
     try:
         workdir = user_path(flags.workdir, "--workdir")
-        out = workdir / "predictions.png" if flags.out is None else user_path(flags.out, "--out")
+        out = output_path(workdir, "predictions.png") if flags.out is None else user_path(flags.out, "--out")
     except UserError as error:
         sys.exit(f"Error: {error}")
     if flags.out and (out.suffix != ".png" or not out.parent.is_dir() or out.is_dir()):
@@ -81,7 +84,7 @@ def main() -> None:
     if not images:
         sys.exit("Error: no image could be read")
     names, pixels = [escaped(os.path.basename(path)) for path, _ in images], np.stack([image for _, image in images])
-    probabilities = run.predict(pixels, run.config.ten_crop)
+    probabilities = run.predict(pixels, run.weights.ten_crop)
     bar = "█" if "█".encode(sys.stdout.encoding, "ignore") else "#"
     for name, p in zip(names, probabilities, strict=True):
         top = np.argsort(-p)[:5]

@@ -1,9 +1,9 @@
-"""A trained run, opened from its working directory: predictions, activations, nearest neighbors."""
+"""A trained network, opened from a run's workdir or a file of weights: predictions, activations, nearest neighbors."""
 
-import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,50 +12,79 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from alexnet_jax import inference, sharding
-from alexnet_jax.checkpoint import newest_step, read_checkpoint
-from alexnet_jax.configs import default
+from alexnet_jax import data, inference, sharding
 from alexnet_jax.data import Examples
 from alexnet_jax.data.dataset import Dataset
-from alexnet_jax.errors import UserError, one_line
+from alexnet_jax.errors import one_line
 from alexnet_jax.model import OUTPUTS, AlexNet, activations
-from alexnet_jax.optimizer import paper_sgd
 from alexnet_jax.preprocess import Preprocess
 from alexnet_jax.runtime.files import user_path
 from alexnet_jax.runtime.jax_settings import run_settings
-from alexnet_jax.setup import build_model, build_preprocess, open_dataset
-from alexnet_jax.train_step import create_state
-from alexnet_jax.workdir import CHECKPOINTS, CONFIG
+from alexnet_jax.setup import open_dataset
+from alexnet_jax.weights import RunError, Weights, WeightsError, read_native
+from alexnet_jax.weights.workdir import read_run
+
+__all__ = [
+    "Run",
+    "RunError",
+    "nearest",
+    "open_named_dataset",
+    "open_run",
+    "output_path",
+    "precision",
+    "tower_influence",
+]
 
 AT_A_TIME = 500  # crops through the network
+STREAMED_PIXELS = 128**2  # of an image: a data set of larger ones is read from disk, for a network from a file
 
 
-class RunError(UserError):
-    """A folder that holds no run, or none that can be read."""
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
-    """A trained network and the data set that it was trained on.
+    """A trained network and the data set that it was trained on, which is opened when it is first needed.
 
     Attributes:
-      config: the run's config.
-      dataset: the data set.
-      step: the step of the checkpoint that was read.
-      model, params, preprocess: the network, its parameters, and its preprocessing.
+      path: the run's working directory, or the file of weights.
+      weights: the network, its parameters and the preparation of its images.
+      config: the run's config; None for a file.
+      step: the step of the checkpoint that was read; None for a file.
+      data_dir: where TFDS keeps the data set; "" is where it was in training.
     """
 
-    config: ml_collections.ConfigDict
-    dataset: Dataset
-    step: int
-    model: AlexNet
-    params: Any
-    preprocess: Preprocess
+    path: Path
+    weights: Weights
+    config: ml_collections.ConfigDict | None = None
+    step: int | None = None
+    data_dir: str = ""
+
+    @property
+    def model(self) -> AlexNet:
+        """The network."""
+        return self.weights.model
+
+    @cached_property
+    def params(self) -> Any:
+        """The parameters, on a device."""
+        return jax.device_put(self.weights.params)
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """The preprocessing."""
+        return self.weights.preprocess
 
     @property
     def names(self) -> list[str]:
-        """The names of the classes."""
-        return self.dataset.class_names
+        """The names of the classes; their numbers if the file has no names."""
+        return list(self.weights.class_names or (f"class {i}" for i in range(self.model.num_classes)))
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        """The data set; raises data.DataError, or RunError for a file that names none."""
+        if self.config is not None:
+            return open_dataset(self.config, self.data_dir)
+        if not self.weights.dataset:
+            raise RunError(f"{self.path} names no data set; give one as TFDS names it (--dataset)")
+        return open_named_dataset(self.weights.dataset, self.data_dir)
 
     def load(self, split: str) -> Examples:
         """Return a split of the data set, in TFDS's notation ("test[:100]")."""
@@ -126,38 +155,45 @@ def _in_batches(call: Callable[[np.ndarray], jax.Array], images: np.ndarray, siz
     return np.concatenate(outputs)
 
 
-@run_settings()
-def open_run(workdir: str | Path, data_dir: str = "") -> Run:
-    """Read the newest checkpoint of a run, on one device; changes nothing in the folder.
+def open_named_dataset(name: str, data_dir: str = "") -> Dataset:
+    """Return a prepared data set by its TFDS name, streamed if its images are large; raises data.DataError."""
+    builder = data.open_builder(name, data_dir)
+    shape = builder.info.features["image"].shape if "image" in builder.info.features else (1,)
+    return Dataset(builder, streaming=math.prod(shape[:2]) > STREAMED_PIXELS if None not in shape[:2] else True)
+
+
+def output_path(path: Path, name: str) -> Path:
+    """Return where a command writes a file about a network: in the run's workdir, or in the current folder.
 
     Args:
-      workdir: the run's working directory; it may still be training.
+      path: the workdir, or a file of weights, whose name comes before that of what is written.
+    """
+    return Path(f"{path.stem}.{name}") if path.is_file() else path / name
+
+
+@run_settings()
+def open_run(workdir: str | Path, data_dir: str = "") -> Run:
+    """Read the newest checkpoint of a run, or a file of weights; changes nothing in the folder.
+
+    Args:
+      workdir: the run's working directory, which may still be training, or a file of weights.
       data_dir: where TFDS keeps the data set now; "" is where it was in training.
 
     Raises:
       RunError: the folder holds no run, or no checkpoint.
+      weights.WeightsError: a file that cannot be read as weights.
       checkpoint.CheckpointError: the newest checkpoint is corrupt.
       sharding.DeviceError: there are no devices.
-      data.DataError: the data set that the network was trained on is missing.
+      data.DataError: a run of before `preprocess.npz` was written, whose data set is missing.
     """
-    workdir = user_path(workdir, "--workdir")
+    path = user_path(workdir, "--workdir")
+    if not path.is_file():
+        return Run(path, *read_run(path, data_dir), data_dir)
     sharding.all_devices()
-    config = default.get_config().lock()
     try:
-        config.update(json.loads((workdir / CONFIG).read_text()))
-    except OSError:
-        raise RunError(f"--workdir={workdir} holds no run (no {CONFIG}); name the workdir of a training") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{workdir / CONFIG} is not a config of this program ({one_line(error)})") from None
-    step = newest_step(workdir / CHECKPOINTS)
-    if step is None:
-        raise RunError(f"{workdir} holds no checkpoint yet; the first one is written after an epoch")
-    dataset = open_dataset(config, data_dir)
-    preprocess = build_preprocess(config, dataset)
-    model = build_model(config, dataset.num_classes)
-    like = create_state(model, paper_sgd(), preprocess.image_shape, seed=0)
-    state, _ = read_checkpoint(workdir / CHECKPOINTS / str(step), like)
-    return Run(config, dataset, step, model, state.params, preprocess)
+        return Run(path, read_native(path), data_dir=data_dir)
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {one_line(error)}") from None
 
 
 @run_settings()

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -183,17 +184,20 @@ def build_preprocess(
             ) from None
     elif dataset.builder.name.endswith(f"_{SIDE}"):
         log.warning("%s is missing; the mean image is computed again, from %s", path, config.train_split)
-    return fit(
-        source,
+    lighting = dict(lighting=config.lighting, lighting_exponent=config.lighting_exponent)
+    return fit(source, **lighting, **preprocess_fields(config))
+
+
+def preprocess_fields(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Return the static fields of `Preprocess`, which need no data."""
+    return dict(
         pad=config.pad,
         crop=config.image_size,
         resize=config.resize,
         flip=config.flip,
-        lighting=config.lighting,
         scale=config.input_scale,
         random_crop=config.random_crop,
         crop_group=config.crop_group,
         crop_last_position=config.crop_last_position,
-        lighting_exponent=config.lighting_exponent,
         lighting_divisor=config.lighting_divisor,
     )

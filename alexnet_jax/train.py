@@ -34,6 +34,7 @@ from alexnet_jax.setup import Setup, setup
 from alexnet_jax.summary import layer_summary
 from alexnet_jax.tables import table
 from alexnet_jax.train_step import TrainState, create_state, make_train_step
+from alexnet_jax.weights.workdir import write_preprocess
 from alexnet_jax.workdir import CHECKPOINTS, METRICS, RESULT, UNVALIDATED, check_config_matches, claimed, read_result
 
 STEPS_IN_FLIGHT = 2  # steps that the device has yet to finish when the next is dispatched
@@ -95,6 +96,8 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path) -
         with claimed(workdir, values):
             if (result := read_result(workdir, " when it is locked")) is not None:  # another run has just finished
                 return _report(result, workdir)
+            if jax.process_index() == 0:
+                write_preprocess(workdir, run.preprocess, run.dataset.class_names)
             checkpoints = Checkpoints(workdir / CHECKPOINTS)
             unvalidated = Checkpoints(workdir / UNVALIDATED, keep=1, others=(checkpoints.folder,))
             state = create_state(run.model, run.optimizer, run.preprocess.image_shape, run.seed, run.mesh)

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -6,18 +7,21 @@ import sys
 import jax
 import numpy as np
 import pytest
+import synthetic_data
 from runners import ROOT, corrupt, largest_file, saved_state, tiny_config
 
 from alexnet_jax import AlexNet, Stem, data
 from alexnet_jax import evaluate as command
 from alexnet_jax.checkpoint import CheckpointError
 from alexnet_jax.data import DeviceBatches, Examples
+from alexnet_jax.errors import UserError
 from alexnet_jax.evaluate import evaluate_workdirs
 from alexnet_jax.inference import Network, evaluate, predict
 from alexnet_jax.preprocess import fit
 from alexnet_jax.run import RunError
 from alexnet_jax.setup import build_model
 from alexnet_jax.train import train_and_evaluate
+from alexnet_jax.weights import read_workdir, write_native
 
 MODEL = AlexNet(num_classes=7, stem=Stem(5, 2, 2), widths=(4, 4, 4, 4, 4, 8, 8), kernel_std=(0.4,) * 8)
 
@@ -146,3 +150,39 @@ def test_a_relative_data_dir_is_named_in_full(tmp_path, monkeypatch):
     (tmp_path / "run" / "config.json").write_text(config.to_json_best_effort())
     with pytest.raises(data.DataError, match=f"config.data_dir='{tmp_path}/sets': it has no prepared data set"):
         evaluate_workdirs([tmp_path / "run"])
+
+
+def test_files_of_weights_count_as_the_runs_that_they_are_of(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for run, name in zip(runs, "ab", strict=True):
+        weights = dataclasses.replace(read_workdir(run), class_names=None if name == "b" else data_names())
+        write_native(weights, tmp_path / f"{name}.safetensors")
+    write_native(dataclasses.replace(weights, dataset=""), tmp_path / "c.safetensors")
+    where = dict(split="test[:151]", data_dir=str(synthetic_data.DATA_DIR))
+    expected = evaluate_workdirs(runs, **where)
+    for networks in (("a.safetensors", "b.safetensors"), ("a.safetensors", runs[1]), (runs[0], "c.safetensors")):
+        result = evaluate_workdirs(networks, **where)
+        assert (result["center"], result["ten"]) == (expected["center"], expected["ten"])
+    assert {p.name for p in tmp_path.iterdir()} == {*(f"{x}.safetensors" for x in "abc"), "a.evaluation_averaged.json"}
+    alone = evaluate_workdirs(["c.safetensors"], dataset="synthetic", **where)
+    assert json.loads((tmp_path / "c.evaluation.json").read_text())["networks"] == [{"file": "c.safetensors"}]
+    assert alone["center"] == evaluate_workdirs(runs[1:], **where)["center"]
+    assert evaluate_workdirs(["a.safetensors"], data_dir=where["data_dir"])["split"] == "train[1000:1200]"  # the run's
+
+
+def data_names():
+    return tuple(synthetic_data.CLASSES)
+
+
+@pytest.mark.parametrize("fields,arguments,words", [
+    (dict(dataset=""), dict(), "names no data set; give one as TFDS names it"),
+    (dict(dataset="", test_split=""), dict(dataset="synthetic"), "names no split of synthetic/1.0.0; give one"),
+    (dict(), dict(dataset="synthetic_rgb"), "takes images of 28×28×1, and those of synthetic_rgb/1.0.0 are 32×32×3"),
+    (dict(class_names=data_names()[::-1]), dict(), "has the classes of synthetic/1.0.0 in another order"),
+    (dict(dataset="none"), dict(), "TFDS has no such data set"),
+])  # fmt: skip
+def test_a_file_of_weights_without_its_data_set_is_one_line(runs, synthetic_rgb, tmp_path, fields, arguments, words):
+    write_native(dataclasses.replace(read_workdir(runs[0]), **fields), tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=words) as error:
+        evaluate_workdirs([tmp_path / "a.safetensors"], data_dir=str(synthetic_data.DATA_DIR), **arguments)
+    assert "\n" not in str(error.value)

@@ -1,6 +1,7 @@
 """Weights written for other programs: the same bits, and the same logits where others compute them."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -245,8 +246,13 @@ def run_export(*arguments):
     return done.returncode, done.stdout, done.stderr
 
 
-def test_a_run_is_exported(trained, tmp_path):
-    out = tmp_path / "a.safetensors"
+def test_a_run_is_exported_without_its_data_set(trained, tmp_path, monkeypatch):
+    config = json.loads((trained / "config.json").read_text())
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    (folder / "config.json").write_text(json.dumps({**config, "data_dir": str(tmp_path / "deleted")}))
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "deleted"))
+    trained, out = folder, tmp_path / "a.safetensors"
     code, output, error = run_export(trained, out)
     assert code == 0 and not error and output == f"Written to {out} ({out.stat().st_size / 1e6:.1f} MB)\n"
     weights = read_native(out)

@@ -4,14 +4,17 @@ import io
 import struct
 import subprocess
 import sys
+import zlib
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 from runners import PHOTOGRAPHS, ROOT
 from synthetic_data import encoded, photograph
 
-from alexnet_jax.data.images import decode, read_image, to_square
+from alexnet_jax.augment import center_crop
+from alexnet_jax.data.images import RESIZINGS, decode, read_image, to_square
 
 GRAY, COLOR = (28, 28, 1), (32, 32, 3)
 
@@ -234,3 +237,56 @@ def test_a_record_of_a_data_set_is_read_without_its_orientation():
         file = encoded(Image.fromarray(pixels), file_format, exif=exif)
         decode(file, out)
         np.testing.assert_array_equal(out, np.asarray(Image.open(io.BytesIO(file))))
+
+
+# What torchvision 0.28's Resize(256) and CenterCrop(224) give of a file of these sizes (made by `stripes`): CRC-32.
+TORCHVISION = {
+    (500, 375): 0x214B6FE1,
+    (375, 500): 0x49DF22F8,
+    (333, 500): 0xBE1CE9AA,
+    (256, 256): 0x367E4253,
+    (257, 301): 0x632A0B48,
+    (100, 87): 0x90F4DAFC,
+    (1024, 683): 0x0DFA71D6,
+    (640, 257): 0xCC865D62,
+    (1001, 100): 0xBA9F8716,
+    (224, 300): 0xDF2453F5,
+    (3001, 2003): 0xC19BC97E,
+}
+
+
+def stripes(width, height):
+    """Colors of integers alone, the same on every machine, with fine and coarse structure: uint8 [height, width, 3]."""
+    rows, columns = np.arange(height)[:, None], np.arange(width)
+    return np.stack([rows * 7 + columns * 3, rows * columns // 5, (rows // 9) * 40 + columns * 11], -1).astype(np.uint8)
+
+
+@pytest.mark.parametrize("size", TORCHVISION, ids=str)
+def test_torchvision_bit_for_bit(size, tmp_path):
+    Image.fromarray(stripes(*size)).save(tmp_path / "a.png")
+    image = read_image(tmp_path / "a.png", (256, 256, 3), resizing="torchvision")
+    assert zlib.crc32(np.asarray(center_crop(image[None], 224)).tobytes()) == TORCHVISION[size]
+
+
+def test_caffe_stretches_to_the_shape(tmp_path):
+    pixels = stripes(301, 190)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    image = read_image(tmp_path / "a.png", (256, 256, 3), resizing="caffe")
+    np.testing.assert_array_equal(image, cv2.resize(cv2.imread(str(tmp_path / "a.png")), (256, 256))[..., ::-1])
+    y, x = (np.clip((np.arange(256) + 0.5) * n / 256 - 0.5, 0, n - 1) for n in (190, 301))  # two pixels a side
+    top, left = np.minimum(y.astype(int), 188), np.minimum(x.astype(int), 299)
+    down, across = (y - top)[:, None, None], (x - left)[None, :, None]
+    corners = [[pixels[top + i][:, left + j] for j in (0, 1)] for i in (0, 1)]
+    exact = sum(
+        (down if i else 1 - down) * (across if j else 1 - across) * corners[i][j] for i in (0, 1) for j in (0, 1)
+    )
+    assert np.abs(image - exact).max() < 1
+
+
+@pytest.mark.parametrize("resizing", RESIZINGS)
+@pytest.mark.parametrize("size", [(1, 1), (60_000, 1), (3, 9_000), (255, 257)])
+@pytest.mark.parametrize("shape", [(256, 256, 3), (28, 28, 1)])
+def test_every_size_takes_the_shape(resizing, size, shape, tmp_path):
+    Image.fromarray(np.full((*size[::-1], 3), 77, np.uint8)).save(tmp_path / "a.png")
+    image = read_image(tmp_path / "a.png", shape, resizing=resizing)
+    np.testing.assert_array_equal(image, np.full(shape, 77, np.uint8))

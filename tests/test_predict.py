@@ -10,6 +10,7 @@ from PIL import Image
 from runners import ROOT
 
 from alexnet_jax.data.images import read_image
+from alexnet_jax.weights import read_workdir, write_native
 
 
 def predict(folder, *flags):
@@ -77,3 +78,15 @@ def test_names_and_outputs_that_are_not_utf8(trained, opened, tmp_path):
 def test_a_workdir_that_is_no_folder_is_one_line(workdir, words, tmp_path):
     done = predict(workdir, "x.png")
     assert done.returncode == 1 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_a_file_of_weights_predicts_as_its_run(trained, opened, tmp_path):
+    write_native(read_workdir(trained), tmp_path / "net.safetensors")
+    Image.fromarray(opened.load("test[:1]").images[0, ..., 0]).save(tmp_path / "boot.png")
+    command = [sys.executable, "-m", "alexnet_jax.predict", "--workdir=net.safetensors", "boot.png"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    expected = predict(trained, f"--out={tmp_path / 'run.png'}", tmp_path / "boot.png").stdout
+    assert done.stdout.splitlines()[:8] == expected.splitlines()[:8]
+    assert "Written to net.predictions.png" in done.stdout and (tmp_path / "net.predictions.png").exists()

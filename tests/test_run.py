@@ -1,5 +1,6 @@
 """A run opened from its working directory, and what its network computes."""
 
+import json
 import shutil
 
 import jax
@@ -9,7 +10,11 @@ from runners import TRAINED, corrupt, largest_file, saved_state, tiny_config
 
 from alexnet_jax import activations, run
 from alexnet_jax.checkpoint import CheckpointError
+from alexnet_jax.data import DataError
+from alexnet_jax.preprocess import fit
+from alexnet_jax.setup import preprocess_fields
 from alexnet_jax.train import train_and_evaluate
+from alexnet_jax.weights import WeightsError, read_workdir, workdir, write_native
 
 
 def test_a_run_opens_as_it_was_saved(trained, opened):
@@ -103,3 +108,56 @@ def test_other_images_are_refused(opened, shape, dtype):
 def test_an_unknown_layer_is_refused(opened):
     with pytest.raises(ValueError, match="layer='fc9': expected one of conv1, norm1"):
         opened.activations(np.zeros((1, 28, 28, 1), np.uint8), "fc9")
+
+
+@pytest.fixture
+def without_data(trained, tmp_path):
+    """A copy of a run whose data set is not there any more."""
+    copy = shutil.copytree(trained, tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"data_dir": str(tmp_path / "deleted")}))
+    return copy
+
+
+def test_a_run_predicts_without_its_data(opened, without_data):
+    images = opened.load("test[:9]").images
+    alone = run.open_run(without_data)
+    np.testing.assert_array_equal(alone.predict(images), opened.predict(images))
+    assert alone.names == opened.names and jax.tree.structure(alone.preprocess) == jax.tree.structure(opened.preprocess)
+    with pytest.raises(DataError, match="TFDS has no such data set.*deleted contains none"):
+        alone.load("test")
+
+
+def test_an_older_run_reads_its_data_set(trained, opened, without_data):
+    (without_data / "preprocess.npz").write_bytes(b"PK")
+    with pytest.raises(run.RunError, match="preprocess.npz is corrupt.*delete it") as error:
+        run.open_run(without_data)
+    assert "\n" not in str(error.value)
+    (without_data / "preprocess.npz").unlink()
+    with pytest.raises(DataError, match="TFDS has no such data set.*deleted contains none"):
+        run.open_run(without_data)
+    old = run.open_run(without_data, opened.config.data_dir)
+    np.testing.assert_array_equal(old.preprocess.mean, opened.preprocess.mean)
+    assert old.names == opened.names
+
+
+def test_lighting_is_kept(tmp_path):
+    config = tiny_config(lighting=True, lighting_exponent=0.5)
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 32, 32, 3), np.uint8)
+    preprocess = fit(pixels, lighting=True, lighting_exponent=0.5, **preprocess_fields(config))
+    workdir.write_preprocess(tmp_path, preprocess, ["a", "ä"])
+    read, names = workdir._read_preprocess(tmp_path, config, "")
+    jax.tree.map(np.testing.assert_array_equal, read, preprocess)
+    assert jax.tree.structure(read) == jax.tree.structure(preprocess) and names == ("a", "ä")
+
+
+def test_a_file_of_weights_opens_as_its_run(trained, opened, tmp_path):
+    write_native(read_workdir(trained), tmp_path / "a.safetensors")
+    file = run.open_run(tmp_path / "a.safetensors", opened.config.data_dir)
+    images = file.load("test[:9]").images
+    np.testing.assert_array_equal(file.predict(images, ten_crop=True), opened.predict(images, ten_crop=True))
+    np.testing.assert_array_equal(file.activations(images, "conv3"), opened.activations(images, "conv3"))
+    assert file.names == opened.names and (file.step, file.config, opened.step) == (None, None, 40)
+    (tmp_path / "a.txt").write_text("no weights")
+    with pytest.raises(WeightsError, match="a.txt"):
+        run.open_run(tmp_path / "a.txt")

@@ -1,4 +1,4 @@
-"""Image files as arrays of one size (section 2): the shorter side resized, antialiased, then a center crop."""
+"""Image files as arrays of one size, as section 2 makes them, and as torchvision and Caffe do."""
 
 import contextlib
 import io
@@ -18,6 +18,7 @@ JPEG_QUALITY = 90
 BITS_PER_SAMPLE = 258  # TIFF's tag
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 ORIENTATION_TEXTS = (b"Raw profile type exif", b"XML:com.adobe.xmp")
+LARGEST_SIDE = 64 * SIDE  # of a resized image that is held in memory before it is cropped
 STRAY_BYTES = 64  # before a JPEG's header, at most
 
 
@@ -83,14 +84,19 @@ def decode(file: bytes, out: np.ndarray) -> None:
         raise ValueError(f"it is {height}×{width}; expected {out.shape[0]}×{out.shape[1]}")
 
 
-def read_image(path: str | Path, shape: tuple[int, ...], invert: bool = False) -> np.ndarray:
-    """Return an image file in the shape of a data set's images: center crop, then resized.
+def read_image(path: str | Path, shape: tuple[int, ...], invert: bool = False, resizing: str = "fit") -> np.ndarray:
+    """Return an image file in the shape of a data set's images.
 
     EXIF orientation is applied, transparent pixels become white, and only the first frame of several is read.
 
     Args:
       shape: [H, W, C] of the data set's images; C is 1 or 3.
       invert: whether to exchange black and white.
+      resizing: a name in `RESIZINGS`.
+        "fit": the largest center crop of the shape's proportions, then resized (bicubic, antialiased).
+        "torchvision": bit for bit its `Resize` of the shorter side (bilinear, antialiased), then its `CenterCrop`. An
+        image of more than 64:1 is cropped first, with differences of rounding.
+        "caffe": stretched to the shape by OpenCV (bilinear, not antialiased), as Caffe's `convert_imageset` does.
 
     Returns:
       uint8 [H, W, C].
@@ -109,9 +115,28 @@ def read_image(path: str | Path, shape: tuple[int, ...], invert: bool = False) -
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("L" if channels == 1 else "RGB")
-    image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
-    pixels = np.asarray(image).reshape(shape)
+    if resizing == "torchvision":
+        image = _resize_and_center_crop(image, width, height)
+    elif resizing == "fit":
+        image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+    pixels = np.asarray(image)
+    if resizing == "caffe":
+        pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_LINEAR)
+    pixels = pixels.reshape(shape)
     return 255 - pixels if invert else pixels
+
+
+def _resize_and_center_crop(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Return torchvision's Resize(max(width, height)) and CenterCrop((height, width)) of an image."""
+    side, shorter = max(width, height), min(image.size)
+    columns, rows = (int(side * length / shorter) for length in image.size)  # rounded down, as torchvision does
+    left, top = round((columns - width) / 2), round((rows - height) / 2)
+    box = left, top, left + width, top + height
+    if max(columns, rows) > LARGEST_SIDE:
+        across, down = image.width / columns, image.height / rows
+        source = box[0] * across, box[1] * down, box[2] * across, box[3] * down
+        return image.resize((width, height), Image.Resampling.BILINEAR, source)
+    return image.resize((columns, rows), Image.Resampling.BILINEAR).crop(box)
 
 
 def _open(file: bytes) -> ImageFile.ImageFile:

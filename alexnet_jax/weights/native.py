@@ -81,7 +81,7 @@ def read_native(path: Path) -> Weights:
 def _weights(description: dict[str, Any], tensors: dict[str, np.ndarray]) -> Weights:
     network = description["network"]
     mean = tensors.pop(MEAN)
-    lighting = tuple(tensors.pop(name) for name in LIGHTING) if LIGHTING[0] in tensors else None
+    lighting = (tensors.pop(LIGHTING[0]), tensors.pop(LIGHTING[1])) if LIGHTING[0] in tensors else None
     params: Params = {}
     for key, x in tensors.items():
         layer, name = key.split(".")
