@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
@@ -112,7 +111,7 @@ def _center_crop(graph: _Graph, preprocess: Preprocess, x: str) -> str:
     if preprocess.resize:
         # As two products of matrices: the weights are those of `jax.image.resize`, antialiased where it shrinks.
         shape = (preprocess.resize, preprocess.crop)
-        rows = np.asarray(jax.image.resize(jnp.eye(preprocess.crop), shape, "bilinear"))
+        rows = np.asarray(jax.image.resize(np.eye(preprocess.crop, dtype=np.float32), shape, "bilinear"))
         x = graph.add("MatMul", [graph.constant("resize.rows", rows), x], "resized_rows")
         x = graph.add("MatMul", [x, graph.constant("resize.columns", rows.T)], "resized")
     if preprocess.scale != 1:
@@ -192,15 +191,12 @@ def _fully_connected(graph: _Graph, weights: Weights, x: str) -> None:
     channels = next(width for width in reversed(model.widths[:5]) if width)
     test_scale = 1.0 if variant.inverted_dropout else 1 - model.dropout  # section 4.2
     x = graph.add("Flatten", [x], "flat")
-    first = True
-    for layer in LAYERS[5:]:
-        if layer not in weights.params:
-            continue
+    layers = [layer for layer in LAYERS[5:] if layer in weights.params]
+    for layer in layers:
         kernel, bias = (weights.params[layer][name] for name in ("kernel", "bias"))
-        if first:  # the rows are in the order (H, W, C), and here the features in (C, H, W)
+        if layer == layers[0]:  # its rows are in the order (H, W, C), and here the features in (C, H, W)
             side = math.isqrt(len(kernel) // channels)
             kernel = kernel.reshape(side, side, channels, -1).transpose(2, 0, 1, 3).reshape(kernel.shape)
-            first = False
         last = layer == "fc8"
         scaled = test_scale != 1 and not last
         number = layer.removeprefix("fc")
