@@ -38,7 +38,8 @@ def random_weights(side=227, crop=224, resize=0, pad=0, channels=3, scale=1.0, m
     shapes = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
 
     def draw(x):
-        return random.normal(0, np.prod(x.shape[:-1]) ** -0.5 if x.ndim > 1 else 0.3, x.shape).astype(np.float32)
+        deviation = np.prod(x.shape[:-1]) ** -0.5 if x.ndim > 1 else 0.3
+        return random.standard_normal(x.shape, np.float32) * np.float32(deviation)
 
     names = tuple(f"class ä{i}" for i in range(model.num_classes))
     return Weights(model, jax.tree.map(draw, shapes), preprocess, class_names=names, source=Source("torch", "a.pth"))
