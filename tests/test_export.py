@@ -128,7 +128,7 @@ def test_onnx_has_the_operations_of_the_paper_as_such():
     assert norms == [{"size": 5, "bias": 1, "alpha": pytest.approx(1e-4), "beta": 0.75}] * 2  # Caffe's own constants
 
 
-def test_onnx_says_what_it_is():
+def test_onnx_has_the_description_and_any_batch_size():
     weights = random_weights(**NETWORKS["paper"])
     model = onnx_model(weights, with_preprocessing=True)
     metadata = {x.key: x.value for x in model.metadata_props}
