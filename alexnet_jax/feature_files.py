@@ -110,7 +110,7 @@ def _hdf5(path, rows, shapes, dtype, settings, size):
         file = h5py.File(partial, "r+")
     except OSError as error:
         raise FeatureFileError(
-            f"{partial} cannot be resumed ({one_line(error)}); wait for who writes it, or delete it"
+            f"{partial} cannot be resumed ({one_line(error)}); wait for the process that writes it, or delete it"
         ) from None
     with file:
         if file.attrs.get("settings") != settings:

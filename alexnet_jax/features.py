@@ -106,6 +106,12 @@ def _of_files(
 
 def _of_split(dataset: Dataset, split: str, run: Run) -> Images:
     size, shape = dataset.size(split), run.preprocess.mean.shape
+    stored = dataset.builder.info.features["image"].shape
+    if None not in stored and stored != shape:
+        sizes = ["×".join(map(str, x)) for x in (stored, shape)]
+        raise FeaturesError(
+            f"{dataset.full_name} has images of {sizes[0]}; expected {sizes[1]}, as {run.path} takes them"
+        )
     source = open_source(dataset.builder, split)
     labels = np.full(size, -1, np.int32)
 
@@ -172,12 +178,15 @@ def write_features(
 def _digest(text: str, *arrays: Any) -> str:
     digest = hashlib.sha256(text.encode())
     for array in arrays:
-        digest.update(memoryview(np.ascontiguousarray(array)).cast("B"))
+        digest.update(np.ascontiguousarray(array).data.cast("B"))
     return digest.hexdigest()
 
 
 def _read_ahead(images: Images, starts: range, size: int) -> Iterator[tuple[int, list[Any]]]:
-    """Yield the batches that begin at `starts`; the next one is read while one is used. An image that cannot be read is its exception."""
+    """Yield the batches that begin at `starts`, with an exception for an image that cannot be read.
+
+    The next batch is read while one is used.
+    """
 
     def read(i):
         try:

@@ -212,7 +212,7 @@ def test_a_process_that_is_killed_leaves_a_file_that_is_resumed(trained, opened,
     killing = (
         "import os, signal, sys\nfrom alexnet_jax import features\nfrom alexnet_jax.feature_files import Writer\n"
         "write = Writer.write\n"
-        "def write_and_die(self, start, *rest):\n    write(self, start, *rest)\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "def write_and_die(self, *rest):\n    write(self, *rest)\n    os.kill(os.getpid(), signal.SIGKILL)\n"
         "Writer.write = write_and_die\nfeatures.main()\n"
     )
     arguments = [str(trained), str(folder), "--layers=fc7", f"--out={tmp_path / 'out.h5'}", "--batch_size=6"]
@@ -261,7 +261,6 @@ def test_images_that_are_not_there_are_one_line(opened, tmp_path, monkeypatch, t
         write_features(opened, open_images("test[:3]", opened), ["fc9"], tmp_path / "out.h5")
 
 
-def test_images_of_another_shape_than_the_networks_are_named(opened, synthetic_rgb, tmp_path, capfd):
-    images = open_images("synthetic_rgb:test[:3]", opened, opened.config.data_dir)
-    assert write_features(opened, images, ["fc7"], tmp_path / "out.npz") == 3
-    assert "it is 32×32; expected 28×28" in capfd.readouterr().err
+def test_images_of_another_shape_than_the_networks_are_refused(opened, synthetic_rgb):
+    with pytest.raises(FeaturesError, match="synthetic_rgb/1.0.0 has images of 32×32×3; expected 28×28×1, as"):
+        open_images("synthetic_rgb:test[:3]", opened, opened.config.data_dir)
