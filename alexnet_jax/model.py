@@ -16,6 +16,7 @@ from flax.linen.dtypes import Dtype
 from jax import lax
 
 from alexnet_jax.checks import check_images, check_network, check_tower_devices
+from alexnet_jax.layer_names import BEFORE
 from alexnet_jax.ops import OPS, Ops, ops_for
 from alexnet_jax.variants import ACTIVATIONS, LAYERS, VARIANTS, Stem, Variant
 
@@ -160,7 +161,8 @@ class AlexNet(nn.Module):
 
     `init(key, images)["params"]` holds `conv1` … `conv5`, `fc6`, `fc7`, `fc8`, each with `kernel` and `bias`.
     `apply({"params": p}, images, train)` maps float images [B, H, W, C], in the paper's scale (0 to 255, mean
-    subtracted), to float32 logits [B, num_classes]; training takes `rngs={"dropout": key}`.
+    subtracted), to float32 logits [B, num_classes]; training takes `rngs={"dropout": key}`. With `convolutions_only` it
+    ends with the output of conv5 and its pooling, [B, H', W', C'], for images of any size that is large enough.
 
     Raises:
       ValueError: a field with a value that it does not take, or images that the network cannot take.
@@ -193,7 +195,7 @@ class AlexNet(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(self, images: jax.Array, train: bool = False, convolutions_only: bool = False) -> jax.Array:
         check_network(self)
         check_images(self, images.shape)
         check_tower_devices(self, tower_devices(self.tower_axis))
@@ -206,6 +208,8 @@ class AlexNet(nn.Module):
         x = self._conv("conv3", x, 3, padding=1, gather=True, then=variant.conv3)  # from both towers, 13×13×384; ReLU
         x = self._conv("conv4", x, 3, padding=1, then=variant.conv4)  # 13×13×384; ReLU
         x = self._conv("conv5", x, 3, padding=1, then=variant.conv5)  # 13×13×256; ReLU, max pooling: 6×6×256
+        if convolutions_only:
+            return jnp.concatenate(x, axis=-1)
         x = self._dense("fc6", x, train)  # from both towers, 4096; ReLU, dropout
         x = self._dense("fc7", x, train)  # from both towers, 4096; ReLU, dropout
         logits = Dense(gather_outputs=True, **self._fields("fc8"))(x)  # from both towers, 1000
@@ -226,6 +230,7 @@ class AlexNet(nn.Module):
         )(x)  # fmt: skip
         if fused:
             return x
+        self._record(f"{name}{BEFORE}", x, "preactivations")
         self._record(name, x)
         return self._apply_in_order(name, then, x)
 
@@ -286,7 +291,9 @@ class AlexNet(nn.Module):
         dropout_on_inputs = VARIANTS[self.variant].dropout_on_inputs
         if dropout_on_inputs:
             x = self._dropout(name, x, train)
-        x = [ACTIVATIONS[self.activation](Dense(**fields)(x))]
+        x = [Dense(**fields)(x)]
+        self._record(f"{name}{BEFORE}", x, "preactivations")
+        x = [ACTIVATIONS[self.activation](x[0])]
         self._record(name, x)
         return x if dropout_on_inputs else self._dropout(name, x, train)
 
@@ -328,11 +335,11 @@ class AlexNet(nn.Module):
         )
 
     @nn.nowrap
-    def _record(self, name, towers):
-        """Sow an output for `activations`; a later one of the same name replaces it."""
-        if self.is_mutable_collection("activations") and not self.is_initializing():
+    def _record(self, name, towers, collection="activations"):
+        """Sow an output for `activations` or `features`; a later one of the same name replaces it."""
+        if self.is_mutable_collection(collection) and not self.is_initializing():
             output = {name: jnp.concatenate(towers, axis=-1)}
-            self.sow("activations", "outputs", output, reduce_fn=lambda old, new: old | new, init_fn=dict)
+            self.sow(collection, "outputs", output, reduce_fn=lambda old, new: old | new, init_fn=dict)
 
 
 def activations(model: AlexNet, params: Any, images: jax.Array) -> dict[str, jax.Array]:

@@ -19,9 +19,9 @@ class Progress:
             bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}",
         )  # fmt: skip
 
-    def advance(self) -> None:
-        """Count a step."""
-        self._bar.update()
+    def advance(self, steps: int = 1) -> None:
+        """Count some steps."""
+        self._bar.update(steps)
 
     def show(self, step: int, seconds_left: float, **values: str) -> None:
         """Show values of the last steps, as text."""

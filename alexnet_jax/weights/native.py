@@ -81,7 +81,9 @@ def read_native(path: Path) -> Weights:
 def _weights(description: dict[str, Any], tensors: dict[str, np.ndarray]) -> Weights:
     network = description["network"]
     mean = tensors.pop(MEAN)
-    lighting = (tensors.pop(LIGHTING[0]), tensors.pop(LIGHTING[1])) if LIGHTING[0] in tensors else None
+    lighting = None
+    if LIGHTING[0] in tensors:
+        lighting = tensors.pop(LIGHTING[0]), tensors.pop(LIGHTING[1])
     params: Params = {}
     for key, x in tensors.items():
         layer, name = key.split(".")

@@ -49,7 +49,7 @@ def write_preprocess(workdir: Path, preprocess: Preprocess, class_names: Sequenc
 
 def read_workdir(path: str | Path) -> Weights:
     """Return the weights of a run's newest checkpoint; raises as `read_run`."""
-    return read_run(user_path(path, "--workdir")).weights
+    return read_run(user_path(path, "the run's workdir")).weights
 
 
 @run_settings()
@@ -73,7 +73,7 @@ def read_run(workdir: Path, data_dir: str = "") -> Checkpoint:
     try:
         config.update(json.loads((workdir / CONFIG).read_text()))
     except OSError:
-        raise RunError(f"--workdir={workdir} holds no run (no {CONFIG}); name the workdir of a training") from None
+        raise RunError(f"{workdir} holds no run (no {CONFIG}); name the workdir of a training") from None
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{workdir / CONFIG} is not a config of this program ({one_line(error)})") from None
     step = newest_step(workdir / CHECKPOINTS)
@@ -95,7 +95,7 @@ def read_run(workdir: Path, data_dir: str = "") -> Checkpoint:
             source=Source("run", str(workdir)),
         )
     except WeightsError as error:
-        raise RunError(f"--workdir={workdir}: {error}") from None
+        raise RunError(f"{workdir}: {error}") from None
     return Checkpoint(weights, config, step)
 
 
