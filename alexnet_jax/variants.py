@@ -50,7 +50,5 @@ VARIANTS = {
         kernel_std=(0.01, 0.01, 0.01, 0.01, 0.01, 0.005, 0.005, 0.01),
         bias=(0, 0.1, 0, 0.1, 0.1, 0.1, 0.1, 0),
     ),
-    "torchvision": Variant(
-        ceil_mode=False, conv1="relu pool", conv2="relu pool", inverted_dropout=True, bias=(0,) * 8
-    ),
+    "torchvision": Variant(ceil_mode=False, conv1="relu pool", conv2="relu pool", inverted_dropout=True, bias=(0,) * 8),
 }
