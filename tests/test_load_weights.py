@@ -1,0 +1,385 @@
+"""Files of weights of other programs: read bit for bit, or refused in one line and in bounded memory."""
+
+import logging
+import pickle
+import struct
+import tracemalloc
+import zipfile
+import zlib
+
+import numpy as np
+import pytest
+import weight_files
+from weight_files import CLASSES, ORDER, random_params
+
+from alexnet_jax import AlexNet, Stem
+from alexnet_jax.weights import WeightsError, load_weights, write_native
+
+DEVIATION = np.array([58.395, 57.12, 57.375])
+CAFFE_WIDTHS = (4, 4, 6, 4, 4, 2, 2)
+TORCH = random_params(towers=1)
+CAFFE = random_params()
+CAFFENET = (
+    "conv1",
+    "pool1",
+    "norm1",
+    "conv2",
+    "pool2",
+    "norm2",
+    "conv3",
+    "conv4",
+    "conv5",
+    "pool5",
+    "fc6",
+    "fc7",
+    "fc8",
+)
+CROP_MEAN = np.random.default_rng(1).uniform(90, 130, (227, 227, 3)).astype(np.float32)
+NAMES = ("tench", "goldfish, Carassius auratus", "ä shark")
+
+
+def prefixed(state):
+    return {"epoch": 7, "arch": "alexnet", "state_dict": {f"module.{key}": x for key, x in state.items()}}
+
+
+def inner(state):
+    return {"state_dict": {key.replace("features.", "features.module."): x for key, x in state.items()}}
+
+
+TORCH_FILES = {
+    "zip": (weight_files.torch_zip, {}),
+    "zip, prefixed": (weight_files.torch_zip, {"wrap": prefixed}),
+    "legacy": (weight_files.torch_legacy, {}),
+    "legacy, prefixed inside": (weight_files.torch_legacy, {"wrap": inner}),
+    "safetensors": (weight_files.torch_safetensors, {}),
+}
+CAFFE_FILES = {
+    "caffe V0": (weight_files.caffe, {"generation": 0}),
+    "caffe V1": (weight_files.caffe, {"generation": 1}),
+    "caffe V2": (weight_files.caffe, {}),
+    "caffe, float64": (weight_files.caffe, {"double": True}),
+    "caffe, arrays alone": (weight_files.caffe, {"order": tuple(CAFFE)}),
+    "onnx": (weight_files.onnx_zoo, {}),
+    "onnx, float_data": (weight_files.onnx_zoo, {"raw": False}),
+    "npy": (weight_files.toronto, {}),
+    "pickle 2": (weight_files.toronto, {"protocol": 2}),
+    "pickle 5": (weight_files.toronto, {"protocol": 5}),
+    "mat": (weight_files.matconvnet, {"average": CROP_MEAN, "names": NAMES}),
+    "mat, compressed": (weight_files.matconvnet, {"average": CROP_MEAN, "names": NAMES, "compress": True}),
+    "mat, old": (weight_files.matconvnet, {"average": CROP_MEAN, "names": NAMES, "old": True}),
+}
+
+
+def assert_equal_params(found, expected):
+    assert {layer: set(p) for layer, p in found.items()} == {layer: set(p) for layer, p in expected.items()}
+    for layer, arrays in expected.items():
+        for name, x in arrays.items():
+            y = found[layer][name]
+            assert y.dtype == np.float32 and y.flags.c_contiguous
+            np.testing.assert_array_equal(y, x, err_msg=f"{layer}.{name}")
+
+
+@pytest.mark.parametrize("name", TORCH_FILES)
+def test_torchs_files_are_read_bit_for_bit(tmp_path, name):
+    write, options = TORCH_FILES[name]
+    write(tmp_path / "a.bin", TORCH, **options)
+    weights = load_weights(tmp_path / "a.bin")
+    divided = {
+        "kernel": (TORCH["conv1"]["kernel"] / DEVIATION[:, None]).astype(np.float32),
+        "bias": TORCH["conv1"]["bias"],
+    }
+    assert_equal_params(weights.params, TORCH | {"conv1": divided})
+    assert weights.model == AlexNet(CLASSES, "torchvision", stem=Stem(11, 4, 2), towers=1, widths=CAFFE_WIDTHS)
+    assert weights.resizing == "torchvision" and weights.preprocess.crop == 224 and weights.class_names is None
+    np.testing.assert_array_equal(
+        weights.preprocess.mean, np.full((256, 256, 3), [123.675, 116.28, 103.53], np.float32)
+    )
+    image = np.random.default_rng(0).integers(0, 256, (1, 256, 256, 3), np.uint8)
+    inputs = np.asarray(weights.preprocess.center_crop(image), np.float64) / DEVIATION
+    expected = (image / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    np.testing.assert_allclose(inputs, expected[:, 16:240, 16:240], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CAFFE_FILES)
+def test_files_of_caffes_network_are_read_bit_for_bit(tmp_path, name):
+    write, options = CAFFE_FILES[name]
+    write(tmp_path / "a.bin", CAFFE, **options)
+    weights = load_weights(tmp_path / "a.bin")
+    assert_equal_params(weights.params, CAFFE)
+    assert weights.model == AlexNet(CLASSES, "caffe", widths=CAFFE_WIDTHS)
+    assert weights.resizing == "caffe" and weights.preprocess.crop == 227
+    assert weights.class_names == (NAMES if name.startswith("mat") else None)
+    crop = weights.preprocess.mean[14:241, 14:241]
+    expected = CROP_MEAN if name.startswith("mat") else np.broadcast_to(
+        np.float32(weight_files.MEAN_BGR[::-1]), (227, 227, 3)
+    )  # fmt: skip
+    assert weights.preprocess.mean.shape == (256, 256, 3)
+    np.testing.assert_array_equal(crop, expected)
+    assert len(weights.source.sha256) == 64 and weights.source.file == "a.bin" and weights.source.format
+    write_native(weights, tmp_path / "b.safetensors")
+    again = load_weights(tmp_path / "b.safetensors")
+    assert_equal_params(again.params, CAFFE)
+    assert again.source == weights.source and again.model == weights.model
+
+
+def test_caffes_mean_image(tmp_path):
+    image = np.random.default_rng(0).uniform(90, 130, (3, 256, 256)).astype(np.float32)
+    weight_files.caffe_mean(tmp_path / "mean.binaryproto", image)
+    for write in (weight_files.caffe, weight_files.onnx_zoo, weight_files.toronto):
+        write(tmp_path / "a.bin", CAFFE)
+        weights = load_weights(tmp_path / "a.bin", tmp_path / "mean.binaryproto")
+        np.testing.assert_array_equal(weights.preprocess.mean, image[::-1].transpose(1, 2, 0))
+    weight_files.torch_zip(tmp_path / "a.pth", TORCH)
+    with pytest.raises(WeightsError, match="a mean image is for"):
+        load_weights(tmp_path / "a.pth", tmp_path / "mean.binaryproto")
+    weight_files.caffe_mean(tmp_path / "mean.binaryproto", image[:, :200])
+    weight_files.caffe(tmp_path / "a.bin", CAFFE)
+    with pytest.raises(WeightsError, match="mean image of 200×256×3; expected"):
+        load_weights(tmp_path / "a.bin", tmp_path / "mean.binaryproto")
+
+
+def test_classes_and_widths_are_those_of_the_file(tmp_path):
+    places = random_params((4, 6, 8, 6, 4, 2, 3), 365, towers=1)
+    weight_files.torch_legacy(tmp_path / "places.pth", places, inner)
+    weights = load_weights(tmp_path / "places.pth")
+    assert weights.model.num_classes == 365 and weights.model.widths == (4, 6, 8, 6, 4, 2, 3)
+    one_tower = random_params(towers=1)
+    weight_files.caffe(tmp_path / "one.caffemodel", one_tower)
+    weights = load_weights(tmp_path / "one.caffemodel")
+    assert weights.model.towers == 1
+    assert_equal_params(weights.params, one_tower)
+
+
+def test_a_known_name_with_another_hash_is_a_warning(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        for name in ("alexnet-owt-7be5be79.pth", "bvlc_alexnet.caffemodel"):
+            writer = weight_files.caffe if name.endswith("caffemodel") else weight_files.torch_zip
+            writer(tmp_path / name, CAFFE if name.endswith("caffemodel") else TORCH)
+            load_weights(tmp_path / name)
+    texts = [record.getMessage() for record in caplog.records]
+    assert "SHA-256" in texts[0] and "expected 7be5be79" in texts[0] and len(texts) == 2 and "9116a64c" in texts[1]
+
+
+class Command:
+    """An object whose pickle runs a command when it is loaded with `pickle`."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        import os
+
+        return os.system, (f"touch {self.file}",)
+
+
+@pytest.mark.parametrize("write", [weight_files.torch_zip, weight_files.torch_legacy])
+def test_a_pickle_that_names_a_command_runs_nothing(tmp_path, write):
+    marker = tmp_path / "executed"
+    write(tmp_path / "a.pth", TORCH, lambda state: {"state_dict": state, "other": Command(marker)})
+    with pytest.raises(WeightsError, match="names (posix|os).system, which was not loaded"):
+        load_weights(tmp_path / "a.pth")
+    with open(tmp_path / "a.npy", "wb") as file:
+        np.save(file, {"conv1": Command(marker)}, allow_pickle=True)
+    with pytest.raises(WeightsError, match="names (posix|os).system, which was not loaded"):
+        load_weights(tmp_path / "a.npy")
+    assert not marker.exists()
+
+
+def without(params, layer):
+    return {name: arrays for name, arrays in params.items() if name != layer}
+
+
+def filled(params, value):
+    bias = params["fc8"]["bias"].copy()
+    bias[0] = value
+    return params | {"fc8": params["fc8"] | {"bias": bias}}
+
+
+def alphabet(path, params):
+    weight_files.torch_zip(path, params, lambda state: {**state, "features.12.weight": state["features.0.weight"]})
+
+
+OTHER_NETWORKS = {
+    "CaffeNet": (lambda path: weight_files.caffe(path, CAFFE, order=CAFFENET), "CaffeNet's, which pools before"),
+    "CaffeNet, V0": (lambda path: weight_files.caffe(path, CAFFE, 0, CAFFENET, "CaffeNet"), "CaffeNet's"),
+    "CaffeNet of the zoo": (lambda path: weight_files.onnx_zoo(path, CAFFE, CAFFENET), "CaffeNet's"),
+    "CaffeNet of MatConvNet": (
+        lambda path: weight_files.matconvnet(path, CAFFE, CROP_MEAN, NAMES, order=CAFFENET), "CaffeNet's"),
+    "an unknown order": (
+        lambda path: weight_files.caffe(path, CAFFE, order=tuple(CAFFE), name="Net"), "its layers are conv conv"),
+    "LRN": (lambda path: weight_files.caffe(path, CAFFE, lrn_alpha=1.0), "α=1, β=0.75, k=1; expected n=5, α=0.0001"),
+    "stride": (lambda path: weight_files.caffe(path, CAFFE, stride=2), "conv1 has stride 2 and padding 0; expected 4"),
+    "a layer less": (
+        lambda path: weight_files.caffe(path, CAFFE, order=tuple(n for n in ORDER if n != "fc7")), "its layers are"),
+    "a missing tensor": (
+        lambda path: weight_files.torch_zip(path, TORCH, lambda s: {k: x for k, x in s.items() if "10.bias" not in k}),
+        "features.10.bias is missing"),
+    "an extra tensor": (lambda path: alphabet(path, TORCH), "it has 'features.12.weight'"),
+    "NaN": (lambda path: weight_files.torch_legacy(path, filled(TORCH, np.nan)), "fc8.bias holds values that are not"),
+    "infinity": (lambda path: weight_files.toronto(path, filled(CAFFE, np.inf)), "fc8.bias holds values that are not"),
+    "another shape": (
+        lambda path: weight_files.torch_zip(path, TORCH | {"fc7": CAFFE["fc6"]}), "fc7.kernel is .*; expected"),
+    "a compressed zip": (
+        lambda path: weight_files.torch_zip(path, TORCH, compression=zipfile.ZIP_DEFLATED), "is compressed"),
+    "a zip of text": (lambda path: zipfile.ZipFile(path, "w").writestr("a", "b"), "zip"),
+    "an array": (lambda path: np.save(path.open("wb"), np.zeros(3)), "a .npy file of one array"),
+    "nothing": (lambda path: path.write_bytes(b""), "not a file of weights"),
+    "a web page": (lambda path: path.write_text("<!DOCTYPE html><html>404</html>"), "not a file of weights"),
+    "a folder's name": (lambda path: None, "No such file"),
+    "MAT 7.3": (lambda path: path.write_bytes(b"MATLAB 7.3 MAT-file" + bytes(600)), "HDF5"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHER_NETWORKS)
+def test_other_files_are_one_line(tmp_path, name):
+    write, words = OTHER_NETWORKS[name]
+    path = tmp_path / "a.bin"
+    write(path)
+    with pytest.raises(WeightsError, match=words) as error:
+        load_weights(path)
+    assert "\n" not in str(error.value) and str(error.value).startswith(str(path)) and len(str(error.value)) < 600
+
+
+def safetensors(header, content=b""):
+    return struct.pack("<Q", len(header)) + header + content
+
+
+def pickled(*opcodes):
+    return b"\x80\x02" + b"".join(opcodes) + b"."
+
+
+def mat(*elements):
+    return b"MATLAB 5.0 MAT-file".ljust(124) + b"\x00\x01IM" + b"".join(elements)
+
+
+def matrix(kind, dims, content=b""):
+    content = (
+        struct.pack("<IIII", 6, 8, kind, 0) + struct.pack("<IIii", 5, 8, *dims) + struct.pack("<II", 1, 0) + content
+    )
+    return struct.pack("<II", 14, len(content)) + content
+
+
+def deflated(content):
+    content = zlib.compress(content, 9)
+    return struct.pack("<II", 15, len(content)) + content
+
+
+BOMBS = {
+    "a memo of 2^31": pickled(b"N", b"r\xff\xff\xff\x7f"),
+    "bytes of 2^62": pickled(b"\x96" + struct.pack("<Q", 1 << 62)),
+    "a million lists": pickled(b"]" * 1_000_000),
+    "a shape of 2^60": safetensors(b'{"features.0.weight":{"dtype":"F32","shape":[1152921504606846976],"data_offsets":[0,8]}}', bytes(8)),
+    "a header of 2^40": struct.pack("<Q", 1 << 40) + b"{" + bytes(100),
+    "a deep header": safetensors(b"{" + b'"a":[' * 100_000),
+    "a wide header": safetensors(b'{"a":[' + b"{}," * 3_000_000),
+    "a cell of 2^30": mat(matrix(1, (1 << 15, 1 << 15))),
+    "an array of 2^31": mat(struct.pack("<II", 14, 0x7FFFFFF0) + matrix(7, (1 << 15, 1 << 15))[8:]),
+    "a deflated bomb": mat(deflated(struct.pack("<II", 14, 1 << 30) + matrix(7, (1 << 14, 1 << 14))[8:] + struct.pack("<II", 7, 1 << 30) + bytes(1 << 28))),
+    "deflated lists": mat(deflated(matrix(1, (50_000, 1), matrix(1, (50_000, 1)) * 50_000))),
+    "fields without end": b"\x0a\x00" * 5_000_000,
+    "a long varint": b"\x0a" + b"\xff" * 100,
+    "layers without end": b"\x12\x02\x0a\x00" * 2_000_000,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_small_files_allocate_little(tmp_path, name):
+    path = tmp_path / "a.bin"
+    path.write_bytes(BOMBS[name])
+    load = (
+        pytest.raises(WeightsError, load_weights, path) and load_weights
+    )  # imported and compiled before it is measured
+    tracemalloc.start()
+    try:
+        with pytest.raises(WeightsError) as error:
+            load(path)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert "\n" not in str(error.value)
+    assert peak < 2 * len(BOMBS[name]) + 100e6, f"{peak / 1e6:.0f} MB: {error.value}"
+
+
+def test_a_zip_bomb(tmp_path):
+    path = tmp_path / "a.pth"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("archive/data.pkl", bytes(1 << 28))
+    tracemalloc.start()
+    try:
+        with pytest.raises(WeightsError, match="is compressed or corrupt"):
+            load_weights(path)
+        assert tracemalloc.get_traced_memory()[1] < 100e6
+    finally:
+        tracemalloc.stop()
+
+
+FUZZED = {
+    "native": None, "zip": TORCH_FILES["zip"], "legacy": TORCH_FILES["legacy"],
+    "safetensors": TORCH_FILES["safetensors"],
+} | {name: CAFFE_FILES[name] for name in ("caffe V0", "caffe V1", "caffe V2", "onnx", "npy", "pickle 2", "mat", "mat, compressed")}  # fmt: skip
+
+
+def fuzzed_file(name, path):
+    """The content of a small file of a format; the mean image, which would make it large, is a color."""
+    params = random_params((2, 2, 2, 2, 2, 2, 2), 2, towers=1 if name in TORCH_FILES else 2)
+    if name == "native":
+        weight_files.torch_zip(path, random_params((2, 2, 2, 2, 2, 2, 2), 2, towers=1))
+        weights = load_weights(path)
+        small = weights.preprocess.replace(mean=np.zeros((28, 28, 3), np.float32), crop=28)
+        model = weights.model.clone(stem=Stem(11, 1, 2), widths=(1,) * 7, num_classes=1)
+        import jax
+
+        import alexnet_jax.weights as w
+
+        params = model.init(jax.random.key(0), np.zeros((1, 28, 28, 3)))["params"]
+        write_native(w.Weights(model, jax.tree.map(np.asarray, params), small), path)
+    else:
+        write, options = FUZZED[name]
+        if "average" in options:
+            options = options | {"average": np.array([1.0, 2.0, 3.0]), "names": ("a", "b")}
+        write(path, params, **options)
+    return path.read_bytes()
+
+
+def outcome(path, content):
+    """The weights of a file with that content, or None if it is refused in one line; anything else is raised."""
+    path.write_bytes(content)
+    try:
+        return load_weights(path)
+    except WeightsError as error:
+        assert "\n" not in str(error)
+        return None
+
+
+@pytest.mark.parametrize("name", FUZZED)
+def test_every_truncation_is_one_line(tmp_path, name):
+    content = fuzzed_file(name, tmp_path / "a.bin")
+    step = 1 if len(content) < 20_000 else 7
+    for length in [*range(0, len(content), step), len(content) - 1]:
+        if outcome(tmp_path / "b.bin", content[:length]) is not None:
+            # A protocol buffer ends anywhere, a MAT-file after any variable: whole arrays are all that is left.
+            assert name in ("onnx", "mat") or length >= len(content) - 40, length
+
+
+@pytest.mark.parametrize("name", FUZZED)
+def test_flipped_bytes_are_one_line_or_a_network(tmp_path, name):
+    content = fuzzed_file(name, tmp_path / "a.bin")
+    rng = np.random.default_rng(0)
+    weights = load_weights(tmp_path / "a.bin")
+    size = sum(x.nbytes for arrays in weights.params.values() for x in arrays.values())
+    for i in range(600):
+        changed = bytearray(content)
+        for position in rng.integers(0, len(content) if i % 2 else min(len(content), 1000), rng.integers(1, 4)):
+            changed[position] = rng.integers(256)
+        found = outcome(tmp_path / "b.bin", bytes(changed))
+        if found is not None:
+            assert sum(x.nbytes for arrays in found.params.values() for x in arrays.values()) <= 2 * size + 1000
+
+
+def test_hardly_any_pickle_of_python_is_read(tmp_path):
+    path = tmp_path / "a.npy"
+    for value in (None, 3, [1, 2], {"conv1": 3}, {1: 2}, {"conv1": [{}, {}]}, [[]], "text", b"bytes", {None: []}):
+        for protocol in range(2, 6):
+            path.write_bytes(pickle.dumps(value, protocol))
+            with pytest.raises(WeightsError):
+                load_weights(path)
