@@ -157,8 +157,10 @@ def torch_safetensors(path, params):
 def caffe_messages():
     """Caffe's messages, those of its caffe.proto that a network needs, by name."""
     field = descriptor_pb2.FieldDescriptorProto
-    kinds = {"int64": field.TYPE_INT64, "string": field.TYPE_STRING, "float": field.TYPE_FLOAT, "uint": field.TYPE_UINT32,
-             "double": field.TYPE_DOUBLE}  # fmt: skip
+    kinds = {
+        "int64": field.TYPE_INT64, "string": field.TYPE_STRING, "float": field.TYPE_FLOAT,
+        "uint": field.TYPE_UINT32, "double": field.TYPE_DOUBLE,
+    }  # fmt: skip
     schema = {
         "BlobShape": [("dim", 1, "packed int64")],
         "BlobProto": [("num", 1, "int64"), ("channels", 2, "int64"), ("height", 3, "int64"), ("width", 4, "int64"),
@@ -168,7 +170,8 @@ def caffe_messages():
         "LRN": [("local_size", 1, "uint"), ("alpha", 2, "float"), ("beta", 3, "float")],
         "Pooling": [("pool", 1, "uint"), ("kernel_size", 2, "uint"), ("stride", 3, "uint")],
         "V0": [("name", 1, "string"), ("type", 2, "string"), ("pad", 7, "uint"), ("kernelsize", 8, "uint"),
-               ("group", 9, "uint"), ("stride", 10, "uint"), ("alpha", 14, "float"), ("blobs", 50, "repeated BlobProto")],
+               ("group", 9, "uint"), ("stride", 10, "uint"), ("alpha", 14, "float"),
+               ("blobs", 50, "repeated BlobProto")],
         "V1": [("layer", 1, "V0"), ("bottom", 2, "repeated string"), ("name", 4, "string"), ("type", 5, "uint"),
                ("blobs", 6, "repeated BlobProto"), ("convolution_param", 10, "Convolution"), ("lrn_param", 18, "LRN"),
                ("pooling_param", 19, "Pooling")],
@@ -238,8 +241,8 @@ def caffe_mean(path, image_bgr):
     Path(path).write_bytes(blob(image_bgr[None], legacy=True).SerializeToString())
 
 
-def onnx_zoo(path, params, order=ORDER, raw=True):
-    """A graph as the ONNX zoo's bvlcalexnet, at 224×224."""
+def onnx_zoo(path, params, order=ORDER, raw=True, side=224):
+    """A graph as the ONNX zoo's bvlcalexnet, for images of side×side."""
     nodes, initializers, x, groups = [], [], "data_0", {"conv2": 2, "conv4": 2, "conv5": 2}
     for layer in order:
         kind, inputs = layer.rstrip("0123456789"), [x]
@@ -252,14 +255,16 @@ def onnx_zoo(path, params, order=ORDER, raw=True):
                 )  # fmt: skip
         y = f"{layer}_1"
         if kind == "conv":
-            side = params[layer]["kernel"].shape[0]
-            stride, pad = (4, 0) if layer == "conv1" else (1, side // 2)
-            attributes = dict(kernel_shape=[side] * 2, strides=[stride] * 2, pads=[pad] * 4, group=groups.get(layer, 1))
+            kernel = params[layer]["kernel"].shape[0]
+            stride, pad = (4, 0) if layer == "conv1" else (1, kernel // 2)
+            attributes = dict(
+                kernel_shape=[kernel] * 2, strides=[stride] * 2, pads=[pad] * 4, group=groups.get(layer, 1)
+            )
             nodes.append(helper.make_node("Conv", inputs, [y], **attributes))
         elif kind == "norm":
             nodes.append(helper.make_node("LRN", inputs, [y], size=5, alpha=1e-4, beta=0.75, bias=1.0))
         elif kind == "pool":
-            pads = [0, 0, 1, 1] if layer == "pool5" else [0] * 4
+            pads = [0, 0, 1, 1] if layer == "pool5" and side == 224 else [0] * 4
             nodes.append(helper.make_node("MaxPool", inputs, [y], kernel_shape=[3, 3], strides=[2, 2], pads=pads))
         else:
             if layer == "fc6":
@@ -273,7 +278,7 @@ def onnx_zoo(path, params, order=ORDER, raw=True):
             x = f"{layer}_2"
             nodes.append(helper.make_node("Relu", [y], [x]))
     nodes.append(helper.make_node("Softmax", [x], ["prob_1"], axis=1))
-    values = [helper.make_tensor_value_info(n, 1, s) for n, s in (("data_0", [1, 3, 224, 224]), ("prob_1", [1, 3]))]
+    values = [helper.make_tensor_value_info(n, 1, s) for n, s in (("data_0", [1, 3, side, side]), ("prob_1", [1, 3]))]
     graph = helper.make_graph(nodes, "bvlc_alexnet", values[:1], values[1:], initializers)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 12)]), path)
 

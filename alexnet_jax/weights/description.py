@@ -3,7 +3,7 @@
 import struct
 import zlib
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import jax
@@ -94,6 +94,7 @@ class Weights:
             raise WeightsError(f"resizing={self.resizing!r}: expected one of {', '.join(RESIZINGS)}")
 
 
+@lru_cache(maxsize=16)
 def parameter_shapes(model: AlexNet, image_shape: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:
     """Return the shape of each of a network's parameters, `{"conv1.kernel": …}`, for images [H, W, C].
 

@@ -16,7 +16,7 @@ from alexnet_jax.weights.native import is_native, native_weights
 from alexnet_jax.weights.read_caffe import is_caffe, read_caffe, read_mean
 from alexnet_jax.weights.read_matconvnet import read_matconvnet
 from alexnet_jax.weights.read_onnx import is_onnx, read_onnx
-from alexnet_jax.weights.read_torch import from_torch, is_torch_legacy, read_torch_legacy, read_torch_zip
+from alexnet_jax.weights.read_torch import is_torch_legacy, read_torch_legacy, read_torch_safetensors, read_torch_zip
 from alexnet_jax.weights.read_toronto import read_toronto
 from alexnet_jax.weights.safetensors_file import read_safetensors, starts_as_safetensors
 from alexnet_jax.weights.stored import File, Region, whole
@@ -70,7 +70,7 @@ def _opened(path: Path) -> Iterator[File]:
         with open(path, "rb") as file:
             yield file
     except WeightsError as error:
-        raise WeightsError(f"{path}: {error}") from None
+        raise WeightsError(f"{path}: {one_line(error, 500)}") from None
     except OSError as error:
         raise WeightsError(f"{path}: {error.strerror or one_line(error)}") from None
     except CORRUPT as error:
@@ -91,7 +91,7 @@ def _read(file: Region, source: Source, mean: np.ndarray | None) -> Weights:
             metadata, arrays = read_safetensors(file)
             if is_native(metadata):
                 return native_weights(metadata, arrays)
-            return from_torch(arrays, file.size, source._replace(format="torch (safetensors)"))
+            return read_torch_safetensors(metadata, arrays, file.size, source)
         if is_torch_legacy(file):
             return read_torch_legacy(file, source)
     if head.startswith((b"\x93NUMPY", b"\x80")):

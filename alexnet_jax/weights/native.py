@@ -63,7 +63,7 @@ def read_native(path: Path) -> Weights:
         with open(path, "rb") as file:
             return native_weights(*read_safetensors(whole(file)))
     except WeightsError as error:
-        raise WeightsError(f"{path}: {error}") from None
+        raise WeightsError(f"{path}: {one_line(error, 500)}") from None
     except CORRUPT as error:
         raise WeightsError(f"{path} is not a .safetensors file: {one_line(error)}") from None
 

@@ -70,7 +70,9 @@ def _check_constants(name: str, kind: str, layer: dict[str, Any]) -> None:
 
 def _mean(normalization: Any) -> np.ndarray | None:
     """Return the mean image [256, 256, 3]: MatConvNet keeps the part that the crop sees, or a color."""
-    average = normalization.get("averageImage") if isinstance(normalization, dict) else None
+    if not isinstance(normalization, dict):
+        raise WeightsError("it has no `normalization`: it is truncated, or not MatConvNet's")
+    average = normalization.get("averageImage")
     if not isinstance(average, Stored):
         return None
     if len(color := _numbers(average)) == 3:

@@ -1,5 +1,6 @@
 """torchvision's `alexnet`: torch's .pth, zip or legacy, and .safetensors with torch's keys."""
 
+import json
 import math
 import struct
 from collections.abc import Mapping
@@ -122,6 +123,24 @@ def read_torch_legacy(file: Region, source: Source) -> Weights:
     return from_torch(_state_dict(objects[3]), file.size, source._replace(format="torch (legacy)"))
 
 
+def read_torch_safetensors(
+    metadata: Mapping[str, str], arrays: Mapping[str, Stored], size: int, source: Source
+) -> Weights:
+    """Return the network of a .safetensors file with torch's keys.
+
+    Args:
+      metadata: may have `mean`, three numbers for pixels in 0 to 1, and `class_names`, each as JSON.
+      arrays, size, source: as in `from_torch`.
+
+    Raises:
+      WeightsError: another network.
+      Exception: of several types, for corrupt metadata.
+    """
+    mean = tuple(255 * float(x) for x in json.loads(metadata["mean"])) if "mean" in metadata else MEAN
+    names = tuple(map(str, json.loads(metadata["class_names"]))) if "class_names" in metadata else None
+    return from_torch(arrays, size, source._replace(format="torch (safetensors)"), mean, names)
+
+
 def _tensor(view: View, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
     return Tensor(view, offset, tuple(shape), tuple(stride))
 
@@ -147,7 +166,13 @@ def _state_dict(value: Any) -> dict[str, Stored]:
     return {key: x.stored() for key, x in named.items()}
 
 
-def from_torch(arrays: Mapping[str, Stored], size: int, source: Source) -> Weights:
+def from_torch(
+    arrays: Mapping[str, Stored],
+    size: int,
+    source: Source,
+    mean: tuple[float, ...] = MEAN,
+    class_names: tuple[str, ...] | None = None,
+) -> Weights:
     """Return torchvision's network from arrays with torch's keys, in a file of `size` bytes; raises WeightsError.
 
     The images' deviations go into conv1: with padding after normalization this changes nothing but the rounding.
@@ -167,8 +192,9 @@ def from_torch(arrays: Mapping[str, Stored], size: int, source: Source) -> Weigh
         ),
         params=params,
         preprocess=Preprocess(
-            mean=constant_mean(MEAN), pad=0, crop=224, resize=0, flip=True, lighting=None, scale=1.0
+            mean=constant_mean(mean), pad=0, crop=224, resize=0, flip=True, lighting=None, scale=1.0
         ),
         resizing="torchvision",
+        class_names=class_names,
         source=source,
     )  # fmt: skip
