@@ -24,7 +24,7 @@ def test_a_file_is_converted_and_described(tmp_path):
     assert code == 0, errors
     weights = load_weights(tmp_path / "b.safetensors")
     assert "recognized: MatConvNet, variant caffe, 2 towers" in output
-    assert "conv1  55×55×4   11×11×3×4" in output and "classes: 3 (cat, dog, ox)" in output
+    assert "conv1 55×55×4 11×11×3×4 1,456" in " ".join(output.split()) and "classes: 3 (cat, dog, ox)" in output
     assert f"source: a.mat, SHA-256 {weights.source.sha256}" in output
     assert output.endswith(f"Written to {tmp_path / 'b.safetensors'}\n") and weights.class_names == ("cat", "dog", "ox")
 

@@ -69,9 +69,6 @@ BOMBS = {
 def test_small_files_allocate_little(tmp_path, name):
     path = tmp_path / "a.bin"
     path.write_bytes(BOMBS[name])
-    load = (
-        pytest.raises(WeightsError, load_weights, path) and load_weights
-    )  # imported and compiled before it is measured
     tracemalloc.start()
     try:
         with pytest.raises(WeightsError) as error:
