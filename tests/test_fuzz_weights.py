@@ -52,6 +52,12 @@ BOMBS = {
         b'{"features.0.weight":{"dtype":"F32","shape":[1152921504606846976],"data_offsets":[0,8]}}', bytes(8)),
     "a header of 2^40": struct.pack("<Q", 1 << 40) + b"{" + bytes(100),
     "a deep header": safetensors(b"{" + b'"a":[' * 100_000),
+    "a header of lists": safetensors(b'{"a":[' + b"{}," * 600_000 + b"1]}"),
+    "metadata of lists": safetensors(
+        b'{"__metadata__":{"alexnet_jax":"[' + b"{}," * 600_000 + b'1]"}}'),
+    "calls without end": pickled(
+        b"ccollections\nOrderedDict\nq\x00", b"(" + b"(K\x01K\x02t" * 5000 + b"lq\x01" + b"h\x00h\x01\x85R" * 5000),
+    "structs without end": mat(*[matrix(2, (20_000, 1), struct.pack("<II4xI", 0x00040005, 32, 1))] * 1000),
     "a wide header": safetensors(b'{"a":[' + b"{}," * 3_000_000),
     "a cell of 2^30": mat(matrix(1, (1 << 15, 1 << 15))),
     "an array of 2^31": mat(struct.pack("<II", 14, 0x7FFFFFF0) + matrix(7, (1 << 15, 1 << 15))[8:]),

@@ -1,6 +1,7 @@
 """Files of weights of other programs: read bit for bit, or refused in one line and in bounded memory."""
 
 import logging
+import tracemalloc
 import zipfile
 
 import jax
@@ -59,6 +60,7 @@ CAFFE_FILES = {
     "onnx": (weight_files.onnx_zoo, {}),
     "onnx, float_data": (weight_files.onnx_zoo, {"raw": False}),
     "npy": (weight_files.toronto, {}),
+    "npy of Python 2": (weight_files.toronto_python2, {}),
     "pickle 2": (weight_files.toronto, {"protocol": 2}),
     "pickle 5": (weight_files.toronto, {"protocol": 5}),
     "mat": (weight_files.matconvnet, {"average": CROP_MEAN, "names": NAMES}),
@@ -127,7 +129,7 @@ def test_caffes_mean_image(tmp_path):
         weights = load_weights(tmp_path / "a.bin", tmp_path / "mean.binaryproto")
         np.testing.assert_array_equal(weights.preprocess.mean, image[::-1].transpose(1, 2, 0))
     weight_files.torch_zip(tmp_path / "a.pth", TORCH)
-    with pytest.raises(WeightsError, match="a mean image is for"):
+    with pytest.raises(WeightsError, match="this format has its own mean"):
         load_weights(tmp_path / "a.pth", tmp_path / "mean.binaryproto")
     weight_files.caffe_mean(tmp_path / "mean.binaryproto", image[:, :200])
     weight_files.caffe(tmp_path / "a.bin", CAFFE)
@@ -251,3 +253,44 @@ def test_logits_of_the_zoos_graph_equal_those_of_onnxruntime(tmp_path):
     (expected,) = session.run(None, {"data_0": bgr})
     assert np.ptp(expected) > 0.05
     np.testing.assert_allclose(jax.nn.softmax(logits), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_files_of_torch_itself(tmp_path, legacy):
+    torch, torchvision = pytest.importorskip("torch"), pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    model = torchvision.models.alexnet(num_classes=50).eval()
+    torch.save(model.state_dict(), tmp_path / "a.pth", _use_new_zipfile_serialization=not legacy)
+    weights = load_weights(tmp_path / "a.pth")
+    arrays = {key: x.numpy() for key, x in model.state_dict().items()}
+    found = weight_files.torch_keys(weights.params)
+    for key, x in arrays.items():
+        expected = (x / DEVIATION[:, None, None]).astype(np.float32) if key == "features.0.weight" else x
+        np.testing.assert_array_equal(found[key], expected, err_msg=key)
+    images = np.random.default_rng(0).integers(0, 256, (2, 256, 256, 3), np.uint8)
+    logits = weights.model.apply({"params": weights.params}, weights.preprocess.center_crop(images))
+    normalized = ((images / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225])[:, 16:240, 16:240].transpose(
+        0, 3, 1, 2
+    )
+    with torch.no_grad():
+        expected = model(torch.tensor(normalized, dtype=torch.float32)).numpy()
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
+MEDIUM = (96, 256, 384, 384, 256, 256, 256)
+
+
+@pytest.mark.parametrize("name", ["zip", "legacy", "safetensors", "caffe V2", "onnx", "npy", "mat", "mat, compressed"])
+def test_reading_holds_the_parameters_and_little_more(tmp_path, name):
+    write, options = (TORCH_FILES | CAFFE_FILES)[name]
+    path = tmp_path / "a.bin"
+    write(path, random_params(MEDIUM, 3, towers=1 if name in TORCH_FILES else 2), **options)
+    size = path.stat().st_size
+    tracemalloc.start()
+    try:
+        load_weights(path)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    largest = 4 * 36 * MEDIUM[4] * MEDIUM[5]
+    assert size > 15e6 and peak < size + 20e6 + 2 * largest * ("compressed" in name), f"{peak / size:.2f} × the file"

@@ -64,9 +64,7 @@ def photographs(tmp_path_factory):
 def test_real_convolutions_equal_float64(convolutions, photographs, tmp_path):
     assert convolutions[0][0][0, 0, 0, 0] == pytest.approx(0.11864, abs=1e-5)
     params = weight_files.random_params((64, 192, 384, 256, 256, 2, 2), towers=1)  # the small fully connected layers
-    params |= {
-        f"conv{i}": dict(zip(("kernel", "bias"), pair, strict=True)) for i, pair in enumerate(convolutions, 1)
-    }
+    params |= {f"conv{i}": dict(zip(("kernel", "bias"), pair, strict=True)) for i, pair in enumerate(convolutions, 1)}
     weight_files.torch_legacy(tmp_path / "a.pth", params)
     weights = load_weights(tmp_path / "a.pth")
     inputs = weights.preprocess.center_crop(photographs)

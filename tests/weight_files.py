@@ -295,6 +295,41 @@ def toronto(path, params, protocol=None):
             pickle.dump(layers, file, protocol=protocol)
 
 
+class Python2Pickler(pickle._Pickler):
+    """Pickles text and bytes as the one string type of Python 2."""
+
+    def save_string(self, value):
+        content = value.encode() if isinstance(value, str) else value
+        short = len(content) < 256
+        self.write((b"U" if short else b"T") + struct.pack("<B" if short else "<i", len(content)) + content)
+        self.memoize(value)
+
+    dispatch = pickle._Pickler.dispatch | {str: save_string, bytes: save_string}
+
+
+def toronto_python2(path, params):
+    """What `np.save` of Python 2 wrote."""
+    conv1 = {"kernel": params["conv1"]["kernel"][:, :, ::-1], "bias": params["conv1"]["bias"]}
+    layers = {layer: [Array2(x) for x in p.values()] for layer, p in (params | {"conv1": conv1}).items()}
+    wrapped = np.empty((), object)
+    wrapped[()] = layers
+    header = b"{'descr': '|O', 'fortran_order': False, 'shape': (), }".ljust(69) + b"\n"
+    with open(path, "wb") as file:
+        file.write(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header)
+        Python2Pickler(file, protocol=2).dump(wrapped)
+
+
+class Array2:
+    """An array that pickles as in Python 2: with its bytes as a string."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def __reduce__(self):
+        function, arguments, _ = np.zeros(1).__reduce__()
+        return function, arguments, (1, self.x.shape, self.x.dtype, False, self.x.tobytes())
+
+
 def matconvnet(path, params, average, names, compress=False, order=ORDER, old=False):
     """MatConvNet's layers; `average` is the mean of the crop, RGB, or three numbers."""
     layers = []

@@ -10,6 +10,7 @@ from alexnet_jax.weights.description import Params, WeightsError
 from alexnet_jax.weights.stored import Stored
 
 NAMES = tuple(f"{layer}.{name}" for layer in LAYERS for name in ("kernel", "bias"))
+SMALL = 1 << 20  # bytes; MATLAB stores a bias of whole numbers as integers
 BLOCK = 64  # output channels at a time: a block of fc6's kernel, of 2 MB, stays in the cache while it is transposed
 OIHW_TO_HWIO = (2, 3, 1, 0)
 # Caffe's mean of ImageNet, in RGB; its networks take BGR.
@@ -41,6 +42,8 @@ def params_of(arrays: dict[str, Stored], axes: str, size: int) -> Params:
     if sum(x.region.size for x in arrays.values()) > size:
         raise WeightsError("its arrays overlap: it is corrupt")
     for name, x in arrays.items():
+        if x.dtype.kind in "biu" and x.region.size > SMALL:  # as floats they would take four times as much
+            raise WeightsError(f"{name} is of type {x.dtype}; expected floats")
         expected = 1 if name.endswith("bias") else 4 if name.startswith("conv") else 2
         if len(x.shape) != expected and not (axes == "HWIO" and name.startswith("fc")):
             raise WeightsError(f"{name} is {'×'.join(map(str, x.shape))}; expected {expected} axes")

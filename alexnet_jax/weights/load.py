@@ -4,7 +4,8 @@ import contextlib
 import hashlib
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -82,18 +83,32 @@ def _read(file: Region, source: Source, mean: np.ndarray | None) -> Weights:
     head = file.bytes(0, min(512, file.size))
     if head.startswith(b"MATLAB 7.3") or head[:8] == b"\x89HDF\r\n\x1a\n":
         raise WeightsError("an HDF5 file; expected a MAT-file of version 5, as save(…, '-v7') writes it")
-    if mean is None:
-        if head.startswith(b"PK\3\4"):
-            return read_torch_zip(file, source)
-        if head.startswith(b"MATLAB 5.0"):
-            return read_matconvnet(file, source)
-        if starts_as_safetensors(file):
-            metadata, arrays = read_safetensors(file)
-            if is_native(metadata):
-                return native_weights(metadata, arrays)
-            return read_torch_safetensors(metadata, arrays, file.size, source)
-        if is_torch_legacy(file):
-            return read_torch_legacy(file, source)
+    if head.startswith(b"PK\3\4"):
+        reader: Callable[[], Weights] = partial(read_torch_zip, file, source)
+    elif is_torch_legacy(file):
+        reader = partial(read_torch_legacy, file, source)
+    elif head.startswith(b"MATLAB 5.0"):
+        reader = partial(read_matconvnet, file, source)
+    elif starts_as_safetensors(file):
+        reader = partial(_read_safetensors, file, source)
+    else:
+        return _read_caffes(file, head, source, mean)
+    if mean is not None:
+        raise WeightsError(
+            "this format has its own mean; a mean image is for Caffe's network as .caffemodel, .onnx or .npy"
+        )
+    return reader()
+
+
+def _read_safetensors(file: Region, source: Source) -> Weights:
+    metadata, arrays = read_safetensors(file)
+    if is_native(metadata):
+        return native_weights(metadata, arrays)
+    return read_torch_safetensors(metadata, arrays, file.size, source)
+
+
+def _read_caffes(file: Region, head: bytes, source: Source, mean: np.ndarray | None) -> Weights:
+    """Return the weights of a file of Caffe's network that may come with a mean image."""
     if head.startswith((b"\x93NUMPY", b"\x80")):
         return read_toronto(file, source, mean)
     if head[:1] and head[0] in PROTOBUF:
@@ -102,8 +117,6 @@ def _read(file: Region, source: Source, mean: np.ndarray | None) -> Weights:
             return read_onnx(message, file.size, source, mean)
         if is_caffe(message):
             return read_caffe(message, file.size, source, mean)
-    if mean is not None:
-        raise WeightsError("a mean image is for a .caffemodel, .onnx or .npy of Caffe's network; give none")
     raise WeightsError(f"not a file of weights, or a truncated one; expected {FORMATS}")
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from alexnet_jax.weights.description import WeightsError
 from alexnet_jax.weights.stored import Region, stored
 
-MAX_ELEMENTS, MAX_DEPTH = 50_000, 8
+MAX_ELEMENTS, MAX_DEPTH = 100_000, 8  # with 1,000 class names it has 12,000
 SPARE = 50 << 20  # decompressed bytes beyond one and a half times the file's
 CHUNK = 1 << 16
 MAX_TEXT, MAX_DIMENSIONS = 1 << 16, 8
@@ -123,18 +123,16 @@ class _Reader:
     def __init__(self, source: Any, count: int = 0):
         self.source, self.count = source, count
 
-    def bytes(self, size: int) -> bytes:
+    def take(self, size: int) -> bytes:
         return self.source.take(size).bytes(0, size)
 
     def tag(self) -> tuple[int, int, bool]:
         """Return the type and size of the next element, and whether its content shares the tag's eight bytes."""
-        self.count += 1
-        if self.count > MAX_ELEMENTS:
-            raise WeightsError(f"it has more than {MAX_ELEMENTS:,} elements; no AlexNet has as many")
-        (kind,) = struct.unpack("<I", self.bytes(4))
+        self.counted(1)
+        (kind,) = struct.unpack("<I", self.take(4))
         if kind >> 16:
             return kind & 0xFFFF, kind >> 16, True
-        return kind, struct.unpack("<I", self.bytes(4))[0], False
+        return kind, struct.unpack("<I", self.take(4))[0], False
 
     def element(self) -> tuple[int, Region]:
         """Return the type and the content of the next element, which holds no other."""
@@ -143,6 +141,20 @@ class _Reader:
         self.source.take(4 - size if small else -size % 8)  # padding
         return kind, content
 
+    def small(self) -> tuple[int, bytes]:
+        """Return the type and the content of the next element, which is short."""
+        kind, content = self.element()
+        self.counted(content.size // 100)
+        if content.size > MAX_TEXT:
+            raise WeightsError("its names are too long: it is corrupt")
+        return kind, content.bytes(0, content.size)
+
+    def counted(self, count: int) -> None:
+        """Raise WeightsError if there are too many elements with `count` more."""
+        self.count += count
+        if self.count > MAX_ELEMENTS:
+            raise WeightsError(f"it has more than {MAX_ELEMENTS:,} elements; no AlexNet has as many")
+
     def matrix(self, size: int, depth: int = 0) -> tuple[str, Any]:
         """Return the name and the value of a matrix whose tag was read."""
         if not size:
@@ -150,24 +162,24 @@ class _Reader:
         if depth > MAX_DEPTH:
             raise WeightsError(f"its cells and structs are more than {MAX_DEPTH} deep")
         start = self.source.done
-        (flags,) = struct.unpack("<I4x", _content(self.element()))
-        dims = np.frombuffer(_content(self.element()), "<i4").tolist()[:MAX_DIMENSIONS]
-        name = _content(self.element()).decode("latin-1")
+        (flags,) = struct.unpack("<I4x", self.small()[1])
+        dims = np.frombuffer(self.small()[1], "<i4").tolist()[:MAX_DIMENSIONS]
+        name = self.small()[1].decode("latin-1")
         count, kind = math.prod(dims), flags & 0xFF
-        if kind in (CELL, STRUCT) and not 0 <= count <= MAX_ELEMENTS:
-            raise WeightsError("it has a cell or struct array of too many elements: it is corrupt")
+        if kind in (CELL, STRUCT):
+            self.counted(abs(count))
         if kind == CELL:
             return name, [self._inner(depth) for _ in range(count)]
         if kind == STRUCT:
-            length = struct.unpack("<i", _content(self.element()))[0]
-            names = _content(self.element())
+            length = struct.unpack("<i", self.small()[1])[0]
+            names = self.small()[1]
             fields = [names[i : i + length].split(b"\0")[0].decode("latin-1") for i in range(0, len(names), length)]
             values = [{field: self._inner(depth) for field in fields} for _ in range(count)]
             return name, values[0] if count == 1 else values
         value: Any = None
         if kind == CHAR:
-            code, content = self.element()
-            value = _content((code, content)).decode(ENCODINGS[code], "replace")
+            code, text = self.small()
+            value = text.decode(ENCODINGS[code], "replace")
         elif kind in NUMERIC and not flags & 0x800:  # not complex
             code, content = self.element()
             value = stored(content, np.dtype(NUMBERS[code]), tuple(dims[::-1]), fortran=True)
@@ -179,11 +191,3 @@ class _Reader:
         if kind != MATRIX:
             raise WeightsError("its cells or structs are corrupt")
         return self.matrix(size, depth + 1)[1]
-
-
-def _content(element: tuple[int, Region]) -> bytes:
-    """Return the bytes of a small element."""
-    content = element[1]
-    if content.size > MAX_TEXT:
-        raise WeightsError("its names are too long: it is corrupt")
-    return content.bytes(0, content.size)

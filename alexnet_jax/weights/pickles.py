@@ -13,8 +13,8 @@ from typing import Any
 from alexnet_jax.weights.description import WeightsError
 from alexnet_jax.weights.stored import Region
 
-MAX_OPCODES = 100_000  # a state dict of AlexNet takes 600; each makes an object of up to a few hundred bytes
-SHORT = 1024
+MAX_OPCODES = 50_000  # a state dict of AlexNet takes 600; each makes an object of up to a few hundred bytes
+SHORT = 256
 CONSTANTS: dict[bytes, Callable[[], Any]] = {
     b"N": lambda: None,
     b"\x88": lambda: True,
@@ -66,7 +66,9 @@ def read_pickle(
     def update(target: Any, items: list[Any]) -> None:
         target.update(zip(map(as_text, items[::2]), items[1::2], strict=True))
 
-    for _ in range(MAX_OPCODES):
+    count = 0
+    while count < MAX_OPCODES:
+        count += 1
         op = reader.take(1)
         if op == b".":
             return stack.pop(), reader.position
@@ -125,6 +127,7 @@ def read_pickle(
             stack.append(named(module, name))
         elif op in (b"R", b"\x81"):
             arguments, function = stack.pop(), stack.pop()
+            count += sum(len(x) for x in arguments if isinstance(x, list | tuple | dict))  # which the call may copy
             stack.append(function(*arguments))
         elif op == b"b":
             state = stack.pop()
@@ -136,7 +139,7 @@ def read_pickle(
             reader.take(1 if op == b"\x80" else 8)
         else:
             raise WeightsError(f"its pickle has the opcode {op!r}, which no file of weights needs: it is corrupt")
-    raise WeightsError(f"its pickle has more than {MAX_OPCODES:,} opcodes; no AlexNet needs as many")
+    raise WeightsError(f"its pickle has more than {MAX_OPCODES:,} opcodes and arguments; no AlexNet needs as many")
 
 
 def as_text(value: Any) -> Any:

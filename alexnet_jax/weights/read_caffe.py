@@ -18,7 +18,6 @@ KINDS = {
     4: "conv", 15: "lrn", 17: "pool", 14: "dense",
     "conv": "conv", "lrn": "lrn", "pool": "pool", "innerproduct": "dense",
 }  # fmt: skip
-MAX_LAYERS = 1000
 
 
 def is_caffe(net: Message) -> bool:
@@ -38,14 +37,14 @@ def read_caffe(net: Message, size: int, source: Source, mean: np.ndarray | None 
       WeightsError: another network, such as CaffeNet, or a corrupt file.
     """
     kinds, arrays = [], {}
-    for region in (net.regions(LAYER) or net.regions(LAYER_V1))[:MAX_LAYERS]:
-        name, kind, blobs = _layer(read_message(region), modern=bool(net.regions(LAYER)))
+    for region in net.regions(LAYER) or net.regions(LAYER_V1):
+        name, kind, blobs = _layer(read_message(region, net.left), modern=bool(net.regions(LAYER)))
         if kind in KINDS.values():
             kinds.append(kind)
         if blobs:
             if name in arrays or len(blobs) != 2:
                 raise WeightsError(f"layer {name!r} is there twice, or has not two arrays, its kernel and its bias")
-            arrays[name] = [_blob(read_message(blob)) for blob in blobs]
+            arrays[name] = [_blob(read_message(blob, net.left)) for blob in blobs]
     if "lrn" in kinds or "pool" in kinds or net.text(NAME) != "AlexNet":  # some tools keep the layers with arrays alone
         check_order(kinds)
     check_names(arrays, LAYERS)

@@ -11,7 +11,7 @@ from alexnet_jax.weights.layouts import check_names, constant_mean, params_of
 from alexnet_jax.weights.mat_file import decompressed_limit, read_mat
 from alexnet_jax.weights.stored import Region, Stored
 
-SIDE = 256
+SIDE, MAX_SIDE = 256, 1024
 KINDS = {"conv": "conv", "normalize": "lrn", "lrn": "lrn", "pool": "pool"}
 
 
@@ -77,9 +77,11 @@ def _mean(normalization: Any) -> np.ndarray | None:
         return None
     if len(color := _numbers(average)) == 3:
         return constant_mean(tuple(color))
-    image = average.read().T  # from Fortran order
-    if image.ndim != 3:
+    if len(average.shape) < 3:  # [0 0] if there is none
         return None
+    if max(average.shape) > MAX_SIDE:
+        raise WeightsError(f"its average image is {'×'.join(map(str, average.shape[::-1]))}; expected 227×227×3")
+    image = average.read().T  # from Fortran order
     height, width = (max(0, SIDE - side) for side in image.shape[:2])
     border = [(n // 2, n - n // 2) for n in (height, width)]
     return np.pad(image.astype(np.float32), (*border, (0, 0)), mode="edge")

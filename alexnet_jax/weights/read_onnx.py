@@ -35,7 +35,7 @@ def read_onnx(model: Message, size: int, source: Source, mean: np.ndarray | None
     Raises:
       WeightsError: another network, such as CaffeNet, or a corrupt file.
     """
-    graph = read_message(model.regions(GRAPH)[-1])
+    graph = read_message(model.regions(GRAPH)[-1], model.left)
     arrays = {}
     for tensor in graph.messages(5):
         name = tensor.text(8)
@@ -52,10 +52,12 @@ def read_onnx(model: Message, size: int, source: Source, mean: np.ndarray | None
             if (strides, pads | {STEM[1]}) != ({STEM[0]}, {STEM[1]}):
                 raise WeightsError("not an AlexNet: conv1 has another stride or padding; expected 4 and 0")
         if kind == "lrn":
-            alpha, beta, k = (attributes.get(name, Message({})).float(2, default) for name, default in LRN_DEFAULTS)
-            check_lrn(attributes["size"].number(3), alpha, beta, k)
+            constants = [attributes[n].float(2, x) if n in attributes else x for n, x in LRN_DEFAULTS]
+            check_lrn(attributes["size"].number(3), *constants)
         if kind == "pool" and tuple(set(_integers(attributes, n)) for n in ("kernel_shape", "strides")) != POOLS:
             raise WeightsError("not an AlexNet: a pooling other than 3×3 of stride 2")
+        if kind == "dense" and ("transB" not in attributes or attributes["transB"].number(3) != 1):
+            raise WeightsError("its fully connected kernels are not [out, in]; expected the ONNX zoo's bvlcalexnet")
         kinds += [kind] if kind else []
     check_order(kinds)
     return caffe_weights(bgr_to_rgb(params_of(arrays, "OIHW", size)), source._replace(format="ONNX"), mean)

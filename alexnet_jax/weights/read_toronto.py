@@ -88,7 +88,7 @@ def read_toronto(file: Region, source: Source, mean: np.ndarray | None = None) -
     if file.bytes(0, 6) == b"\x93NUMPY":
         wide = file.bytes(6, 1) != b"\1"  # the header's length has four bytes since version 2
         start = (12 if wide else 10) + int.from_bytes(file.bytes(8, 4 if wide else 2), "little")
-        if b"'|O'" not in file.bytes(0, min(start, 1024)):
+        if b"'|O" not in file.bytes(0, min(start, 1024)):
             raise WeightsError("a .npy file of one array; expected Toronto's bvlc_alexnet.npy, a pickled dict")
     layers = read_arrays(file.part(start, file.size - start))
     if isinstance(layers, PickledArray) and isinstance(layers.content, list) and len(layers.content) == 1:

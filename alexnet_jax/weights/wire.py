@@ -12,7 +12,8 @@ import numpy as np
 from alexnet_jax.weights.description import WeightsError
 from alexnet_jax.weights.stored import Region, Stored, stored
 
-MAX_FIELDS = 10_000  # of one message; AlexNet's files have up to 50
+MAX_FIELDS = 100_000  # of a message and those inside it; AlexNet's files have a thousand
+MAX_NUMBERS = 100  # of a packed field
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 
 
@@ -20,6 +21,7 @@ class Message(NamedTuple):
     """The fields of a message by number: integers, bytes of a fixed size, or regions."""
 
     fields: dict[int, list[Any]]
+    left: list[int]  # the fields that may still be read, shared by all messages of a file
 
     def number(self, field: int, default: int = 0) -> int:
         """Return the last integer of a field."""
@@ -48,7 +50,7 @@ class Message(NamedTuple):
 
     def messages(self, field: int) -> "list[Message]":
         """Return the messages of a field."""
-        return [read_message(x) for x in self.regions(field)]
+        return [read_message(x, self.left) for x in self.regions(field)]
 
     def array(self, field: int, dtype: np.dtype, shape: tuple[int, ...]) -> Stored:
         """Return a packed field as an array; raises WeightsError for another size, or several parts."""
@@ -58,17 +60,22 @@ class Message(NamedTuple):
         return stored(regions[0], dtype, shape)
 
 
-def read_message(region: Region) -> Message:
+def read_message(region: Region, left: list[int] | None = None) -> Message:
     """Return the fields of a message, without those inside it.
+
+    Args:
+      left: of the message around it.
 
     Raises:
       WeightsError: not a message, a truncated one, or one of too many fields.
     """
     fields: dict[int, list[Any]] = {}
+    left = [MAX_FIELDS] if left is None else left
     position = 0
-    for _ in range(MAX_FIELDS):
+    while left[0] > 0:
         if position == region.size:
-            return Message(fields)
+            return Message(fields, left)
+        left[0] -= 1
         key, position = _varint(region, position)
         kind = key & 7
         value: Any
@@ -83,7 +90,7 @@ def read_message(region: Region) -> Message:
         else:
             raise WeightsError("not a protocol buffer, or a corrupt one")
         fields.setdefault(key >> 3, []).append(value)
-    raise WeightsError(f"a message of more than {MAX_FIELDS:,} fields; no AlexNet has as many")
+    raise WeightsError(f"it has more than {MAX_FIELDS:,} fields; no AlexNet has as many")
 
 
 def _varint(region: Region, position: int) -> tuple[int, int]:
@@ -99,7 +106,7 @@ def _varint(region: Region, position: int) -> tuple[int, int]:
 def _varints(region: Region) -> list[int]:
     numbers: list[int] = []
     position = 0
-    while position < region.size and len(numbers) < MAX_FIELDS:
+    while position < region.size and len(numbers) < MAX_NUMBERS:
         value, position = _varint(region, position)
         numbers.append(value)
     return numbers
