@@ -52,7 +52,7 @@ def load_weights(path: str | Path, mean: str | Path | None = None) -> Weights:
         if mean is not None:
             raise WeightsError(f"{path}: a run has its own mean image; expected no other")
         return read_workdir(path)
-    with _opened(path) as file:
+    with np.errstate(all="ignore"), _opened(path) as file:  # values that are not finite are refused by Weights
         return _read(whole(file), Source(file=path.name, sha256=_sha256(file, path.name)), mean_image)
 
 
