@@ -3,11 +3,17 @@
 Importing this starts no backend and reads no data.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from alexnet_jax.augment import center_crop, pca_lighting, random_crop, random_flip, rgb_pca, ten_crop
 from alexnet_jax.model import AlexNet, Stem, activations
 from alexnet_jax.ops import OPS, PLAIN, Ops, dropout, local_response_norm, max_pool, spatial_response_norm
 from alexnet_jax.optimizer import cross_entropy, learning_rate_at, paper_sgd, plateau_init, plateau_update
 from alexnet_jax.variants import VARIANTS, Variant
+
+if TYPE_CHECKING:
+    from alexnet_jax.weights import load_weights
 
 __all__ = [
     "OPS",
@@ -22,6 +28,7 @@ __all__ = [
     "cross_entropy",
     "dropout",
     "learning_rate_at",
+    "load_weights",
     "local_response_norm",
     "max_pool",
     "paper_sgd",
@@ -34,3 +41,10 @@ __all__ = [
     "spatial_response_norm",
     "ten_crop",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Return `load_weights`, imported when it is used: its module imports what reads images and runs."""
+    if name == "load_weights":
+        return importlib.import_module("alexnet_jax.weights").load_weights
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

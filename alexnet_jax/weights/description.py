@@ -1,6 +1,9 @@
 """A network with its parameters, and what its images go through: what every file of weights becomes."""
 
+import struct
+import zlib
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import jax
@@ -10,9 +13,15 @@ import numpy as np
 from alexnet_jax.data.images import RESIZINGS
 from alexnet_jax.errors import UserError
 from alexnet_jax.model import AlexNet
+from alexnet_jax.ops import PLAIN
 from alexnet_jax.preprocess import Preprocess
 
 Params = dict[str, dict[str, np.ndarray]]
+
+
+# What reading a corrupt file raises, apart from WeightsError.
+CORRUPT = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, MemoryError,
+           StopIteration, struct.error, zlib.error)  # fmt: skip
 
 
 class WeightsError(UserError):
@@ -44,7 +53,7 @@ class Weights:
 
     Raises:
       WeightsError: parameters with other names or shapes than the network's, or that are not finite; another number
-        of class names than of classes.
+        of class names than of classes; a mean image smaller than the crop.
     """
 
     model: AlexNet
@@ -58,6 +67,12 @@ class Weights:
     source: Source = field(default=Source())
 
     def __post_init__(self):
+        height, width, _ = self.preprocess.mean.shape if self.preprocess.mean.ndim == 3 else (0, 0, 0)
+        if min(height, width) + 2 * self.preprocess.pad < self.preprocess.crop:
+            shape = "×".join(map(str, self.preprocess.mean.shape))
+            raise WeightsError(
+                f"a mean image of {shape}; expected [H, W, C] of at least {self.preprocess.crop}, the crop"
+            )
         expected = parameter_shapes(self.model, self.preprocess.image_shape)
         shapes = {f"{layer}.{name}": x.shape for layer, arrays in self.params.items() for name, x in arrays.items()}
         for name in sorted(expected.keys() | shapes.keys()):
@@ -67,16 +82,19 @@ class Weights:
                 raise WeightsError(f"{name}: this network has no such array; expected {', '.join(expected)}")
             if shapes[name] != expected[name]:
                 raise WeightsError(f"{name} is {list(shapes[name])}; expected {list(expected[name])}")
-        for layer, arrays in self.params.items():
-            for name, x in arrays.items():
-                if not np.isfinite(x).all():
-                    raise WeightsError(f"{layer}.{name} holds values that are not finite; the file cannot be used")
+        arrays = {f"{layer}.{name}": x for layer, arrays in self.params.items() for name, x in arrays.items()}
+        for name, x in (arrays | {"the mean image": self.preprocess.mean}).items():
+            if x.dtype != np.float32:
+                raise WeightsError(f"{name} is {x.dtype}; expected float32")
+            if not np.isfinite(x).all():
+                raise WeightsError(f"{name} holds values that are not finite; the file cannot be used")
         if self.class_names is not None and len(self.class_names) != self.model.num_classes:
             raise WeightsError(f"{len(self.class_names)} class names; expected {self.model.num_classes}, one a class")
         if self.resizing not in RESIZINGS:
             raise WeightsError(f"resizing={self.resizing!r}: expected one of {', '.join(RESIZINGS)}")
 
 
+@lru_cache(maxsize=16)
 def parameter_shapes(model: AlexNet, image_shape: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:
     """Return the shape of each of a network's parameters, `{"conv1.kernel": …}`, for images [H, W, C].
 
@@ -85,7 +103,8 @@ def parameter_shapes(model: AlexNet, image_shape: tuple[int, int, int]) -> dict[
     """
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     try:
-        params = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
+        key = jax.eval_shape(partial(jax.random.key, 0))  # abstract, and XLA's own operations: no device is started
+        params = jax.eval_shape(model.clone(ops=PLAIN).init, key, image)["params"]
     except ValueError as error:
         raise WeightsError(f"not a network of this program: {error}") from None
     return {f"{layer}.{name}": x.shape for layer, arrays in params.items() for name, x in arrays.items()}

@@ -8,14 +8,15 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from alexnet_jax.errors import one_line
 from alexnet_jax.model import AlexNet, Stem
 from alexnet_jax.preprocess import Preprocess
 from alexnet_jax.runtime.files import replaced
-from alexnet_jax.weights.description import Params, Source, Weights, WeightsError
+from alexnet_jax.weights.description import CORRUPT, Params, Source, Weights, WeightsError
+from alexnet_jax.weights.safetensors_file import read_safetensors
+from alexnet_jax.weights.stored import Stored, whole
 
 KEY = "alexnet_jax"  # of the metadata
 NETWORK = (
@@ -63,19 +64,24 @@ def read_native(path: Path) -> Weights:
       OSError: the file cannot be read.
     """
     try:
-        with safe_open(path, framework="np") as file:
-            metadata = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is not a dict
-    except (SafetensorError, TypeError, KeyError) as error:
-        raise WeightsError(f"{path} is not a .safetensors file: {one_line(error)}") from None
-    if not is_native(metadata):
-        raise WeightsError(f"{path} holds no description of a network ({KEY})")
-    try:
-        return _weights(json.loads(metadata[KEY]), tensors)
+        with open(path, "rb") as file:
+            return native_weights(*read_safetensors(whole(file)))
     except WeightsError as error:
-        raise WeightsError(f"{path}: {error}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{path}: its description is corrupt: {one_line(error)}") from None
+        raise WeightsError(f"{path}: {one_line(error, 500)}") from None
+    except CORRUPT as error:
+        raise WeightsError(f"{path} is not a .safetensors file: {one_line(error)}") from None
+
+
+def native_weights(metadata: Mapping[str, str], arrays: Mapping[str, Stored]) -> Weights:
+    """Return the weights of a file's metadata and arrays; raises WeightsError for those of another or corrupt file."""
+    if not is_native(metadata):
+        raise WeightsError(f"it holds no description of a network ({KEY})")
+    try:
+        return _weights(json.loads(metadata[KEY]), {name: x.read() for name, x in arrays.items()})
+    except WeightsError:
+        raise
+    except CORRUPT as error:
+        raise WeightsError(f"its description is corrupt: {one_line(error)}") from None
 
 
 def _weights(description: dict[str, Any], tensors: dict[str, np.ndarray]) -> Weights:
