@@ -21,7 +21,7 @@ from alexnet_jax.runtime.output import escape_output, escaped
 from alexnet_jax.tables import table
 
 LIGHT, DARK = 170, 85  # of 255
-SHOWN = 40  # images in the figure, which would take half a minute for 300
+SHOWN = 40  # images in the figure: more take long to draw
 
 
 def edge(image: np.ndarray) -> float:

@@ -27,7 +27,7 @@ from alexnet_jax.setup import build_model, build_preprocess, open_dataset
 from alexnet_jax.train_step import create_state
 from alexnet_jax.workdir import CHECKPOINTS, CONFIG
 
-AT_A_TIME = 500  # crops through the network
+AT_A_TIME = 500  # crops that pass through the network together
 
 
 class RunError(UserError):

@@ -39,8 +39,8 @@ def make_mesh(data: int = -1, tower: int = 1, cpu_devices: int = 1) -> Mesh:
     """Return the mesh of the devices, [data, tower].
 
     Args:
-      data: the number of parts of a batch; −1 takes all devices that `tower` leaves.
-      tower: 1, or 2 for a device (or a row of them) to each tower.
+      data: the number of parts of a batch; −1: the number of devices ÷ `tower`.
+      tower: the number of parts of the network: 1, or 2 for each tower on devices of its own.
       cpu_devices: virtual devices that the CPU is split into, if JAX has not started its backend yet.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The training loop (section 5), and what it writes into the run's working directory."""
+"""The training loop (section 5) and the files of the run's working directory."""
 
 import contextlib
 import logging
@@ -46,7 +46,7 @@ class DivergedError(UserError):
 
 
 class Interrupted(Exception):
-    """SIGINT or SIGTERM; `saved` is where training stopped, whose checkpoint is saved, or ""."""
+    """SIGINT or SIGTERM stopped the run; `saved` names the step of the checkpoint that was saved, or is ""."""
 
     def __init__(self, number: int, saved: str = ""):
         where = f" at {saved}; checkpoint saved, " if saved else "; "
@@ -56,7 +56,7 @@ class Interrupted(Exception):
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """Raise Interrupted at once in set-up and test, which have nothing to save."""
+    """Raise Interrupted immediately in set-up and test, which have nothing to save."""
     try:
         with raised_signals():
             yield
@@ -66,7 +66,7 @@ def _interruptible() -> Iterator[None]:
 
 @run_settings()
 def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any]:
-    """Train to the end, or resume from the newest checkpoint, then test once.
+    """Train from the newest checkpoint, or from the start if there is none, to the last step; then test once.
 
     Each of several processes (`distributed.start`) calls this with the same arguments.
 
@@ -143,7 +143,7 @@ class _StepMetrics:
         self.clock = time.monotonic()
 
     def add(self, values: dict[str, jax.Array]) -> None:
-        """Add the metrics of a step, and wait for the step `STEPS_IN_FLIGHT` before it: each holds its batch."""
+        """Add the metrics of a step, and wait for the step `STEPS_IN_FLIGHT` before it, which frees its batch."""
         self.pending.append(values)
         self.in_flight.append(values["loss"])
         if len(self.in_flight) > STEPS_IN_FLIGHT:
@@ -186,14 +186,14 @@ def _train(
     run: Setup, state: TrainState, validated: bool, checkpoints: Checkpoints, unvalidated: Checkpoints, workdir: Path,
     started: float, last_images_per_s: float, signals: list[int],
 ) -> tuple[TrainState, float]:  # fmt: skip
-    """Run the training loop from the state's step to the end; return the last state and images/s.
+    """Train from the state's step to the last; return the last state and the mean images/s of these steps.
 
-    At a validation the parameters are saved first, into `unvalidated`, and then with the schedule that it updates, into
-    `checkpoints`. A run that stops in between resumes with the validation.
+    The state is saved before each validation, in `unvalidated`, and after it, with the updated learning-rate decay, in
+    `checkpoints`. A run that stops between the two starts with the validation when it is resumed.
 
     Args:
       validated: whether the validation of the first state is done.
-      last_images_per_s: those before the first state.
+      last_images_per_s: images/s before the first state, returned if no step is left.
     """
     first, total = int(state.step), run.num_steps
     train_step = make_train_step(run.model, run.optimizer, run.preprocess, run.learning_rate, run.mesh)
@@ -220,9 +220,9 @@ def _train(
         for step in range(first, total):
             batch = run.train_data.batch(order_key, step)
             state, values = train_step(state, batch, key_of(step_key, step))
-            if step == first:  # the step has compiled, which does not count in images/s
+            if step == first:  # images/s do not include the compilation
                 shown.restart_clock()
-            if step % run.log_every == 0:  # this step is in the device's queue: reading the last ones delays nothing
+            if step % run.log_every == 0:  # this step is dispatched, so reading earlier metrics leaves no device idle
                 shown.show(step)
             shown.add(values)
             done = step + 1
@@ -274,7 +274,7 @@ def _validate(
 
 
 def _test(run: Setup, state: TrainState, workdir: Path, started: float, images_per_s: float) -> dict[str, Any]:
-    """Evaluate on the test set, this once; process 0 writes the figures and `result.json`."""
+    """Evaluate on the test set once; process 0 writes the figures and `result.json`."""
     size = batch_size(run.sizes["test"], run.ten_crop, run.mesh)
     batches = run.dataset.batches(run.test_split, size, run.mesh)
     tested = evaluate([Network(run.model, state.params, run.preprocess)], batches, run.ten_crop, run.mesh)

@@ -1,4 +1,4 @@
-"""What the commands of the experiments share: errors on one line, the working directory, and its files."""
+"""Shared by the commands of the experiments: errors on one line, the working directory, and its files."""
 
 import contextlib
 import sys

@@ -75,7 +75,7 @@ def project(
         raise UserError(f"--batch={batch}: {bad[0]} devices do not divide it; expected a multiple of it")
     layouts = {layout.name: layout for layout in LAYOUTS}
     if unknown := {r["layout"] for r in records} - set(layouts):
-        raise UserError(f"--records: unknown layout {min(unknown)!r}; the known ones are {', '.join(layouts)}")
+        raise UserError(f"--records: unknown layout {min(unknown)!r}; expected some of {', '.join(layouts)}")
     rows = []
     for record in records:
         layout = layouts[record["layout"]]

@@ -80,11 +80,11 @@ def test_pytorch_computes_the_same():
         pytest.importorskip("torch")
     peer = Peer(python or sys.executable)
     try:
-        found = differences(peer, SMALL, (64, 64, 3))
+        actual = differences(peer, SMALL, (64, 64, 3))
     finally:
         peer.close()
-    assert set(found) == {"logits", *(f"{layer}/{x}" for layer in LAYERS for x in ("kernel", "bias"))}
-    assert max(found.values()) < 1e-4
+    assert set(actual) == {"logits", *(f"{layer}/{x}" for layer in LAYERS for x in ("kernel", "bias"))}
+    assert max(actual.values()) < 1e-4
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch") is not None, reason="PyTorch is installed here")
@@ -112,12 +112,12 @@ def test_xlas_operations_compute_the_same(names):
         return jax.grad(lambda params: (model.apply({"params": params}, images) ** 2).sum())(params)
 
     expected = gradients(SMALL)
-    found = gradients(operations.with_plain(SMALL, *names))
+    actual = gradients(operations.with_plain(SMALL, *names))
     for layer, leaves in expected.items():
         for name, gradient in leaves.items():
             largest = np.abs(gradient).max()
             assert largest > 0
-            chex.assert_trees_all_close(found[layer][name] / largest, gradient / largest, atol=1e-4)
+            chex.assert_trees_all_close(actual[layer][name] / largest, gradient / largest, atol=1e-4)
 
 
 def test_the_exponent_of_a_curve():

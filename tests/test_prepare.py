@@ -51,8 +51,8 @@ def test_a_disk_that_fills_up_at_the_end_costs_no_shard(image_folder, prepared, 
     before = {path.name: path.stat().st_mtime_ns for path in work.glob("*.array_record-*")}
     assert sum(name.endswith(".npz") for name in before) == len(before) / 2 == 10  # each shard with its sums
     folder = prepare("small", image_folder, tmp_path, workers=1, shard_size=SHARD)
-    made = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.array_record-*")}
-    assert made == {name: time for name, time in before.items() if not name.endswith(".npz")}
+    written = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.array_record-*")}
+    assert written == {name: time for name, time in before.items() if not name.endswith(".npz")}
     assert files_of(folder) == files_of(prepared)
 
 
@@ -346,8 +346,8 @@ def test_names_that_are_not_utf8_and_outputs_of_other_encodings(tmp_path, encodi
     folder = tmp_path / "out" / "small_256" / "1.0.0"
     builder = tfds.builder_from_directory(folder)
     assert builder.info.features["label"].names == ["Vögel", r"caf\xe9"]
-    found = {(x["file_name"].decode(), x["label"]) for x in builder.as_data_source("train")}
-    assert found == {("Vögel/1.png", 0), (r"caf\xe9/0.png", 1)}
+    actual = {(x["file_name"].decode(), x["label"]) for x in builder.as_data_source("train")}
+    assert actual == {("Vögel/1.png", 0), (r"caf\xe9/0.png", 1)}
     names = [line.split(":")[0] for line in (folder / "undecodable.txt").read_text("utf-8").splitlines()]
     assert sorted(names) == [r"train/caf\xe9/Möwe.jpg", r"train/caf\xe9/caf\xe9.jpg"]
 

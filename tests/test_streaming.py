@@ -46,7 +46,7 @@ FLAGS = (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A prepared data set of photograph-like images; the red of the first pixels tells which one it is."""
+    """A prepared data set of photograph-like images; the red of the first pixels identifies it."""
     root = tmp_path_factory.mktemp("images")
     for i in range(TRAIN + VALIDATION):
         small = np.random.default_rng(i).integers(0, 256, (5, 5, 3), dtype=np.uint8)
@@ -290,11 +290,11 @@ def test_a_batch_in_parts_is_the_same_and_its_memory_is_bounded(builder, monkeyp
     assert workers == 2 and buffers._memory.size <= 2 * 2 * streaming.PART_BYTES + 4096
     buffers.close()
     train = streaming.StreamedData(builder, "train", 20, mesh, workers=2)
-    found = [which(train.batch(jax.random.key(3), step).images) for step in (4, 5)]
+    actual = [which(train.batch(jax.random.key(3), step).images) for step in (4, 5)]
     train.close()
     monkeypatch.setattr(streaming, "PART_BYTES", 20 * 256 * 256 * 3)
     train = streaming.StreamedData(builder, "train", 20, mesh, workers=1)
-    assert found == [which(train.batch(jax.random.key(3), step).images) for step in (4, 5)]
+    assert actual == [which(train.batch(jax.random.key(3), step).images) for step in (4, 5)]
     train.close()
 
 

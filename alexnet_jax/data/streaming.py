@@ -89,7 +89,7 @@ class _Buffers:
         self._free_for = np.ndarray(count, np.int64, self._memory.buf)  # the part that each buffer is free for
         self._images = np.ndarray((count, *shape), np.uint8, self._memory.buf, header)
         if name is None:
-            if SHARED_MEMORY.exists():  # a page that is not there when it is first written kills the process
+            if SHARED_MEMORY.exists():  # writing to a page that cannot be allocated ends the process
                 try:
                     with open(SHARED_MEMORY / self._memory.name, "r+b") as file:
                         os.posix_fallocate(file.fileno(), 0, self._memory.size)
@@ -116,7 +116,7 @@ class _Buffers:
         self._free_for[part % len(self._free_for)] = part + len(self._free_for)
 
     def release(self) -> None:
-        """Let every worker that waits continue."""
+        """Let all waiting workers continue."""
         self._free_for[:] = np.iinfo(np.int64).max
 
     def close(self) -> None:
@@ -144,7 +144,7 @@ class Shuffled:
 
     def __call__(self, step: int) -> np.ndarray:
         epoch, batch = divmod(step, self.size // self.batch_size)
-        if epoch != self.epoch:  # Grain's own shuffle takes half as long as decoding
+        if epoch != self.epoch:  # Grain's own shuffle is slow
             self.epoch, self.order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.size)
         return self.order[batch * self.batch_size : (batch + 1) * self.batch_size]
 
@@ -173,9 +173,9 @@ class Decoder:
 
         Args:
           positions_of: gives the positions in the split of a step's batch.
-          parts: of a batch.
-          index: of the buffer.
-          part: among those of all steps.
+          parts: the number of parts of a batch.
+          index: the number of the part since the first step, which selects the buffer.
+          part: the number of the part since step 0.
         """
         step, place = divmod(part, parts)
         positions = positions_of(step)[self.rows][place * self.part_size : (place + 1) * self.part_size].tolist()
@@ -231,7 +231,7 @@ def decoded_batches(
     rows = len(positions_of(steps[0])[decoder.rows])
     parts = -(-rows // decoder.part_size)
     wanted = min(workers or min(available_cores(), MAX_WORKERS), len(steps) * parts)
-    if len(steps) == 1:  # one batch is decoded sooner than a process starts
+    if len(steps) == 1:  # to start a process takes longer than to decode one batch
         wanted = 0
     for name in FLAGS:
         if name.startswith("grain_"):  # Grain reads its own flags, which nobody may have parsed
@@ -328,7 +328,7 @@ class StreamedData:
         """Open a split; `workers` are the processes that decode, 0 for one per core and at most `MAX_WORKERS`."""
         self.builder, self.split, self.workers = builder, split, workers
         self.size, self.batch_size, self.mesh = split_size(builder, split), batch_size, mesh
-        self.steps_per_epoch = self.size // batch_size  # the remainder is dropped, another one each epoch
+        self.steps_per_epoch = self.size // batch_size  # the remainder is dropped, other examples each epoch
         self.image_shape = image_shape(builder)
         self._decoder = Decoder(builder, split, _rows(mesh, batch_size))
         self._next = -1

@@ -220,7 +220,7 @@ def finish(work: Path, shards: Sequence[Shard], infos: Sequence[ShardInfo]) -> N
     undecodable = sorted(name for info in infos for name in info.undecodable)
     if undecodable:
         write_names(undecodable, work / UNDECODABLE)
-    for path in sums:  # only now: a disk that was full before would cost all shards
+    for path in sums:  # last: after an error before this line, the shards are still used again
         path.unlink()
     rows = [(split.name, split.num_examples, f"{split.num_bytes / 1e6:.1f}") for split in splits]
     log.info("%s", table(rows, ("split", "images", "MB")))

@@ -16,7 +16,7 @@ def _in_main_thread() -> bool:
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal in a block of `raised_signals`; `except Exception` does not take it for a corrupt file."""
+    """A signal in a block of `raised_signals`; no `Exception`, so that it is not reported as a corrupt file."""
 
     def __init__(self, number: int):
         super().__init__(number)
@@ -69,7 +69,7 @@ def collected_signals() -> Iterator[list[int]]:
 
 @contextlib.contextmanager
 def deferred_signals() -> Iterator[None]:
-    """Deliver SIGINT and SIGTERM at the end of the block: a worker that is half started dies with a traceback."""
+    """Deliver SIGINT and SIGTERM at the end of the block: a worker that is still starting would print a traceback."""
     if not _in_main_thread():
         yield
         return

@@ -10,7 +10,7 @@ from pathlib import Path
 
 def available_cores() -> int:
     """Return the number of CPU cores that this process may use: those of the system, its affinity and its container."""
-    if hasattr(os, "process_cpu_count"):  # Python 3.13, which knows the affinity, and $PYTHON_CPU_COUNT
+    if hasattr(os, "process_cpu_count"):  # Python 3.13; respects the affinity and $PYTHON_CPU_COUNT
         cores = os.process_cpu_count() or 1
     elif hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))

@@ -1,4 +1,4 @@
-"""Measure how fast the network is, and how far from what the device could do.
+"""Measure the speed of the network, compared with the highest rates of the device and with PyTorch.
 
 python -m experiments.benchmark --workdir DIR
 
@@ -76,7 +76,7 @@ def _read(workdir: Path) -> dict[str, Any]:
 
 
 def _setting(flags: argparse.Namespace, config: list[str]) -> Setting:
-    """Return what the flags ask for; raises UserError."""
+    """Return the setting of the flags; raises UserError."""
     if not shutil.which(flags.torch_python):
         raise UserError(f"--torch-python={flags.torch_python}: no such program; expected a Python interpreter")
     if unknown := set(flags.parts.split(",")) - set(PARTS):
@@ -100,7 +100,7 @@ def _setting(flags: argparse.Namespace, config: list[str]) -> Setting:
 
 
 def _measure_in_processes(parts: Sequence[str], arguments: Sequence[str]) -> list[str]:
-    """Measure each part in a process of its own; return those that failed. Exits at Ctrl-C, which the part has too."""
+    """Measure each part in a process of its own; return those that failed. Exits at Ctrl-C, which ends the part too."""
     failed, stops = [], []
     for i, part in enumerate(parts):
         print(f"Part {i + 1} of {len(parts)}: {part}", flush=True)
@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.epilog = "--config=FILE and --config.FIELD=VALUE, as for alexnet_jax.main, set the training loop's config."
     flags, config = parser.parse_known_args(argv)
     arguments = sys.argv[1:] if argv is None else argv
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # and the part's process with it
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # ends the part's process too
     failed = []
     try:
         with errors_on_one_line():

@@ -1,4 +1,4 @@
-"""How soon training starts: nothing compiled yet, and with the compilation cache of the first start."""
+"""The time from the command to the first step: with an empty compilation cache, and with that of the first start."""
 
 import subprocess
 import sys

@@ -1,7 +1,7 @@
-"""The programs that XLA compiles for accelerators that are not here: python -m experiments.compiled --workdir DIR
+"""Compile for accelerators that this machine does not have: python -m experiments.compiled --workdir DIR
 
-Compiles the train step or the inference of the paper's network for a described GPU or TPU slice, counts what its
-operations read and write, and estimates its time from the chip's stated figures.
+The train step or the inference of the paper's network is compiled for a described GPU or TPU slice. The bytes that its
+operations read and write are counted, and its time is estimated from the data sheet of the chip.
 """
 
 import argparse
@@ -34,7 +34,7 @@ TOWERS = {"one_device": 1, "data": 1, "tower": 2, "data_tower": 2}
 
 
 def lower(target: Target, mode: str, batch: int, dtype: str, layout: str) -> jax.stages.Lowered:
-    """Return the program before it is compiled: the project's train step, or the inference on center crops.
+    """Return the lowered program: the project's train step, or the inference on center crops.
 
     Raises:
       TargetError: devices that the layout cannot use.
@@ -73,23 +73,23 @@ def measure(target: Target, mode: str, batch: int, dtype: str, layout: str, work
     seconds, text = time.perf_counter() - start, compiled.as_text()
     name = "_".join((target.name.replace(":", "-"), mode, str(batch), dtype, layout))
     (workdir / f"{name}.hlo.txt").write_text(text)
-    found, memory = operations(text), compiled.memory_analysis()
-    total = sum(operation.bytes for operation in found)
+    program, memory = operations(text), compiled.memory_analysis()
+    total = sum(operation.bytes for operation in program)
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
     return {
         "target": target.name, "chip": target.chip.name, "mode": mode, "batch": batch, "dtype": dtype, "layout": layout,
-        "jax": jax.__version__, "operations": len(found), "bytes": total, "compile_s": seconds,
+        "jax": jax.__version__, "operations": len(program), "bytes": total, "compile_s": seconds,
         "memory_bytes": held - memory.alias_size_in_bytes, "estimated_ms_of_bytes": 1e3 * total / target.chip.bandwidth,
-        "layers": by_layer(found),
+        "layers": by_layer(program),
     }  # fmt: skip
 
 
-def by_layer(found: list[Operation]) -> list[dict[str, Any]]:
+def by_layer(program: list[Operation]) -> list[dict[str, Any]]:
     """Return the operations and bytes of each layer, forward and backward, in the order of the network."""
     keys = [(layer, backward) for layer in (INPUT, *LAYERS, OTHER) for backward in (False, True)] + [(UPDATE, False)]
     rows = []
     for layer, backward in keys:
-        of_layer = [op for op in found if (op.layer, op.backward) == (layer, backward)]
+        of_layer = [op for op in program if (op.layer, op.backward) == (layer, backward)]
         if of_layer:
             read, written = (sum(getattr(op, name) * op.trips for op in of_layer) for name in ("read", "written"))
             pass_name = "backward" if backward else "forward"
