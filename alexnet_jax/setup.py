@@ -125,7 +125,7 @@ def build_mesh(config: ml_collections.ConfigDict) -> Mesh:
     try:
         mesh = sharding.make_mesh(**config.mesh)
     except ValueError as error:
-        raise ConfigError(str(error)) from None
+        raise ConfigError(f"config.{error}") from None
     if config.batch_size % mesh.shape[sharding.DATA]:
         raise ConfigError(
             f"config.batch_size={config.batch_size}: the mesh splits a batch into {mesh.shape[sharding.DATA]} parts; "

@@ -24,7 +24,7 @@ from alexnet_jax.errors import UserError, one_line
 from alexnet_jax.inference import Network, batch_size, evaluate
 from alexnet_jax.metrics import Metrics
 from alexnet_jax.optimizer import plateau_update
-from alexnet_jax.progress import Progress
+from alexnet_jax.progress import Progress, title
 from alexnet_jax.runtime import distributed
 from alexnet_jax.runtime.files import user_path, write_json
 from alexnet_jax.runtime.jax_settings import run_settings
@@ -307,7 +307,7 @@ def _test(run: Setup, state: TrainState, workdir: Path, started: float, images_p
 
 def _result_table(result: dict[str, Any]) -> str:
     percent = {k: f"{100 * v:.2f} %" for k, v in result.items() if k.endswith("_error")}
-    return table([(k.replace("_", " "), str(percent.get(k, v))) for k, v in result.items()], ("result", "value"))
+    return table([(title(k), str(percent.get(k, v))) for k, v in result.items()], ("result", "value"))
 
 
 def _summary(run: Setup, step: int) -> str:

@@ -1,15 +1,20 @@
 """Local response normalization (section 3.3) and the spatial normalization of the original code."""
 
 from functools import partial
+from numbers import Integral
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 
-def _check_float(name: str, x: jax.Array) -> None:
+def check_arguments(name: str, x: jax.Array, **window: int) -> None:
+    """Raise ValueError if x is not of floats, or if the one number of `window` is not a positive odd number."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"{name}: {x.dtype}: expected floats; integers would truncate the result")
+    ((argument, size),) = window.items()
+    if not isinstance(size, Integral) or size < 1 or size % 2 == 0:
+        raise ValueError(f"{name}: {argument}={size}: the window is centered; expected a positive odd number")
 
 
 def _window_sum(x: jax.Array, window: tuple[int, ...]) -> jax.Array:
@@ -80,9 +85,7 @@ def local_response_norm(x: jax.Array, k: float = 2.0, n: int = 5, alpha: float =
     Raises:
       ValueError: x is not of floats, or n is not a positive odd number.
     """
-    _check_float("local_response_norm", x)
-    if n < 1 or n % 2 == 0:
-        raise ValueError(f"local_response_norm: n={n}: the window is centered; expected a positive odd number")
+    check_arguments("local_response_norm", x, n=n)
     return _lrn(x, float(k), (n,), float(alpha), float(beta))
 
 
@@ -104,7 +107,5 @@ def spatial_response_norm(
     Raises:
       ValueError: x is not of floats, or size is not a positive odd number.
     """
-    _check_float("spatial_response_norm", x)
-    if size < 1 or size % 2 == 0:
-        raise ValueError(f"spatial_response_norm: size={size}: the window is centered; expected a positive odd number")
+    check_arguments("spatial_response_norm", x, size=size)
     return _lrn(x, float(min_div), (size, size, 1), float(scale) / size**2, float(power))

@@ -77,8 +77,13 @@ def max_pool(x: jax.Array, window: int = 3, stride: int = 2) -> jax.Array:
     Raises:
       ValueError: window or stride is not positive, or x is not 4-D, or smaller than one window.
     """
+    check_arguments(x, window, stride)
+    return _max_pool(x, window, stride)
+
+
+def check_arguments(x: jax.Array, window: int, stride: int) -> None:
+    """Raise ValueError as `max_pool`."""
     if window < 1 or stride < 1:
         raise ValueError(f"max_pool: window={window}, stride={stride}: expected both to be at least 1")
     if x.ndim != 4 or min(x.shape[1:3]) < window:
         raise ValueError(f"max_pool: shape {x.shape}: expected [B, H, W, C] with H and W at least {window}")
-    return _max_pool(x, window, stride)
