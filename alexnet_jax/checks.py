@@ -7,9 +7,11 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from alexnet_jax.ops import Ops
 from alexnet_jax.variants import ACTIVATIONS, LAYERS, VARIANTS
 
 OPERATIONS = {"relu", "lrn", "contrast_norm", "pool"}  # those of a variant's order
+Rule = tuple[Callable[[Any], bool], str]  # whether a value is valid, and what is expected
 
 
 def check_network(network: Any) -> None:
@@ -31,9 +33,6 @@ def check_network(network: Any) -> None:
                 f"VARIANTS[{network.variant!r}].{layer}={order!r}: unknown operation {min(unknown)!r}; expected "
                 f"some of {', '.join(sorted(OPERATIONS))}"
             )
-
-
-Rule = tuple[Callable[[Any], bool], str]  # whether a value is valid, and what is expected
 
 
 def _rules(towers: Any) -> dict[str, Rule]:
@@ -68,6 +67,7 @@ def _rules(towers: Any) -> dict[str, Rule]:
             f"eight positive numbers (conv1 to fc8), {own}",
         ),
         "bias": (lambda x: x is None or _all(x, 8, _finite), f"eight numbers (conv1 to fc8), {own}"),
+        "ops": (lambda x: x is None or isinstance(x, Ops), "an Ops, such as PLAIN, or None"),
         "data_axis": (_is_name, "the name of a mesh axis, or None"),
         "tower_axis": (_is_name, "the name of a mesh axis, or None"),
     }
