@@ -78,8 +78,8 @@ def all_devices() -> list[jax.Device]:
         platforms = jax.config.jax_platforms or ""  # type: ignore[attr-defined]
         reason = f" ({one_line(error)})" if str(error) else ""
         raise DeviceError(
-            f"JAX_PLATFORMS={platforms}: JAX finds no such device{reason}; expected a platform of this machine that JAX "
-            "is installed for, such as cpu"
+            f"JAX_PLATFORMS={platforms}: JAX finds no such device{reason}; expected a platform of this machine for "
+            "which JAX is installed, such as cpu"
         ) from None
 
 
