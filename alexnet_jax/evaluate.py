@@ -12,7 +12,7 @@ from alexnet_jax import sharding
 from alexnet_jax.checkpoint import silence_orbax
 from alexnet_jax.data import Batch
 from alexnet_jax.data.dataset import Batches
-from alexnet_jax.errors import UserError
+from alexnet_jax.errors import errors_on_one_line
 from alexnet_jax.inference import Network, batch_size, evaluate
 from alexnet_jax.progress import Progress
 from alexnet_jax.run import Run, RunError, open_run
@@ -118,9 +118,8 @@ def main() -> None:
     silence_orbax()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        evaluate_workdirs(flags.workdir, flags.split, flags.data_dir)
-    except (UserError, OSError) as error:
-        sys.exit(f"Error: {error}")
+        with errors_on_one_line():
+            evaluate_workdirs(flags.workdir, flags.split, flags.data_dir)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from alexnet_jax.checkpoint import silence_orbax
 from alexnet_jax.data.images import read_image
-from alexnet_jax.errors import UserError, one_line
+from alexnet_jax.errors import errors_on_one_line, one_line
 from alexnet_jax.plots import plot_predictions
 from alexnet_jax.run import Run, open_run
 from alexnet_jax.runtime.compilation_cache import use_compilation_cache
@@ -64,19 +64,15 @@ def main() -> None:
     silence_orbax()
 
     escape_output()
-    try:
+    with errors_on_one_line():
         workdir = user_path(flags.workdir, "--workdir")
         out = workdir / "predictions.png" if flags.out is None else user_path(flags.out, "--out")
-    except UserError as error:
-        sys.exit(f"Error: {error}")
     if flags.out and (out.suffix != ".png" or not out.parent.is_dir() or out.is_dir()):
         sys.exit(f"Error: --out={out}: expected a .png file in an existing folder")
 
     use_compilation_cache(flags.compile_cache)
-    try:
+    with errors_on_one_line():
         run = open_run(workdir, flags.data_dir)
-    except UserError as error:
-        sys.exit(f"Error: {error}")
     images = read_images(flags.images, run, flags.invert)
     if not images:
         sys.exit("Error: no image could be read")

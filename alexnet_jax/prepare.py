@@ -10,7 +10,7 @@ import signal
 import sys
 from types import FrameType
 
-from alexnet_jax.errors import UserError
+from alexnet_jax.errors import errors_on_one_line
 from alexnet_jax.preparation.local import prepare
 from alexnet_jax.runtime.output import escape_output
 
@@ -36,9 +36,8 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     try:
-        folder = prepare(**vars(flags))
-    except (UserError, OSError) as error:
-        sys.exit(f"Error: {error}")
+        with errors_on_one_line():
+            folder = prepare(**vars(flags))
     except KeyboardInterrupt as stop:
         print("stopped; run the same command again to resume")
         sys.exit(128 + stop.args[0])

@@ -8,7 +8,7 @@ import logging
 import sys
 
 from alexnet_jax.data.images import SIDE
-from alexnet_jax.errors import UserError
+from alexnet_jax.errors import errors_on_one_line
 from alexnet_jax.runtime.output import escape_output
 
 try:
@@ -38,10 +38,8 @@ def main() -> None:
     log.addHandler(logging.StreamHandler(sys.stdout))  # Beam has set up the root logger for itself
     log.setLevel(logging.INFO)
     log.propagate = False
-    try:
+    with errors_on_one_line():
         folder = prepare(**vars(flags), options=PipelineOptions(beam_flags))
-    except (UserError, OSError) as error:
-        sys.exit(f"Error: {error}")
     print(f"{folder}: train with --config.dataset={flags.dataset}_{SIDE} --config.data_dir={flags.out}")
 
 

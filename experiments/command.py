@@ -1,23 +1,11 @@
-"""Shared by the commands of the experiments: errors on one line, the working directory, and its files."""
+"""Shared by the commands of the experiments: the working directory, and its files."""
 
-import contextlib
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from alexnet_jax.errors import UserError
 from alexnet_jax.runtime.files import replaced
-
-
-@contextlib.contextmanager
-def errors_on_one_line() -> Iterator[None]:
-    """Exit with code 1 and the text of an error that the user can mend; any other error keeps its traceback."""
-    try:
-        yield
-    except (UserError, OSError) as error:
-        sys.exit(f"Error: {error}")
 
 
 def make_workdir(path: Path) -> None:

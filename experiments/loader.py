@@ -27,12 +27,12 @@ from alexnet_jax import augment, data, sharding
 from alexnet_jax.data import streaming
 from alexnet_jax.data.images import SIDE, decode
 from alexnet_jax.data.source import open_source
-from alexnet_jax.errors import UserError
+from alexnet_jax.errors import UserError, errors_on_one_line
 from alexnet_jax.preparation.local import VERSION, prepare
 from alexnet_jax.runtime.files import write_json
 from alexnet_jax.runtime.workers import available_cores
 from alexnet_jax.tables import table
-from experiments.command import errors_on_one_line, make_workdir, write_text
+from experiments.command import make_workdir, write_text
 
 DECODER, LOADER, PLACED = "decoder alone", "loader", "loader, onto the device"
 CROPPED, TORCH = "loader, onto the device, crop and flip", "torch DataLoader, Pillow, crop and flip"

@@ -16,10 +16,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from alexnet_jax import AlexNet
-from alexnet_jax.errors import UserError, one_line
+from alexnet_jax.errors import UserError, errors_on_one_line, one_line
 from alexnet_jax.runtime.files import write_json
 from alexnet_jax.tables import table as text_table
-from experiments.command import errors_on_one_line, make_workdir, save_figure, write_text
+from experiments.command import make_workdir, save_figure, write_text
 from experiments.sharding import LAYOUTS, expected
 from experiments.sharding.layouts import title
 

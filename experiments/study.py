@@ -20,7 +20,7 @@ import ml_collections
 import numpy as np
 
 from alexnet_jax.configs import cifar10
-from alexnet_jax.errors import UserError
+from alexnet_jax.errors import UserError, errors_on_one_line
 from alexnet_jax.model import LAYERS, activations
 from alexnet_jax.run import Run, open_run
 from alexnet_jax.runtime.compilation_cache import use_compilation_cache
@@ -29,7 +29,7 @@ from alexnet_jax.setup import build_mesh, build_model
 from alexnet_jax.tables import table
 from alexnet_jax.train import Interrupted, train_and_evaluate
 from alexnet_jax.workdir import CONFIG, METRICS, RESULT, WorkdirError
-from experiments.command import errors_on_one_line, make_workdir, write_text
+from experiments.command import make_workdir, write_text
 
 CLASSES, CHANNELS = 10, 3  # of CIFAR-10
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from alexnet_jax import tables
-from alexnet_jax.errors import UserError
+from alexnet_jax.errors import UserError, errors_on_one_line
 from alexnet_jax.runtime.files import replaced
 from experiments import ablations, filters, relu_vs_tanh, retrieval, variants
-from experiments.command import errors_on_one_line, write_text
+from experiments.command import write_text
 
 EXPERIMENTS = {
     "relu_vs_tanh": relu_vs_tanh,

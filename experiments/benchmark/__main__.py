@@ -20,7 +20,7 @@ from typing import Any
 import jax
 
 from alexnet_jax import AlexNet, sharding
-from alexnet_jax.errors import UserError
+from alexnet_jax.errors import UserError, errors_on_one_line
 from alexnet_jax.runtime.files import write_json
 from alexnet_jax.runtime.huge_pages import use_huge_pages
 from alexnet_jax.train import Interrupted
@@ -28,7 +28,7 @@ from experiments import measure
 from experiments.benchmark import growth, layers, loop, operations, report, start, step
 from experiments.benchmark.plot import plot
 from experiments.benchmark.setting import Setting
-from experiments.command import errors_on_one_line, make_workdir, write_text
+from experiments.command import make_workdir, write_text
 
 PARTS = {
     "step": step.run,  # training and inference, compared with PyTorch

@@ -5,7 +5,6 @@ operations read and write are counted, and its time is estimated from the data s
 """
 
 import argparse
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from alexnet_jax import AlexNet, paper_sgd, sharding
 from alexnet_jax.data.batch import Batch
-from alexnet_jax.errors import UserError
+from alexnet_jax.errors import errors_on_one_line
 from alexnet_jax.inference import predict
 from alexnet_jax.model import LAYERS
 from alexnet_jax.ops import CUDA, OPS
@@ -26,6 +25,7 @@ from alexnet_jax.preprocess import Preprocess
 from alexnet_jax.runtime.files import write_json
 from alexnet_jax.tables import table
 from alexnet_jax.train_step import create_state, make_train_step, state_specs
+from experiments.command import make_workdir, write_text
 from experiments.compiled.targets import Target, TargetError, find
 from experiments.compiled.traffic import INPUT, OTHER, UPDATE, Operation, operations
 
@@ -133,21 +133,17 @@ def main() -> None:
     parser.add_argument("--mode", default="train", choices=("train", "inference"), help="(default: train)")
     parser.add_argument("--layout", default="one_device", choices=TOWERS, help="(default: one_device)")
     flags = parser.parse_args()
-    try:
+    with errors_on_one_line():
         if not all(batch.isdecimal() and int(batch) for batch in flags.batch.split(",")):
             raise TargetError(f"--batch={flags.batch}: expected positive numbers with commas, as in 128,512")
         targets = [find(name) for name in flags.target.split(",")]
-        flags.workdir.mkdir(parents=True, exist_ok=True)
+        make_workdir(flags.workdir)
         records = []
         for target in targets:
             for batch in map(int, flags.batch.split(",")):
                 records.append(measure(target, flags.mode, batch, flags.dtype, flags.layout, flags.workdir))
                 write_json(flags.workdir / "compiled.json", records)
-        (flags.workdir / "compiled.md").write_text(markdown(records))
-    except UserError as error:
-        sys.exit(f"Error: {error}")
-    except OSError as error:
-        sys.exit(f"Error: --workdir={flags.workdir}: {error.strerror}; expected a folder to write to")
+        write_text(flags.workdir / "compiled.md", markdown(records))
     print(f"{markdown(records)}\nWritten to {flags.workdir}")
 
 

@@ -4,7 +4,6 @@ python -m experiments.on_gpu.claims --workdir DIR --budget SECONDS
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -16,6 +15,7 @@ import numpy as np
 
 from alexnet_jax import data
 from alexnet_jax.data.dataset import Dataset
+from alexnet_jax.errors import errors_on_one_line
 from alexnet_jax.optimizer import learning_rate_at, paper_sgd
 from alexnet_jax.preprocess import fit
 from alexnet_jax.runtime.compilation_cache import use_compilation_cache
@@ -206,16 +206,15 @@ def main() -> None:
     flags.workdir.mkdir(parents=True, exist_ok=True)
     results = Results(flags.workdir, clock)
     try:
-        dataset = Dataset(data.open_builder("cifar10", flags.data_dir))
-        test = dataset.load(f"test[:{budget.test}]")
-        for name in flags.only.split(","):
-            EXPERIMENTS[name](results, of, dataset, test, range(flags.seeds))
+        with errors_on_one_line():
+            dataset = Dataset(data.open_builder("cifar10", flags.data_dir))
+            test = dataset.load(f"test[:{budget.test}]")
+            for name in flags.only.split(","):
+                EXPERIMENTS[name](results, of, dataset, test, range(flags.seeds))
     except OutOfTime as stop:
         done = list(results.records["experiments"])
         results.records["stopped"] = f"{stop}; not started: {[n for n in EXPERIMENTS if n not in done]}"
         print(results.records["stopped"], flush=True)
-    except data.DataError as error:
-        sys.exit(f"Error: {error}")
     results.write()
 
 
