@@ -78,7 +78,7 @@ def _one_of(names: Sequence[str] | dict[str, Any]) -> Rule:
 
 
 def _whole(x: Any, least: int) -> bool:
-    return isinstance(x, Integral) and not isinstance(x, bool) and x >= least
+    return isinstance(x, Integral) and not isinstance(x, bool) and int(x) >= least
 
 
 def _finite(x: Any) -> bool:

@@ -102,7 +102,7 @@ class Conv(nn.Module):
         def conv(x, kernel):
             return self.conv(x, kernel, self.stride, padding, self.precision)
 
-        # One convolution per tower, which a CPU computes several times faster than a grouped one.
+        # One convolution per tower, which is faster than a grouped one (docs/performance.md#convolution).
         outputs = [conv(x, k) for x, k in zip(inputs, jnp.split(kernel, len(inputs), axis=-1), strict=True)]
         split_outputs = partial(_split_towers, towers=towers)
         if self.epilogue is None:

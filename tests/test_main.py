@@ -1,4 +1,4 @@
-"""The training command: real processes, killed, without space on the disk, and with wrong flags."""
+"""The training command in real processes: stopped by signals, on a full disk, and with wrong flags."""
 
 import os
 import resource

@@ -133,7 +133,7 @@ def conv(x: jax.Array, kernel: jax.Array, stride: int, padding: Sequence[tuple[i
     if stride > 1:
         x, kernel = space_to_depth(x, kernel, stride, padding)
         padding = ((0, 0), (0, 0))
-        # The tiles of a few of conv1's images stay in the CPU's cache.
+        # The tiles of a few images of conv1 fit into the CPU's cache.
         parts = max(1, len(x) // next(n for n in (8, 6, 4, 3, 2, 1) if len(x) % n == 0))
     x, kernel = x + _zero_of(kernel), kernel + _zero_of(x)
     return _convolve(x, kernel, padding, parts).astype(dtype)
