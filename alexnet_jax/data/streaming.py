@@ -6,8 +6,8 @@ import logging
 import math
 import os
 import re
-import signal
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
@@ -37,7 +37,7 @@ from alexnet_jax.data.source import (
 )
 from alexnet_jax.runtime.files import raise_open_files_limit
 from alexnet_jax.runtime.imports import import_quietly
-from alexnet_jax.runtime.workers import MAIN_GUARD, available_cores, start_worker
+from alexnet_jax.runtime.workers import MAIN_GUARD, available_cores, kill, start_worker, started_workers
 
 grain = import_quietly("grain")
 
@@ -45,6 +45,7 @@ AHEAD = 2  # batches on the devices beyond the one that is requested
 MAX_WORKERS = 16
 PART_BYTES = 128 * 256 * 256 * 3  # a worker decodes up to so much at a time: 128 images of 256×256
 SHARED_MEMORY = Path("/dev/shm")
+EXIT_S = 1  # a worker that reads or decodes for longer is killed at the end
 
 log = logging.getLogger(__name__)
 
@@ -196,9 +197,8 @@ class Decoder:
 
 
 def _start_worker(index: int, count: int) -> None:
-    """Leave signals to the parent, which may be in the same process group, and exit when the parent does."""
+    """Exit when the parent does; a worker calls this first."""
     start_worker()
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     cv2.setNumThreads(1)
     raise_open_files_limit()  # ImageNet has 1,252 files, all of them open
 
@@ -248,13 +248,11 @@ def decoded_batches(
     dataset = grain.MapDataset.range(steps.start * parts, min(steps.stop * parts, sys.maxsize))
     dataset = dataset.map_with_index(partial(decoder, buffers, positions_of, parts))
     iterator = iter(dataset.to_iter_dataset(read_options).mp_prefetch(worker_options, _start_worker))
-    first = None
+    first, processes = None, []
     try:
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))  # workers inherit it
-        try:
-            first = next(iterator)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        with started_workers() as processes:
+            iterator.start_prefetch()
+        first = next(iterator)
         decoded = enumerate(itertools.chain([first], iterator))
         if parts == 1:
             for index, labels in decoded:
@@ -281,7 +279,10 @@ def decoded_batches(
         ) from None
     finally:
         buffers.release()
+        killer = threading.Timer(EXIT_S, kill, (processes,))  # Grain waits half a minute for each
+        killer.start()
         iterator.close()
+        killer.cancel()
         buffers.close()
 
 
