@@ -102,9 +102,7 @@ def _run(argv: list[str]) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # exiting already
         if distributed.process_id() == 0:
             print(stop, flush=True)
-        if not stop.saved:
-            os._exit(128 + stop.signal)  # a usual exit would wait for what is being written
-        sys.exit(128 + stop.signal)
+        os._exit(128 + stop.signal)  # a usual exit would wait for worker processes and for what is being written
     except jax.errors.JaxRuntimeError as error:
         if not jax.distributed.is_initialized() or "RESOURCE_EXHAUSTED" in str(error):  # its own memory is full
             raise

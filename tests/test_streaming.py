@@ -17,12 +17,14 @@ from runners import (
     ENVIRONMENT,
     ROOT,
     assert_same_state,
+    blocked_workers,
     end,
     follow,
     losses,
     run_main,
     start_main,
     start_processes,
+    wait_for,
 )
 
 from alexnet_jax import AlexNet, Stem, inference, preprocess, sharding
@@ -239,6 +241,29 @@ def test_a_signal_to_the_process_group_saves_a_checkpoint_and_ends_all_processes
     ), output
     assert "Traceback" not in output and "Warning" not in output
     assert workers and have_exited(workers)
+
+
+def test_a_signal_ends_a_run_whose_workers_do_not_answer(folder, tmp_path):
+    process = start_main(tmp_path, *flags(folder, 2), "--config.num_train_steps=10000", env=ENVIRONMENT)
+    follow(process, "step 2/")
+    workers = workers_of(process)
+    for worker in workers:
+        os.kill(worker, signal.SIGSTOP)
+    time.sleep(3)  # the batches that were decoded are used up
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 143 and "checkpoint saved, run the same command to resume" in output, output
+    assert workers and have_exited(workers)
+
+
+def test_a_signal_ends_a_run_whose_workers_do_not_start(folder, tmp_path):
+    environment, pids = blocked_workers(tmp_path, "/streaming.")
+    process = start_main(tmp_path / "run", *flags(folder, 2), env=environment)
+    wait_for(lambda: list(pids.iterdir()), process)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 143 and output.endswith("stopped by SIGTERM; run the same command to resume\n"), output
+    assert have_exited([pid.name for pid in pids.iterdir()]) and not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
 def test_two_processes_read_the_batches_of_one(folder, uninterrupted, tmp_path):

@@ -4,16 +4,20 @@ import contextlib
 import itertools
 import logging
 import math
+import multiprocessing
 import os
 import re
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future
 from functools import partial
 from multiprocessing import resource_tracker, shared_memory
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import cv2
 import jax
@@ -248,12 +252,12 @@ def decoded_batches(
     dataset = grain.MapDataset.range(steps.start * parts, min(steps.stop * parts, sys.maxsize))
     dataset = dataset.map_with_index(partial(decoder, buffers, positions_of, parts))
     iterator = iter(dataset.to_iter_dataset(read_options).mp_prefetch(worker_options, _start_worker))
-    first, processes = None, []
+    processes, started = [], False
     try:
         with started_workers() as processes:
-            iterator.start_prefetch()
-        first = next(iterator)
-        decoded = enumerate(itertools.chain([first], iterator))
+            first = _first(iterator, workers)
+        decoded = enumerate(itertools.chain([first.result()], iterator))
+        started = True
         if parts == 1:
             for index, labels in decoded:
                 yield buffers[index], labels
@@ -270,7 +274,7 @@ def decoded_batches(
     except RuntimeError as error:
         if not (code := re.search(r"exit code (-?\d+)", str(error))):
             raise
-        if first is None and int(code[1]) == 1:
+        if not started and int(code[1]) == 1:
             raise DataError(MAIN_GUARD) from None
         reason = {-7: "/dev/shm is full", -9: "killed (out of memory?)"}.get(int(code[1]), code[0])
         raise DataError(
@@ -279,11 +283,38 @@ def decoded_batches(
         ) from None
     finally:
         buffers.release()
-        killer = threading.Timer(EXIT_S, kill, (processes,))  # Grain waits half a minute for each
-        killer.start()
-        iterator.close()
-        killer.cancel()
+        _close(iterator, processes)
         buffers.close()
+
+
+def _first(iterator: Iterator[np.ndarray], workers: int) -> Future[np.ndarray]:
+    """Return the first labels of an iterator, in the future, as soon as all of its workers have started.
+
+    Grain starts them when the first element is requested, which then takes as long as they import the package. In
+    another thread, that can be interrupted.
+    """
+    first: Future[np.ndarray] = Future()
+
+    def fetch():
+        try:
+            first.set_result(next(iterator))
+        except Exception as error:
+            first.set_exception(error)
+
+    processes = len(multiprocessing.active_children()) + workers
+    threading.Thread(target=fetch, daemon=True).start()
+    while not first.done() and len(multiprocessing.active_children()) < processes:
+        time.sleep(0.01)
+    return first
+
+
+def _close(iterator: Any, workers: Sequence[BaseProcess]) -> None:
+    """End the workers of an iterator; Grain would wait half a minute for each that does not answer."""
+    closing = threading.Thread(target=iterator.close, daemon=True)
+    closing.start()
+    closing.join(EXIT_S)
+    kill(workers)
+    closing.join(EXIT_S)  # longer if a worker was killed while it had one of Grain's locks
 
 
 def _on_devices(
