@@ -1,7 +1,6 @@
 """Test one trained network or the average of several: python -m alexnet_jax.evaluate --workdir RUN [RUN …]"""
 
 import argparse
-import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from alexnet_jax.runtime.compilation_cache import use_compilation_cache
 from alexnet_jax.runtime.files import user_path, write_json
 from alexnet_jax.runtime.jax_settings import run_settings
 from alexnet_jax.runtime.output import escape_output
+from alexnet_jax.runtime.signals import exit_at_signals
 from alexnet_jax.tables import table
 
 # Table 2 of the paper, on the validation set of ILSVRC-2012 and ten crops: networks: (top-1, top-5).
@@ -116,13 +116,11 @@ def main() -> None:
     escape_output()
     use_compilation_cache(flags.compile_cache)
     silence_orbax()
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    exit_at_signals()
     try:
         evaluate_workdirs(flags.workdir, flags.split, flags.data_dir)
     except (UserError, OSError) as error:
         sys.exit(f"Error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

@@ -87,3 +87,14 @@ def test_an_entry_that_is_torn_or_cannot_be_written_is_replaced_with_one_line(tm
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))  # noqa: E731
     warning = compile_it(preexec_fn=limit)  # as on a full disk, which leaves a part of the file
     assert "cannot be written (" in warning and warning.count("\n") == 1 and not entry.exists()
+
+
+def test_a_user_without_a_home_directory_is_warned(tmp_path):
+    unknown_uid = "import pwd\ndef getpwuid(uid): raise KeyError(uid)\npwd.getpwuid = getpwuid\n"
+    environment = {name: value for name, value in USERS.items() if name not in ("HOME", "XDG_CACHE_HOME")}
+    done = subprocess.run(
+        [sys.executable, "-c", unknown_uid + COMPILE, "None"], cwd=tmp_path, capture_output=True, text=True,
+        timeout=120, env={**environment, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.stdout == "2\n" and not list(tmp_path.iterdir())
+    assert done.stderr == "--compile_cache=~/.cache/alexnet_jax: no home directory; programs are not cached\n"

@@ -323,7 +323,7 @@ def test_a_batch_in_parts_is_the_same_and_its_memory_is_bounded(builder, monkeyp
     train.close()
 
 
-@pytest.mark.parametrize("parts,processes", [(3, 1), (1, 1)])
+@pytest.mark.parametrize("parts,processes", [(3, "1 processes decode"), (1, "this process decodes")])
 def test_a_small_dev_shm_is_a_warning_and_fewer_processes(builder, tmp_path, parts, processes):
     """A limit of the size of files acts on shared memory as a full /dev/shm does."""
     code = (
@@ -342,7 +342,7 @@ def test_a_small_dev_shm_is_a_warning_and_fewer_processes(builder, tmp_path, par
         [sys.executable, tmp_path / "start.py"], capture_output=True, text=True, timeout=120, env=environment
     )
     assert done.returncode == 0 and done.stdout.endswith("\n80\n"), done.stdout + done.stderr
-    assert f"/dev/shm is full: {processes} processes decode images instead of 4; give it" in done.stdout
+    assert f"/dev/shm is full: {processes} images instead of 4 workers; give it" in done.stdout
 
 
 def test_batches_on_a_cpu_keep_their_images_when_the_memory_of_the_next_is_aligned():

@@ -243,9 +243,10 @@ def decoded_batches(
     _start_resource_tracker()
     buffers, workers = _allocate((min(rows, decoder.part_size), *decoder.shape), wanted)
     if workers < wanted:
+        decoding = f"{workers} processes decode" if workers else "this process decodes"
         log.warning(
-            "%s is full: %d processes decode images instead of %d; give it %d MB (docker run --shm-size)",
-            SHARED_MEMORY, workers or 1, wanted, 4 * wanted * PART_BYTES // 10**6,
+            "%s is full: %s images instead of %d workers; give it %d MB (docker run --shm-size)",
+            SHARED_MEMORY, decoding, wanted, 4 * wanted * PART_BYTES // 10**6,
         )  # fmt: skip
     read_options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     worker_options = grain.MultiprocessingOptions(num_workers=workers)

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -122,6 +123,16 @@ def deferred_signals() -> Iterator[None]:
             signal.signal(stop, handler)
     for number in received:
         signal.raise_signal(number)
+
+
+def exit_at_signals() -> None:
+    """Exit with code 130 or 143 at SIGINT or SIGTERM, and remove temporary folders; a command calls it first."""
+
+    def handle(number, frame):
+        sys.exit(128 + number)
+
+    for stop in STOP_SIGNALS:
+        signal.signal(stop, handle)
 
 
 def exit_while_blocked(seconds: float, exit_process: Callable[[int], Any]) -> None:
