@@ -4,7 +4,7 @@ import pytest
 import reference
 
 from alexnet_jax.augment import rgb_pca
-from alexnet_jax.configs import fashion_mnist, fashion_mnist_224
+from alexnet_jax.configs import cifar10, fashion_mnist, fashion_mnist_224
 from alexnet_jax.data.dataset import Dataset
 from alexnet_jax.preprocess import Statistics, fit
 from alexnet_jax.setup import build_preprocess
@@ -91,11 +91,14 @@ def test_gray_images_in_three_channels_have_finite_lighting_along_gray(exponent)
         np.testing.assert_allclose(shift, shift[:, :1, :1, :1] * np.ones(shift.shape), atol=0.02)
 
 
-@pytest.mark.parametrize("module,shifts", [(fashion_mnist, (-1, 0, 1)), (fashion_mnist_224, (-2, -1, 0, 1, 2))])
+@pytest.mark.parametrize(
+    "module,shifts", [(fashion_mnist, (-1, 0, 1)), (fashion_mnist_224, (-2, -1, 0, 1, 2)), (cifar10, (-2, -1, 0, 1, 2))]
+)
 def test_crops_of_small_images_are_shifted_equally_to_every_side(synthetic, module, shifts):
     config, count = module.get_config(), 200 * len(shifts) ** 2
-    config.resize = 0  # the crop as it is
-    images = np.zeros((count, 28, 28, 1), np.uint8)
+    config.resize, config.flip, config.lighting = 0, False, False  # the crop as it is
+    side = 32 if module is cifar10 else 28
+    images = np.zeros((count, side, side, 1), np.uint8)
     p = build_preprocess(config, Dataset(synthetic), [images])
     images[:, 14, 14] = 200
 
