@@ -19,6 +19,7 @@ from jax import lax
 from alexnet_jax.errors import UserError, one_line
 from alexnet_jax.runtime import distributed
 from alexnet_jax.runtime.imports import import_quietly
+from alexnet_jax.runtime.signals import Stopped
 
 ocp = import_quietly("orbax.checkpoint")
 
@@ -26,16 +27,17 @@ log = logging.getLogger(__name__)
 
 
 def silence_orbax() -> None:
-    """Silence Orbax's log, whose errors are also raised, and the warnings of operations that a failed save cancels.
+    """Silence Orbax's log, whose errors are also raised, and exceptions that Python ignores after a failed save or read.
 
     A command calls this first.
     """
     absl_logging.set_verbosity(absl_logging.FATAL)
-    sys.unraisablehook = _ignore_failed_io
+    sys.unraisablehook = _ignore_echoes
 
 
-def _ignore_failed_io(unraisable: "sys.UnraisableHookArgs") -> None:
-    if str(unraisable.exc_value) != "Event loop is closed" and not inspect.iscoroutine(unraisable.object):
+def _ignore_echoes(unraisable: "sys.UnraisableHookArgs") -> None:
+    failed_io = str(unraisable.exc_value) == "Event loop is closed" or inspect.iscoroutine(unraisable.object)
+    if not failed_io and not isinstance(unraisable.exc_value, Stopped):  # the signal is handled after the current step
         sys.__unraisablehook__(unraisable)
 
 

@@ -1,7 +1,6 @@
 """Test one trained network or the average of several: python -m alexnet_jax.evaluate --workdir RUN [RUN …]"""
 
 import argparse
-import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from alexnet_jax.runtime.compilation_cache import use_compilation_cache
 from alexnet_jax.runtime.files import user_path, write_json
 from alexnet_jax.runtime.jax_settings import run_settings
 from alexnet_jax.runtime.output import escape_output
+from alexnet_jax.runtime.signals import exit_at_signals
 from alexnet_jax.tables import table
 
 # Table 2 of the paper, on the validation set of ILSVRC-2012 and ten crops: networks: (top-1, top-5).
@@ -116,12 +116,9 @@ def main() -> None:
     escape_output()
     use_compilation_cache(flags.compile_cache)
     silence_orbax()
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    try:
-        with errors_on_one_line():
-            evaluate_workdirs(flags.workdir, flags.split, flags.data_dir)
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+    exit_at_signals()
+    with errors_on_one_line():
+        evaluate_workdirs(flags.workdir, flags.split, flags.data_dir)
 
 
 if __name__ == "__main__":

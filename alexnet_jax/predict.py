@@ -18,6 +18,7 @@ from alexnet_jax.run import Run, open_run
 from alexnet_jax.runtime.compilation_cache import use_compilation_cache
 from alexnet_jax.runtime.files import user_path
 from alexnet_jax.runtime.output import escape_output, escaped
+from alexnet_jax.runtime.signals import exit_at_signals
 from alexnet_jax.tables import table
 
 LIGHT, DARK = 170, 85  # of 255
@@ -62,7 +63,7 @@ def main() -> None:
     parser.add_argument("--compile_cache", help="folder of compiled programs, as for alexnet_jax.main")
     flags = parser.parse_args()
     silence_orbax()
-
+    exit_at_signals()
     escape_output()
     with errors_on_one_line():
         workdir = user_path(flags.workdir, "--workdir")

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from alexnet_jax import plots, sharding
 from alexnet_jax.checkpoint import CheckpointError, Checkpoints, newest_step
 from alexnet_jax.config import as_json, check_config
+from alexnet_jax.data.batch import Batch
 from alexnet_jax.errors import UserError, one_line
 from alexnet_jax.inference import Network, batch_size, evaluate
 from alexnet_jax.metrics import Metrics
@@ -28,7 +29,7 @@ from alexnet_jax.progress import Progress, title
 from alexnet_jax.runtime import distributed
 from alexnet_jax.runtime.files import user_path, write_json
 from alexnet_jax.runtime.jax_settings import run_settings
-from alexnet_jax.runtime.signals import Stopped, collected_signals, raised_signals
+from alexnet_jax.runtime.signals import Signals, Stopped, collected_signals, raised_signals
 from alexnet_jax.runtime.workers import available_cores
 from alexnet_jax.setup import Setup, setup
 from alexnet_jax.summary import layer_summary
@@ -184,18 +185,20 @@ def _finite(params) -> jax.Array:
 
 def _train(
     run: Setup, state: TrainState, validated: bool, checkpoints: Checkpoints, unvalidated: Checkpoints, workdir: Path,
-    started: float, last_images_per_s: float, signals: list[int],
+    started: float, last_images_per_s: float, signals: Signals,
 ) -> tuple[TrainState, float]:  # fmt: skip
     """Train from the state's step to the last; return the last state and the mean images/s of these steps.
 
     The state is saved before each validation, in `unvalidated`, and after it, with the updated learning-rate decay, in
-    `checkpoints`. A run that stops between the two starts with the validation when it is resumed.
+    `checkpoints`. A run that stops between the two starts with the validation when it is resumed. A signal ends the
+    run after the current step, and at once in the validation and in the first step, which have nothing to save.
 
     Args:
       validated: whether the validation of the first state is done.
       last_images_per_s: images/s before the first state, returned if no step is left.
     """
     first, total = int(state.step), run.num_steps
+    alone = jax.process_count() == 1  # one of several processes may not stop at once
     train_step = make_train_step(run.model, run.optimizer, run.preprocess, run.learning_rate, run.mesh)
     order_key, step_key = jax.random.split(jax.random.wrap_key_data(state.key))
     metrics, progress = Metrics(workdir, first, validated), Progress(total, first)
@@ -212,14 +215,30 @@ def _train(
             raise _diverged("the parameters are not finite", step, float(values["learning_rate"]))
         folder.save(step, state, {"seconds": time.monotonic() - started, "images_per_s": images_per_s(step)})
 
+    def stop(number: int, step: int) -> NoReturn:
+        shown.show(step)
+        save(step)
+        checkpoints.wait()
+        raise Interrupted(number, f"step {step} of {total}")
+
+    def next_batch(step: int) -> Batch:
+        try:
+            with signals.raised() if alone and step > first else contextlib.nullcontext():  # the workers may be slow
+                return run.train_data.batch(order_key, step)
+        except Stopped:
+            if not signals:
+                raise
+            stop(signals[0], step)
+
     try:
         if not validated:
             values = {"learning_rate": run.learning_rate(state.step - 1, state.plateau)}  # of the last step
             state = _validate(run, state, first, float(values["learning_rate"]), metrics, progress)
             save(first)
         for step in range(first, total):
-            batch = run.train_data.batch(order_key, step)
-            state, values = train_step(state, batch, key_of(step_key, step))
+            with raised_signals() if alone and step == first else contextlib.nullcontext():  # the first step compiles
+                batch = next_batch(step)
+                state, values = train_step(state, batch, key_of(step_key, step))
             if step == first:  # images/s do not include the compilation
                 shown.restart_clock()
             if step % run.log_every == 0:  # this step is dispatched, so reading earlier metrics leaves no device idle
@@ -237,10 +256,7 @@ def _train(
             if jax.process_count() > 1:  # one process alone may have received the signal
                 number = distributed.maximum(number) if done % run.log_every == 0 else 0
             if number:
-                shown.show(done)
-                save(done)
-                checkpoints.wait()
-                raise Interrupted(number, f"step {done} of {total}")
+                stop(number, done)
         checkpoints.wait()
     except DivergedError as error:
         checkpoints.wait()
@@ -260,7 +276,8 @@ def _validate(
     run: Setup, state: TrainState, step: int, learning_rate: float, metrics: Metrics, progress: Progress
 ) -> TrainState:
     """Evaluate on the validation set, and return the state with the schedule updated by the error."""
-    result = evaluate([Network(run.model, state.params, run.preprocess)], run.validation_data, mesh=run.mesh)
+    with raised_signals() if jax.process_count() == 1 else contextlib.nullcontext():
+        result = evaluate([Network(run.model, state.params, run.preprocess)], run.validation_data, mesh=run.mesh)
     metrics.write(
         step, validation_loss=result.loss, validation_top1_error=result.top1_error,
         validation_top5_error=result.top5_error,

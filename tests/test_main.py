@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 from runners import ROOT, SYNTHETIC, TINY, assert_same_state, corrupt, follow, largest_file, run_main, start_main
 
@@ -59,6 +60,12 @@ def test_a_signal_saves_a_checkpoint_and_a_corrupt_one_falls_back(uninterrupted,
     code, output = run_main(tmp_path, *TINY)
     assert code == 0 and f"checkpoints/{newest} is corrupt" in output and "Traceback" not in output
     assert_same_state(tmp_path, uninterrupted[0], 40)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="needs a machine without a GPU")
+def test_a_platform_that_is_not_there_is_one_line(synthetic, tmp_path):
+    code, output = run_main(tmp_path, *TINY, env={**os.environ, "JAX_PLATFORMS": "cuda"})
+    assert code == 1 and output.count("\n") == 1 and output.startswith("Error: JAX_PLATFORMS=cuda: "), output
 
 
 @pytest.mark.parametrize("line,flags", [

@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ from experiments import measure
 from experiments.benchmark import growth, layers, loop, operations, report, start, step
 from experiments.benchmark.plot import plot
 from experiments.benchmark.setting import Setting
-from experiments.command import make_workdir, write_text
+from experiments.command import child_process, make_workdir, write_text
 
 PARTS = {
     "step": step.run,  # training and inference, compared with PyTorch
@@ -106,7 +105,9 @@ def _measure_in_processes(parts: Sequence[str], arguments: Sequence[str]) -> lis
         print(f"Part {i + 1} of {len(parts)}: {part}", flush=True)
         command = [sys.executable, "-m", "experiments.benchmark", *arguments, f"--parts={part}"]
         handler = signal.signal(signal.SIGINT, lambda number, frame: stops.append(number))
-        if subprocess.run(command).returncode:
+        with child_process(command) as process:
+            process.wait()
+        if process.returncode:
             failed.append(part)
         signal.signal(signal.SIGINT, handler)
         if stops:
