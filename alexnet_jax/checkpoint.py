@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 def silence_orbax() -> None:
-    """Silence Orbax's log, whose errors are also raised, and exceptions that Python ignores after a failed save or read.
+    """Silence Orbax's log, whose errors are also raised, and what Python ignores after a failed save or read.
 
     A command calls this first.
     """

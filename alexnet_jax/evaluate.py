@@ -1,7 +1,6 @@
 """Test one trained network or the average of several: python -m alexnet_jax.evaluate --workdir RUN [RUN …]"""
 
 import argparse
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
