@@ -19,6 +19,7 @@ from jax import lax
 from alexnet_jax.errors import UserError, one_line
 from alexnet_jax.runtime import distributed
 from alexnet_jax.runtime.imports import import_quietly
+from alexnet_jax.runtime.signals import Stopped
 
 ocp = import_quietly("orbax.checkpoint")
 
@@ -26,16 +27,17 @@ log = logging.getLogger(__name__)
 
 
 def silence_orbax() -> None:
-    """Drop what Orbax logs and raises as well, and the echoes of a failed save or read: its cancelled operations.
+    """Silence Orbax's log, whose errors are also raised, and what Python ignores after a failed save or read.
 
     A command calls this first.
     """
     absl_logging.set_verbosity(absl_logging.FATAL)
-    sys.unraisablehook = _ignore_failed_io
+    sys.unraisablehook = _ignore_echoes
 
 
-def _ignore_failed_io(unraisable: "sys.UnraisableHookArgs") -> None:
-    if str(unraisable.exc_value) != "Event loop is closed" and not inspect.iscoroutine(unraisable.object):
+def _ignore_echoes(unraisable: "sys.UnraisableHookArgs") -> None:
+    failed_io = str(unraisable.exc_value) == "Event loop is closed" or inspect.iscoroutine(unraisable.object)
+    if not failed_io and not isinstance(unraisable.exc_value, Stopped):  # the signal is handled after the current step
         sys.__unraisablehook__(unraisable)
 
 
@@ -44,12 +46,12 @@ class CheckpointError(UserError):
 
 
 class MismatchError(CheckpointError):
-    """A sound checkpoint of other arrays than those of the run that reads it."""
+    """A checkpoint that is not corrupt but holds other arrays than the run that reads it."""
 
 
 @jax.jit
 def fingerprint(tree: Any) -> jax.Array:
-    """Return a uint32 that every single flipped bit changes; other corruption leaves it equal in one case of 2³².
+    """Return a uint32 checksum: a single flipped bit always changes it, other corruption with probability 1 − 2⁻³².
 
     It is a sum over all elements, modulo 2³², so each device sums its own elements and the mesh does not matter. Each
     element's bits are multiplied by an odd number that depends on its position and on its leaf's path, shape and type.
@@ -60,7 +62,7 @@ def fingerprint(tree: Any) -> jax.Array:
         position = jnp.zeros(x.shape, jnp.uint32)
         for axis, size in enumerate(x.shape):
             position = position * jnp.uint32(size) + lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-        for factor in (0x7FEB352D, 0x846CA68B):  # a hash: the numbers of neighbors are unrelated
+        for factor in (0x7FEB352D, 0x846CA68B):  # a hash: neighboring positions get unrelated factors
             position = (position ^ (position >> 16)) * jnp.uint32(factor)
         name = f"{jax.tree_util.keystr(path)} {x.shape} {x.dtype}"
         return jnp.sum(bits.astype(jnp.uint32) * (position | 1)) * jnp.uint32(zlib.crc32(name.encode()) | 1)
@@ -103,7 +105,7 @@ def _abstract(like: Any) -> Any:
 
 
 def _read(path: Path, like: Any) -> tuple[Any, dict[str, Any]]:
-    """Return this process's part of a checkpoint, and its dict; waits for no other process, which may have failed."""
+    """Return this process's part of a checkpoint, and its dict; does not wait for other processes: they may fail."""
     process = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(primary_host=process, active_processes={process})
     handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
@@ -126,7 +128,7 @@ def _check_arrays(path: Path, saved: Any, like: Any) -> None:
     if different := distributed.differences(arrays(saved), arrays(like), labels=("in the checkpoint", "in this run")):
         raise MismatchError(
             f"checkpoint {path} is of another run ({different[:300]}); nothing was changed: give the config that it "
-            "was trained with (64 bits are of JAX_ENABLE_X64, a key of 4 words of JAX_DEFAULT_PRNG_IMPL: train again)"
+            "was trained with (64 bits: by JAX_ENABLE_X64, a key of 4 words: by JAX_DEFAULT_PRNG_IMPL; train again)"
         )
 
 
@@ -136,10 +138,10 @@ def _mismatch(tree: Any, extra: dict[str, Any]) -> str:
 
 
 class Checkpoints:
-    """The checkpoints of one run: a tree of arrays and a dict of plain values for a step, the newest `keep` of them.
+    """The newest `keep` checkpoints of one run, each a tree of arrays and a dict of plain values.
 
-    Orbax writes into a temporary folder and renames it, so a save that was killed leaves the earlier ones. With several
-    processes all of them call every method, and each writes and reads its own part of the arrays.
+    Orbax writes into a temporary folder and renames it, so an interrupted save leaves the earlier checkpoints intact.
+    With several processes all of them call every method, and each writes and reads its own part of the arrays.
     """
 
     def __init__(self, folder: Path, keep: int = 3, others: tuple[Path, ...] = ()):
@@ -158,7 +160,7 @@ class Checkpoints:
             raise CheckpointError(f"{self.folder} cannot be written: {error}") from None
 
     def save(self, step: int, tree: Any, extra: dict[str, Any]) -> None:
-        """Start to write, unless this step exists already; the tree is copied first, so it may be donated next.
+        """Start to write a step, unless it exists already; the tree is copied first, so the caller may donate it.
 
         Raises:
           CheckpointError: this save or the previous one failed, for example on a full disk; older checkpoints stay.

@@ -1,30 +1,31 @@
 """Checks of a network's fields, shared by `model.AlexNet` and the configs."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from numbers import Integral, Real
 from typing import Any
 
+import jax.numpy as jnp
+
+from alexnet_jax.ops import Ops
 from alexnet_jax.variants import ACTIVATIONS, LAYERS, VARIANTS
 
 OPERATIONS = {"relu", "lrn", "contrast_norm", "pool"}  # those of a variant's order
+Rule = tuple[Callable[[Any], bool], str]  # whether a value is valid, and what is expected
 
 
 def check_network(network: Any) -> None:
-    """Check the fields of a network.
+    """Check the fields of a network, by type and range.
 
     Args:
-      network: an `AlexNet` or a config, whose fields `variant`, `stem`, `widths`, `towers`, `activation`, `lrn_alpha`,
-        `pool_window`, `dropout`, `kernel_std` and `bias` are read.
+      network: an `AlexNet`, or a config, which has some of its fields.
 
     Raises:
       ValueError: "FIELD=VALUE: expected …" for the first field with a value that no image size could make right.
     """
-
-    def require(name: str, good: bool, expected: str) -> None:
-        if not good:
-            raise ValueError(f"{name}={getattr(network, name)!r}: expected {expected}")
-
-    require("variant", network.variant in VARIANTS, f"one of {', '.join(VARIANTS)}")
+    for name, (valid, expected) in _rules(network.towers).items():
+        if hasattr(network, name) and not valid(value := getattr(network, name)):
+            raise ValueError(f"{name}={value!r}: expected {expected}")
     for layer in LAYERS[:5]:
         order = getattr(VARIANTS[network.variant], layer)
         if unknown := set(order.split()) - OPERATIONS:
@@ -32,32 +33,71 @@ def check_network(network: Any) -> None:
                 f"VARIANTS[{network.variant!r}].{layer}={order!r}: unknown operation {min(unknown)!r}; expected "
                 f"some of {', '.join(sorted(OPERATIONS))}"
             )
-    stem = len(network.stem) == 3 and all(
-        isinstance(x, int) and x >= least for x, least in zip(network.stem, (1, 1, 0), strict=True)
-    )
-    require("stem", stem, "(kernel, stride, padding), with kernel and stride at least 1 and padding at least 0")
-    require("towers", network.towers in (1, 2), "1 or 2")
-    numbers = all(isinstance(w, int) for w in network.widths)
-    if network.towers == 2:
-        widths = numbers and all(w >= 2 and w % 2 == 0 for w in network.widths)
-        require("widths", widths and len(network.widths) == 7, "seven even numbers (conv1 to conv5, fc6, fc7)")
-    else:
-        widths = numbers and len(network.widths) == 7 and network.widths[0] >= 1 and min(network.widths) >= 0
-        takes = "seven numbers, of which 0 leaves out a layer after conv1 (conv1 to conv5, fc6, fc7)"
-        require("widths", widths, takes)
-    require("activation", network.activation in ACTIVATIONS, f"one of {', '.join(ACTIVATIONS)}")
-    alpha, std, bias = network.lrn_alpha, network.kernel_std, network.bias
+
+
+def _rules(towers: Any) -> dict[str, Rule]:
+    """Return the rule of each field of a network with that value of `towers`."""
+    widths: Rule = (
+        lambda x: _all(x, 7, lambda w: _whole(w, 2) and w % 2 == 0), "seven even numbers (conv1 to conv5, fc6, fc7)"
+    )  # fmt: skip
+    if towers == 1:
+        widths = (
+            lambda x: _all(x, 7, lambda w: _whole(w, 0)) and x[0] > 0,
+            "seven numbers, of which 0 leaves out a layer after conv1 (conv1 to conv5, fc6, fc7)",
+        )
     own = "or None for that of the variant"
-    require("lrn_alpha", alpha is None or 0 < alpha < math.inf, f"a positive number, {own}")
-    require("pool_window", network.pool_window >= 2, "2 or more")
-    require("dropout", 0 <= network.dropout < 1, "a rate of at least 0 and below 1")
-    positive = std is None or _finite(std) and min(std) > 0
-    require("kernel_std", positive, f"eight positive numbers (conv1 to fc8), {own}")
-    require("bias", bias is None or _finite(bias), f"eight numbers (conv1 to fc8), {own}")
+    return {
+        "num_classes": (lambda x: _whole(x, 1), "a whole number of at least 1"),
+        "variant": _one_of(VARIANTS),
+        "dtype": (_is_float_dtype, "a floating-point dtype"),
+        "param_dtype": (_is_float_dtype, "a floating-point dtype"),
+        "stem": (
+            lambda x: _all(x, 3, lambda n: _whole(n, 0)) and min(x[:2]) > 0,
+            "(kernel, stride, padding), with kernel and stride at least 1 and padding at least 0",
+        ),
+        "towers": (lambda x: _whole(x, 1) and x <= 2, "1 or 2"),
+        "widths": widths,
+        "activation": _one_of(ACTIVATIONS),
+        "lrn": (lambda x: isinstance(x, bool), "True or False"),
+        "lrn_alpha": (lambda x: x is None or _finite(x) and x > 0, f"a positive number, {own}"),
+        "pool_window": (lambda x: _whole(x, 2), "2 or more, a whole number"),
+        "dropout": (lambda x: _finite(x) and 0 <= x < 1, "a rate of at least 0 and below 1"),
+        "kernel_std": (
+            lambda x: x is None or _all(x, 8, lambda v: _finite(v) and v > 0),
+            f"eight positive numbers (conv1 to fc8), {own}",
+        ),
+        "bias": (lambda x: x is None or _all(x, 8, _finite), f"eight numbers (conv1 to fc8), {own}"),
+        "ops": (lambda x: x is None or isinstance(x, Ops), "an Ops, such as PLAIN, or None"),
+        "data_axis": (_is_name, "the name of a mesh axis, or None"),
+        "tower_axis": (_is_name, "the name of a mesh axis, or None"),
+    }
 
 
-def _finite(values: Sequence[Any]) -> bool:
-    return len(values) == len(LAYERS) and all(isinstance(v, int | float) and math.isfinite(v) for v in values)
+def _one_of(names: Sequence[str] | dict[str, Any]) -> Rule:
+    return lambda x: isinstance(x, str) and x in names, f"one of {', '.join(names)}"
+
+
+def _whole(x: Any, least: int) -> bool:
+    return isinstance(x, Integral) and not isinstance(x, bool) and int(x) >= least
+
+
+def _finite(x: Any) -> bool:
+    return isinstance(x, Real) and not isinstance(x, bool) and math.isfinite(x)
+
+
+def _all(values: Any, length: int, valid: Callable[[Any], bool]) -> bool:
+    return isinstance(values, Sequence) and len(values) == length and all(map(valid, values))
+
+
+def _is_float_dtype(x: Any) -> bool:
+    try:
+        return x is not None and jnp.issubdtype(jnp.dtype(x), jnp.floating)
+    except TypeError:
+        return False
+
+
+def _is_name(x: Any) -> bool:
+    return x is None or isinstance(x, str)
 
 
 def check_images(network: Any, shape: tuple[int, ...]) -> None:

@@ -30,7 +30,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     try:
         sharding.check_axes(**config.mesh)
     except ValueError as error:
-        raise ConfigError(str(error)) from None
+        raise ConfigError(f"config.{error}") from None
     for name in ("batch_size", "image_size", "log_every", "crop_group"):
         require(name, config[name] >= 1, "a number of at least 1")
     counts = ("loader_workers", "num_train_steps", "pad", "resize", "warmup_steps", "plateau_patience", "eval_every")

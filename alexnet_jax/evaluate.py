@@ -1,8 +1,6 @@
 """Test one trained network or the average of several: python -m alexnet_jax.evaluate --workdir RUN_OR_FILE […]"""
 
 import argparse
-import signal
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,7 +10,7 @@ from alexnet_jax import sharding
 from alexnet_jax.checkpoint import silence_orbax
 from alexnet_jax.data import Batch
 from alexnet_jax.data.dataset import Batches, Dataset
-from alexnet_jax.errors import UserError
+from alexnet_jax.errors import errors_on_one_line
 from alexnet_jax.inference import Network, batch_size, evaluate
 from alexnet_jax.progress import Progress
 from alexnet_jax.run import Run, RunError, open_named_dataset, open_run, output_path
@@ -20,6 +18,7 @@ from alexnet_jax.runtime.compilation_cache import use_compilation_cache
 from alexnet_jax.runtime.files import user_path, write_json
 from alexnet_jax.runtime.jax_settings import run_settings
 from alexnet_jax.runtime.output import escape_output
+from alexnet_jax.runtime.signals import exit_at_signals
 from alexnet_jax.tables import table
 
 # Table 2 of the paper, on the validation set of ILSVRC-2012 and ten crops: networks: (top-1, top-5).
@@ -152,13 +151,9 @@ def main() -> None:
     escape_output()
     use_compilation_cache(flags.compile_cache)
     silence_orbax()
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    try:
+    exit_at_signals()
+    with errors_on_one_line():
         evaluate_workdirs(flags.workdir, flags.split, flags.data_dir, flags.dataset)
-    except (UserError, OSError) as error:
-        sys.exit(f"Error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

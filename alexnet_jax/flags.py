@@ -1,4 +1,4 @@
-"""What is wrong with the flags --config=FILE and --config.FIELD=VALUE, in one line."""
+"""Errors of the flags --config=FILE and --config.FIELD=VALUE, in one line."""
 
 import difflib
 import functools
@@ -12,7 +12,17 @@ from alexnet_jax.configs import default
 from alexnet_jax.errors import one_line
 
 CONFIGS = Path(__file__).parent / "configs"
-FLAG_ERRORS = (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError)
+FLAG_ERRORS = (
+    flags.Error,
+    AttributeError,
+    ImportError,
+    KeyError,
+    NameError,
+    TypeError,
+    ValueError,
+    OSError,
+    SyntaxError,
+)
 _TYPES = {
     int: "a whole number", float: "a number", bool: "True or False", str: "text", tuple: "values separated by commas"
 }  # fmt: skip
@@ -49,11 +59,26 @@ def flag_error(error: Exception, argv: Sequence[str]) -> str:
             fields = ", ".join(f"config.{name}.{k}" for k in config[field])
             return f"config.{name}={text!r}: expected its fields, {fields}"
         return f"config.{name}={text!r}: expected {_TYPES[field_type]}"
+    if match := re.match(r"Found (--config\.[\w.]+)=", message):
+        return f"{match[1]} is before --config; give --config=FILE first, then its fields"
+    path = _config_path(argv)
+    if isinstance(error, ImportError | NameError):
+        return f"--config={path}: {message}"
     if message.startswith(("flag --config=", "Configuration is not available")):
-        reason = re.split(r"Error: |path\]: ", message)[-1]  # the last line of a traceback
+        reason = re.split(r"Error: |path\]: |failure to load: ", message)[-1]  # the last line of a traceback
+        reason = reason.removeprefix(path).lstrip().removeprefix(f"{Path(path).name}: ")
+        reason = re.sub(r"^\[Errno \d+\] ", "", reason).removesuffix(f": {path!r}")
         configs = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.py") if p.stem not in ("__init__", "default")))
-        return f"--config: {reason} (the configs in {CONFIGS} are {configs})"
+        return f"--config={path}: {reason} (the configs in {CONFIGS} are {configs})"
     return message
+
+
+def _config_path(argv: Sequence[str]) -> str:
+    """Return the value of the flag --config, "" if there is none."""
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        if match := re.fullmatch(r"--?config(=(.*))?", argument):
+            return match[2] if match[1] else following
+    return ""
 
 
 def _unknown_field_error(error: Exception, argv: Sequence[str]) -> str:
@@ -61,7 +86,11 @@ def _unknown_field_error(error: Exception, argv: Sequence[str]) -> str:
     fields = sorted({*config, *(f"mesh.{name}" for name in config.mesh)} - {"mesh"})
     names = [name for name in re.findall(r"--config\.([\w.]+)", " ".join(argv)) if name not in fields]
     if not names:
-        return f"--config: {one_line(error)}; expected a Python file with a function get_config"
-    similar = difflib.get_close_matches(names[0], fields, n=1)
-    suggestion = f" Did you mean config.{similar[0]}?" if similar else ""
-    return f"config.{names[0]}: no such field.{suggestion} The fields are {', '.join(fields)}"
+        reason = one_line(error).removeprefix("module 'config_config' ")
+        return f"--config={_config_path(argv)}: {reason}; expected a Python file with a function get_config"
+    parent, _, field = names[0].rpartition(".")
+    names_by_field = {name.rpartition(".")[2]: name for name in fields if parent in ("", name.rpartition(".")[0])}
+    names_by_field = names_by_field or {name: name for name in fields}
+    if similar := difflib.get_close_matches(field, names_by_field, n=1):
+        return f"config.{names[0]}: no such field. Did you mean config.{names_by_field[similar[0]]}?"
+    return f"config.{names[0]}: no such field. The fields are {', '.join(names_by_field.values())}"

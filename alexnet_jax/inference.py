@@ -44,7 +44,7 @@ def predict(model: nn.Module, params: Any, images: jax.Array, preprocess: Prepro
 
 
 def jit_forward(function: Callable, **options) -> Callable:
-    """Return `jax.jit` of a forward pass; on a CPU without YNNPACK's kernels, which are slow in small batches."""
+    """Return `jax.jit` of a forward pass, on a CPU without YNNPACK's kernels: they are slow for small batches."""
     cpu = jax.default_backend() == "cpu"
     return jax.jit(function, compiler_options={"xla_cpu_experimental_ynn_fusion_type": ""} if cpu else None, **options)
 
@@ -72,7 +72,7 @@ def _count(predictions, labels, *, mesh):
         weight = (labels >= 0).astype(jnp.int32)
         labels = jnp.maximum(labels, 0)
         true = jnp.take_along_axis(probabilities, labels[:, None], axis=1)
-        # An equal probability counts against the network, and so does one that is not a number.
+        # Classes of equal probability, or of one that is not a number, rank above the label.
         rank = jnp.sum(~(probabilities < true), axis=1) - 1
         classes = probabilities.shape[1]
         counts = {

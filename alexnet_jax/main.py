@@ -5,6 +5,7 @@ and --process_id.
 """
 
 import logging
+import multiprocessing
 import os
 import signal
 import sys
@@ -16,6 +17,8 @@ from alexnet_jax.errors import UserError
 from alexnet_jax.flags import CONFIGS, FLAG_ERRORS, flag_error, without_none
 from alexnet_jax.runtime.huge_pages import use_huge_pages
 from alexnet_jax.runtime.output import escape_output
+
+EXIT_S = 1.5  # after a signal, a compilation may take so long
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
@@ -70,9 +73,18 @@ def _run(argv: list[str]) -> None:
     from alexnet_jax.checkpoint import silence_orbax
     from alexnet_jax.runtime import distributed
     from alexnet_jax.runtime.compilation_cache import use_compilation_cache
+    from alexnet_jax.runtime.signals import exit_while_blocked
+    from alexnet_jax.runtime.workers import kill
     from alexnet_jax.train import Interrupted, train_and_evaluate
 
+    def exit_now(number: int) -> None:
+        if distributed.process_id() == 0:
+            os.write(1, f"{Interrupted(number)}\n".encode())
+        kill(multiprocessing.active_children())
+        os._exit(128 + number)
+
     silence_orbax()
+    exit_while_blocked(EXIT_S, exit_now)
     values = flags.FLAGS
     use_compilation_cache(values.compile_cache)
     try:
@@ -90,9 +102,7 @@ def _run(argv: list[str]) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # exiting already
         if distributed.process_id() == 0:
             print(stop, flush=True)
-        if not stop.saved:
-            os._exit(128 + stop.signal)  # a usual exit would wait for what is being written
-        sys.exit(128 + stop.signal)
+        os._exit(128 + stop.signal)  # a usual exit would wait for worker processes and for what is being written
     except jax.errors.JaxRuntimeError as error:
         if not jax.distributed.is_initialized() or "RESOURCE_EXHAUSTED" in str(error):  # its own memory is full
             raise

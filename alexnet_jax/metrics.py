@@ -1,4 +1,4 @@
-"""What a run records while it trains: `metrics.jsonl` and TensorBoard events."""
+"""The metrics that a run writes while it trains: `metrics.jsonl` and TensorBoard events."""
 
 import contextlib
 import json

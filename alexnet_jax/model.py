@@ -29,7 +29,7 @@ def all_gather_towers(towers: Sequence[jax.Array], tower_axis: str | None = None
     """Return the activations of all towers as one array [..., C], the channels of tower 0 first (section 3.2).
 
     Args:
-      towers: those of this device.
+      towers: the activations of this device's towers.
       tower_axis: the mesh axis that shares the towers, under `jax.shard_map`; None: this device holds them all.
     """
     x = jnp.concatenate(towers, axis=-1)
@@ -52,7 +52,7 @@ class Conv(nn.Module):
     A single input, such as the images, is read by all towers.
 
     Attributes:
-      features: the output channels of both towers together.
+      features: the output channels, summed over the towers.
       kernel_size, stride, padding: the side of the square kernel, its stride, and the zeros on every side.
       ceil_mode: whether the output size is rounded up, by more zeros at the right and bottom edge.
       gather: whether the kernels take the channels of both towers, or of their own tower alone.
@@ -95,7 +95,7 @@ class Conv(nn.Module):
         def conv(x, kernel):
             return self.conv(x, kernel, self.stride, padding, self.precision)
 
-        # One convolution per tower, which a CPU computes several times faster than a grouped one.
+        # One convolution per tower, which is faster than a grouped one (docs/performance.md#convolution).
         outputs = [conv(x, k) for x, k in zip(inputs, jnp.split(kernel, len(inputs), axis=-1), strict=True)]
         split_outputs = partial(_split_towers, towers=towers)
         if self.epilogue is None:
@@ -110,8 +110,8 @@ class Dense(nn.Module):
     """A fully connected layer over both towers: a list of inputs [B, ...], one per tower, to [B, features].
 
     Attributes:
-      features: the units of both towers together; on a mesh each device returns those of its tower.
-      gather_outputs: whether each device returns all of them.
+      features: the units, summed over the towers; on a mesh each device returns those of its tower.
+      gather_outputs: whether each device returns the units of both towers.
       tower_axis: as in `AlexNet`.
       dtype, param_dtype, precision, kernel_init, bias_init: as in `flax.linen.Dense`.
     """
@@ -201,18 +201,19 @@ class AlexNet(nn.Module):
         check_tower_devices(self, tower_devices(self.tower_axis))
         variant = VARIANTS[self.variant]
 
-        # Section 3.5, with the sizes of a 224×224 image, both towers together.
-        x = [images.astype(self.dtype)]
-        x = self._conv("conv1", x, *self.stem, then=variant.conv1)  # 55×55×96; ReLU, LRN, max pooling: 27×27×96
-        x = self._conv("conv2", x, 5, padding=2, then=variant.conv2)  # 27×27×256; ReLU, LRN, max pooling: 13×13×256
-        x = self._conv("conv3", x, 3, padding=1, gather=True, then=variant.conv3)  # from both towers, 13×13×384; ReLU
-        x = self._conv("conv4", x, 3, padding=1, then=variant.conv4)  # 13×13×384; ReLU
-        x = self._conv("conv5", x, 3, padding=1, then=variant.conv5)  # 13×13×256; ReLU, max pooling: 6×6×256
+        # Section 3.5. `then`: activation, LRN and pooling in the variant's order. Sizes: of the paper's network, summed
+        # over the towers, after the convolution → after pooling.
+        x = [images.astype(self.dtype)]  # 224×224×3
+        x = self._conv("conv1", x, *self.stem, then=variant.conv1)  # 55×55×96 → 27×27×96
+        x = self._conv("conv2", x, 5, padding=2, then=variant.conv2)  # 27×27×256 → 13×13×256
+        x = self._conv("conv3", x, 3, padding=1, gather=True, then=variant.conv3)  # from both towers: 13×13×384
+        x = self._conv("conv4", x, 3, padding=1, then=variant.conv4)  # 13×13×384
+        x = self._conv("conv5", x, 3, padding=1, then=variant.conv5)  # 13×13×256 → 6×6×256
         if convolutions_only:
             return jnp.concatenate(x, axis=-1)
-        x = self._dense("fc6", x, train)  # from both towers, 4096; ReLU, dropout
-        x = self._dense("fc7", x, train)  # from both towers, 4096; ReLU, dropout
-        logits = Dense(gather_outputs=True, **self._fields("fc8"))(x)  # from both towers, 1000
+        x = self._dense("fc6", x, train)  # from both towers: 4096, with activation and dropout
+        x = self._dense("fc7", x, train)  # from both towers: 4096, with activation and dropout
+        logits = Dense(gather_outputs=True, **self._fields("fc8"))(x)  # from both towers: 1000
 
         self._record("fc8", [logits])
         return logits.astype(jnp.float32)
@@ -221,7 +222,7 @@ class AlexNet(nn.Module):
     def _conv(self, name, x, kernel_size, stride=1, padding=0, gather=False, *, then):
         """Return the outputs of a convolution and of the operations that follow it, one per tower."""
         fields = self._fields(name)
-        if not fields["features"]:  # the layer is left out, with its activation
+        if not fields["features"]:  # the layer is omitted, with its activation
             return self._apply_in_order(name, then.replace("relu", ""), x)
         shape = dict(kernel_size=kernel_size, stride=stride, padding=padding, gather=gather)
         ceil_mode, fused = VARIANTS[self.variant].ceil_mode, self._fused(then)
@@ -236,11 +237,7 @@ class AlexNet(nn.Module):
 
     @nn.nowrap
     def _apply_in_order(self, name, order, towers):
-        """Return the towers' activations after the operations of `order`, as `Variant` names them.
-
-        Activation, LRN and pooling are applied here, or by the one function of `_fused`. `towers` are those of this
-        device.
-        """
+        """Return the activations of this device's towers after the operations of `order`, as `Variant` names them."""
         variant, number, activate = VARIANTS[self.variant], name.removeprefix("conv"), ACTIVATIONS[self.activation]
         for operation in order.split():
             if operation == "relu":  # section 3.1
@@ -350,11 +347,11 @@ def activations(model: AlexNet, params: Any, images: jax.Array) -> dict[str, jax
       images: [B, H, W, C].
 
     Returns:
-      The arrays named in `OUTPUTS`, in that order, without those of layers that are left out; each after ReLU, unless
-      the variant has none at this point. fc8 is the logits. The channels of tower 0 come before those of tower 1.
+      The arrays named in `OUTPUTS`, in that order, without those of omitted layers; each after the activation, unless
+      the variant applies it later. fc8 is the logits. The channels of tower 0 come before those of tower 1.
 
-      fc6 and fc7 are as they were before dropout: without the factor 1 − `dropout` of section 4.2, with which the next
-      layer of the variants `paper` and `source2012` reads them in testing.
+      fc6 and fc7 do not contain the factor 1 − `dropout` (section 4.2) by which the variants `paper` and `source2012`
+      multiply them in testing.
     """
     outputs = model.apply({"params": params}, images, mutable=["activations"])[1]["activations"]["outputs"]
     return {name: outputs[name] for name in OUTPUTS if name in outputs}

@@ -134,7 +134,7 @@ def learning_rate_at(
 
     Args:
       step: the number of updates so far.
-      plateau: the state of the decay on plateau. From step `drop_at[n − 1]` at least n drops apply.
+      plateau: the state of the decay on plateau. From step `drop_at[n − 1]` on, at least n drops apply.
       warmup_steps: steps in which the rate rises linearly to `base`; 0 in the paper.
       drop_at: the steps of a fixed schedule.
       linear_steps: steps in which the rate falls linearly to zero; 0 (the paper's) for no such decay.

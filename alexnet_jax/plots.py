@@ -68,7 +68,7 @@ def plot_predictions(
     Args:
       probabilities: [N, K] of the classes `names`.
       titles: the title of each image; None: the name of its class.
-      labels: the correct classes, whose bars are red, if they are known.
+      labels: the correct classes, whose bars are red; None: no bar is.
     """
     titles = titles or [names[label] for label in labels]
     columns = min(columns, len(images))

@@ -12,16 +12,17 @@ import numpy as np
 
 from alexnet_jax.checkpoint import silence_orbax
 from alexnet_jax.data.images import read_image
-from alexnet_jax.errors import UserError, one_line
+from alexnet_jax.errors import errors_on_one_line, one_line
 from alexnet_jax.plots import plot_predictions
 from alexnet_jax.run import Run, open_run, output_path
 from alexnet_jax.runtime.compilation_cache import use_compilation_cache
 from alexnet_jax.runtime.files import user_path
 from alexnet_jax.runtime.output import escape_output, escaped
+from alexnet_jax.runtime.signals import exit_at_signals
 from alexnet_jax.tables import table
 
 LIGHT, DARK = 170, 85  # of 255
-SHOWN = 40  # images in the figure, which would take half a minute for 300
+SHOWN = 40  # images in the figure: more take long to draw
 
 
 def edge(image: np.ndarray) -> float:
@@ -65,21 +66,17 @@ def main() -> None:
     parser.add_argument("--compile_cache", help="folder of compiled programs, as for alexnet_jax.main")
     flags = parser.parse_args()
     silence_orbax()
-
+    exit_at_signals()
     escape_output()
-    try:
+    with errors_on_one_line():
         workdir = user_path(flags.workdir, "--workdir")
         out = output_path(workdir, "predictions.png") if flags.out is None else user_path(flags.out, "--out")
-    except UserError as error:
-        sys.exit(f"Error: {error}")
     if flags.out and (out.suffix != ".png" or not out.parent.is_dir() or out.is_dir()):
         sys.exit(f"Error: --out={out}: expected a .png file in an existing folder")
 
     use_compilation_cache(flags.compile_cache)
-    try:
+    with errors_on_one_line():
         run = open_run(workdir, flags.data_dir)
-    except UserError as error:
-        sys.exit(f"Error: {error}")
     images = read_images(flags.images, run, flags.invert)
     if not images:
         sys.exit("Error: no image could be read")

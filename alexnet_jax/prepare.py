@@ -10,12 +10,15 @@ import signal
 import sys
 from types import FrameType
 
-from alexnet_jax.errors import UserError
+from alexnet_jax.errors import errors_on_one_line
 from alexnet_jax.preparation.local import prepare
 from alexnet_jax.runtime.output import escape_output
+from alexnet_jax.runtime.signals import STOP_SIGNALS
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
+    for stop in STOP_SIGNALS:
+        signal.signal(stop, signal.SIG_DFL)  # a second one ends this process at once
     raise KeyboardInterrupt(number)
 
 
@@ -33,12 +36,11 @@ def main() -> None:
     escape_output()
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     logging.getLogger("alexnet_jax").setLevel(logging.INFO)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         signal.signal(number, _stop)
     try:
-        folder = prepare(**vars(flags))
-    except (UserError, OSError) as error:
-        sys.exit(f"Error: {error}")
+        with errors_on_one_line():
+            folder = prepare(**vars(flags))
     except KeyboardInterrupt as stop:
         print("stopped; run the same command again to resume")
         sys.exit(128 + stop.args[0])

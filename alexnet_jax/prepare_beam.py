@@ -8,8 +8,9 @@ import logging
 import sys
 
 from alexnet_jax.data.images import SIDE
-from alexnet_jax.errors import UserError
+from alexnet_jax.errors import errors_on_one_line
 from alexnet_jax.runtime.output import escape_output
+from alexnet_jax.runtime.signals import exit_at_signals
 
 try:
     from apache_beam.options.pipeline_options import PipelineOptions
@@ -34,14 +35,13 @@ def main() -> None:
     parser.add_argument("--max_undecodable", type=int, default=10, help="files that may be skipped")
     flags, beam_flags = parser.parse_known_args()
     escape_output()
+    exit_at_signals()
     log = logging.getLogger("alexnet_jax")
     log.addHandler(logging.StreamHandler(sys.stdout))  # Beam has set up the root logger for itself
     log.setLevel(logging.INFO)
     log.propagate = False
-    try:
+    with errors_on_one_line():
         folder = prepare(**vars(flags), options=PipelineOptions(beam_flags))
-    except (UserError, OSError) as error:
-        sys.exit(f"Error: {error}")
     print(f"{folder}: train with --config.dataset={flags.dataset}_{SIDE} --config.data_dir={flags.out}")
 
 

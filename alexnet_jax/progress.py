@@ -6,6 +6,11 @@ import jax
 from tqdm import tqdm
 
 
+def title(name: str) -> str:
+    """Return the name of a value as a person reads it: `images_per_s` is images/s."""
+    return name.replace("_per_", "/").replace("_", " ")
+
+
 class Progress:
     """A tqdm bar on a terminal; elsewhere a plain line each time values are shown. Only process 0 shows it."""
 
@@ -25,7 +30,7 @@ class Progress:
 
     def show(self, step: int, seconds_left: float, **values: str) -> None:
         """Show values of the last steps, as text."""
-        text = "  ".join(f"{k.replace('_', ' ')} {v}" for k, v in values.items())
+        text = "  ".join(f"{title(k)} {v}" for k, v in values.items())
         left = tqdm.format_interval(seconds_left)
         if self._terminal:
             self._bar.set_postfix_str(f"{text}  {left} left", refresh=False)

@@ -35,7 +35,7 @@ __all__ = [
     "tower_influence",
 ]
 
-AT_A_TIME = 500  # crops through the network
+AT_A_TIME = 500  # crops that pass through the network together
 STREAMED_PIXELS = 128**2  # of an image: a data set of larger ones is read from disk, for a network from a file
 
 

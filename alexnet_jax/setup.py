@@ -33,8 +33,8 @@ class Setup:
     Attributes:
       mesh: the devices.
       dataset: the data set.
-      sizes: the examples of its splits: to train, to validate, to test.
-      train_data, validation_data: these two splits, in batches.
+      sizes: the number of examples of each split, by its use: `train`, `validate`, `test`.
+      train_data, validation_data: the batches of the first two.
       test_split: the split for the final test, in TFDS's notation.
       preprocess, model, optimizer: the functions that a train step is made of.
       learning_rate: the schedule, as a function of the step and of `optimizer.Plateau`.
@@ -126,7 +126,7 @@ def build_mesh(config: ml_collections.ConfigDict) -> Mesh:
     try:
         mesh = sharding.make_mesh(**config.mesh)
     except ValueError as error:
-        raise ConfigError(str(error)) from None
+        raise ConfigError(f"config.{error}") from None
     if config.batch_size % mesh.shape[sharding.DATA]:
         raise ConfigError(
             f"config.batch_size={config.batch_size}: the mesh splits a batch into {mesh.shape[sharding.DATA]} parts; "
@@ -136,7 +136,7 @@ def build_mesh(config: ml_collections.ConfigDict) -> Mesh:
 
 
 def open_dataset(config: ml_collections.ConfigDict, data_dir: str = "") -> Dataset:
-    """Return the data set of a config, in the folder `data_dir` if that is given; raises data.DataError."""
+    """Return the data set of a config, from `data_dir` unless that is empty; raises data.DataError."""
     builder = data.open_builder(config.dataset, data_dir or config.data_dir, config.source_dir)
     return Dataset(builder, config.streaming, config.loader_workers)
 
@@ -168,7 +168,8 @@ def build_preprocess(
     These statistics are of the complete split `train`, even if the training set is a part of it.
 
     Args:
-      images: the training set in arrays uint8 [N, H, W, C], measured if there are no such statistics; None: it is read.
+      images: arrays uint8 [N, H, W, C] of the training set, used only without such statistics; None: read from the
+        data set.
 
     Raises:
       data.DataError: the statistics exist and cannot be read.

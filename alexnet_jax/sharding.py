@@ -28,19 +28,19 @@ class DeviceError(UserError):
 def check_axes(data: int, tower: int, cpu_devices: int) -> None:
     """Check the arguments of `make_mesh`; raises ValueError if no number of devices could make such a mesh."""
     if tower not in (1, 2):
-        raise ValueError(f"config.mesh.tower={tower}: the network has two towers; expected 1 or 2")
+        raise ValueError(f"mesh.tower={tower}: the network has two towers; expected 1 or 2")
     if data == 0 or data < -1:
-        raise ValueError(f"config.mesh.data={data}: expected a positive number, or -1 for all devices")
+        raise ValueError(f"mesh.data={data}: expected a positive number, or -1 for all devices")
     if cpu_devices < 1:
-        raise ValueError(f"config.mesh.cpu_devices={cpu_devices}: expected at least 1")
+        raise ValueError(f"mesh.cpu_devices={cpu_devices}: expected at least 1")
 
 
 def make_mesh(data: int = -1, tower: int = 1, cpu_devices: int = 1) -> Mesh:
     """Return the mesh of the devices, [data, tower].
 
     Args:
-      data: the number of parts of a batch; −1 takes all devices that `tower` leaves.
-      tower: 1, or 2 for a device (or a row of them) to each tower.
+      data: the number of parts of a batch; −1: the number of devices ÷ `tower`.
+      tower: the number of parts of the network: 1, or 2 for each tower on devices of its own.
       cpu_devices: virtual devices that the CPU is split into, if JAX has not started its backend yet.
 
     Raises:
@@ -59,12 +59,12 @@ def make_mesh(data: int = -1, tower: int = 1, cpu_devices: int = 1) -> Mesh:
         data = len(devices) // tower
     if data == -1 or data * tower > len(devices):
         raise ValueError(
-            f"config.mesh of data={data}, tower={tower} does not fit {len(devices)} {devices[0].platform.upper()} "
-            "device(s); expected data × tower of at most that (on a CPU, config.mesh.cpu_devices makes virtual devices)"
+            f"mesh of data={data}, tower={tower} does not fit {len(devices)} {devices[0].platform.upper()} device(s); "
+            "expected data × tower of at most that (on a CPU, cpu_devices is the number of virtual devices)"
         )
     if data * tower < len(devices) and jax.process_count() > 1:
         raise ValueError(
-            f"config.mesh of data={data}, tower={tower} leaves out some of the {len(devices)} devices of "
+            f"mesh of data={data}, tower={tower} leaves out some of the {len(devices)} devices of "
             f"{jax.process_count()} processes; expected data × tower to equal that number"
         )
     return Mesh(np.array(devices[: data * tower]).reshape(data, tower), (DATA, TOWER))
@@ -75,9 +75,11 @@ def all_devices() -> list[jax.Device]:
     try:
         return jax.devices()
     except (RuntimeError, AssertionError) as error:  # JAX asserts that one of the platforms has started
-        platforms = jax.config.jax_platforms  # type: ignore[attr-defined]
+        platforms = jax.config.jax_platforms or ""  # type: ignore[attr-defined]
+        reason = f" ({one_line(error)})" if str(error) else ""
         raise DeviceError(
-            f"JAX_PLATFORMS={platforms}: JAX finds no such device ({one_line(error)}); unset it, or install JAX for it"
+            f"JAX_PLATFORMS={platforms}: JAX finds no such device{reason}; expected a platform of this machine for "
+            "which JAX is installed, such as cpu"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""The training loop (section 5), and what it writes into the run's working directory."""
+"""The training loop (section 5) and the files of the run's working directory."""
 
 import contextlib
 import logging
@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -20,15 +20,16 @@ from jax.sharding import Mesh, NamedSharding
 from alexnet_jax import plots, sharding
 from alexnet_jax.checkpoint import CheckpointError, Checkpoints, newest_step
 from alexnet_jax.config import as_json, check_config
+from alexnet_jax.data.batch import Batch
 from alexnet_jax.errors import UserError, one_line
 from alexnet_jax.inference import Network, batch_size, evaluate
 from alexnet_jax.metrics import Metrics
 from alexnet_jax.optimizer import plateau_update
-from alexnet_jax.progress import Progress
+from alexnet_jax.progress import Progress, title
 from alexnet_jax.runtime import distributed
 from alexnet_jax.runtime.files import user_path, write_json
 from alexnet_jax.runtime.jax_settings import run_settings
-from alexnet_jax.runtime.signals import Stopped, collected_signals, raised_signals
+from alexnet_jax.runtime.signals import Signals, Stopped, collected_signals, raised_signals
 from alexnet_jax.runtime.workers import available_cores
 from alexnet_jax.setup import Setup, setup
 from alexnet_jax.summary import layer_summary
@@ -47,7 +48,7 @@ class DivergedError(UserError):
 
 
 class Interrupted(Exception):
-    """SIGINT or SIGTERM; `saved` is where training stopped, whose checkpoint is saved, or ""."""
+    """SIGINT or SIGTERM stopped the run; `saved` names the step of the checkpoint that was saved, or is ""."""
 
     def __init__(self, number: int, saved: str = ""):
         where = f" at {saved}; checkpoint saved, " if saved else "; "
@@ -57,7 +58,7 @@ class Interrupted(Exception):
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """Raise Interrupted at once in set-up and test, which have nothing to save."""
+    """Raise Interrupted immediately in set-up and test, which have nothing to save."""
     try:
         with raised_signals():
             yield
@@ -67,7 +68,7 @@ def _interruptible() -> Iterator[None]:
 
 @run_settings()
 def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any]:
-    """Train to the end, or resume from the newest checkpoint, then test once.
+    """Train from the newest checkpoint, or from the start if there is none, to the last step; then test once.
 
     Each of several processes (`distributed.start`) calls this with the same arguments.
 
@@ -146,7 +147,7 @@ class _StepMetrics:
         self.clock = time.monotonic()
 
     def add(self, values: dict[str, jax.Array]) -> None:
-        """Add the metrics of a step, and wait for the step `STEPS_IN_FLIGHT` before it: each holds its batch."""
+        """Add the metrics of a step, and wait for the step `STEPS_IN_FLIGHT` before it, which frees its batch."""
         self.pending.append(values)
         self.in_flight.append(values["loss"])
         if len(self.in_flight) > STEPS_IN_FLIGHT:
@@ -187,18 +188,20 @@ def _finite(params) -> jax.Array:
 
 def _train(
     run: Setup, state: TrainState, validated: bool, checkpoints: Checkpoints, unvalidated: Checkpoints, workdir: Path,
-    started: float, last_images_per_s: float, signals: list[int],
+    started: float, last_images_per_s: float, signals: Signals,
 ) -> tuple[TrainState, float]:  # fmt: skip
-    """Run the training loop from the state's step to the end; return the last state and images/s.
+    """Train from the state's step to the last; return the last state and the mean images/s of these steps.
 
-    At a validation the parameters are saved first, into `unvalidated`, and then with the schedule that it updates, into
-    `checkpoints`. A run that stops in between resumes with the validation.
+    The state is saved before each validation, in `unvalidated`, and after it, with the updated learning-rate decay, in
+    `checkpoints`. A run that stops between the two starts with the validation when it is resumed. A signal ends the
+    run after the current step, and at once in the validation and in the first step, which have nothing to save.
 
     Args:
       validated: whether the validation of the first state is done.
-      last_images_per_s: those before the first state.
+      last_images_per_s: images/s before the first state, returned if no step is left.
     """
     first, total = int(state.step), run.num_steps
+    alone = jax.process_count() == 1  # one of several processes may not stop at once
     train_step = make_train_step(run.model, run.optimizer, run.preprocess, run.learning_rate, run.mesh)
     order_key, step_key = jax.random.split(jax.random.wrap_key_data(state.key))
     metrics, progress = Metrics(workdir, first, validated), Progress(total, first)
@@ -215,17 +218,33 @@ def _train(
             raise _diverged("the parameters are not finite", step, float(values["learning_rate"]))
         folder.save(step, state, {"seconds": time.monotonic() - started, "images_per_s": images_per_s(step)})
 
+    def stop(number: int, step: int) -> NoReturn:
+        shown.show(step)
+        save(step)
+        checkpoints.wait()
+        raise Interrupted(number, f"step {step} of {total}")
+
+    def next_batch(step: int) -> Batch:
+        try:
+            with signals.raised() if alone and step > first else contextlib.nullcontext():  # the workers may be slow
+                return run.train_data.batch(order_key, step)
+        except Stopped:
+            if not signals:
+                raise
+            stop(signals[0], step)
+
     try:
         if not validated:
             values = {"learning_rate": run.learning_rate(state.step - 1, state.plateau)}  # of the last step
             state = _validate(run, state, first, float(values["learning_rate"]), metrics, progress)
             save(first)
         for step in range(first, total):
-            batch = run.train_data.batch(order_key, step)
-            state, values = train_step(state, batch, key_of(step_key, step))
-            if step == first:  # the step has compiled, which does not count in images/s
+            with raised_signals() if alone and step == first else contextlib.nullcontext():  # the first step compiles
+                batch = next_batch(step)
+                state, values = train_step(state, batch, key_of(step_key, step))
+            if step == first:  # images/s do not include the compilation
                 shown.restart_clock()
-            if step % run.log_every == 0:  # this step is in the device's queue: reading the last ones delays nothing
+            if step % run.log_every == 0:  # this step is dispatched, so reading earlier metrics leaves no device idle
                 shown.show(step)
             shown.add(values)
             done = step + 1
@@ -240,10 +259,7 @@ def _train(
             if jax.process_count() > 1:  # one process alone may have received the signal
                 number = distributed.maximum(number) if done % run.log_every == 0 else 0
             if number:
-                shown.show(done)
-                save(done)
-                checkpoints.wait()
-                raise Interrupted(number, f"step {done} of {total}")
+                stop(number, done)
         checkpoints.wait()
     except DivergedError as error:
         checkpoints.wait()
@@ -263,7 +279,8 @@ def _validate(
     run: Setup, state: TrainState, step: int, learning_rate: float, metrics: Metrics, progress: Progress
 ) -> TrainState:
     """Evaluate on the validation set, and return the state with the schedule updated by the error."""
-    result = evaluate([Network(run.model, state.params, run.preprocess)], run.validation_data, mesh=run.mesh)
+    with raised_signals() if jax.process_count() == 1 else contextlib.nullcontext():
+        result = evaluate([Network(run.model, state.params, run.preprocess)], run.validation_data, mesh=run.mesh)
     metrics.write(
         step, validation_loss=result.loss, validation_top1_error=result.top1_error,
         validation_top5_error=result.top5_error,
@@ -277,7 +294,7 @@ def _validate(
 
 
 def _test(run: Setup, state: TrainState, workdir: Path, started: float, images_per_s: float) -> dict[str, Any]:
-    """Evaluate on the test set, this once; process 0 writes the figures and `result.json`."""
+    """Evaluate on the test set once; process 0 writes the figures and `result.json`."""
     size = batch_size(run.sizes["test"], run.ten_crop, run.mesh)
     batches = run.dataset.batches(run.test_split, size, run.mesh)
     tested = evaluate([Network(run.model, state.params, run.preprocess)], batches, run.ten_crop, run.mesh)
@@ -310,7 +327,7 @@ def _test(run: Setup, state: TrainState, workdir: Path, started: float, images_p
 
 def _result_table(result: dict[str, Any]) -> str:
     percent = {k: f"{100 * v:.2f} %" for k, v in result.items() if k.endswith("_error")}
-    return table([(k.replace("_", " "), str(percent.get(k, v))) for k, v in result.items()], ("result", "value"))
+    return table([(title(k), str(percent.get(k, v))) for k, v in result.items()], ("result", "value"))
 
 
 def _summary(run: Setup, step: int) -> str:

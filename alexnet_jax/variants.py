@@ -1,4 +1,4 @@
-"""What the networks of the published variants of AlexNet differ in, as data; nothing of their training."""
+"""The differences between the published variants of the network, as data; `configs.imagenet2012` has their training."""
 
 from typing import NamedTuple
 
@@ -37,7 +37,7 @@ class Variant(NamedTuple):
     lrn: tuple[float, int, float, float] = (2.0, 5, 1e-4, 0.75)  # k, n, α, β (section 3.3)
     lrn_across_towers: bool = False
     contrast_norm: tuple[int, float, float, float] = (5, 0.001, 0.75, 1.0)  # size, scale, power, minDiv
-    inverted_dropout: bool = False  # outputs are scaled up in training, or (section 4.2) down in testing
+    inverted_dropout: bool = False  # True: outputs are scaled up in training; False: down in testing (section 4.2)
     dropout_on_inputs: bool = False  # of fc6 and fc7, or on their outputs
     # conv1 … fc8: the initial kernels are N(0, std²), the biases constant (section 5).
     kernel_std: tuple[float, ...] = (0.01,) * 8

@@ -57,7 +57,7 @@ def read_result(workdir: Path, when: str = "") -> dict[str, Any] | None:
     """Return the result of a finished run, the same in every process; None if the run is not finished.
 
     Args:
-      when: tells several calls in one run apart.
+      when: distinguishes several calls in one run.
 
     Raises:
       WorkdirError: the file is not JSON.
@@ -82,8 +82,8 @@ def claimed(workdir: Path, config: dict[str, Any]) -> Iterator[None]:
       config: the values as JSON's types.
 
     Raises:
-      WorkdirError: it cannot be written, now or in the block; another run holds it, or one of another config was in it
-        first; or a process cannot read it.
+      WorkdirError: it cannot be written, now or in the block; another run holds the lock, or has written another
+        config; or a process cannot read it.
     """
     with contextlib.ExitStack() as stack:
         try:

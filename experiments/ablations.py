@@ -18,13 +18,13 @@ from experiments.study import Budget, Claim, Finding, Study, main
 BUDGETS = {"full": Budget(45_000, 60), "reduced": Budget(15_000, 8)}
 
 OVERFITS = "“substantial overfitting” without"
-WHOLE = "the whole network"
+FULL = "the whole network"
 HALF = (16, 32, 48, 48, 96, 512, 512)  # half the kernels, but not of conv5, as in the paper's footnote
 FOUR = dict(towers=1, widths=(32, 32, 64, 0, 0, 0, 0), stem=(5, 1, 2))  # three convolutions and fc8
 
 # The fields of the common config that each network changes.
 NETWORKS = {
-    WHOLE: {},
+    FULL: {},
     "no LRN": dict(lrn=False),
     "four layers": FOUR,
     "four layers, no LRN": dict(FOUR, lrn=False),
@@ -49,25 +49,25 @@ ABLATIONS = {
     "lrn": (
         Ablation(Claim("lrn_four_layers", "LRN lowers the error of a four-layer network (3.3)",
                        "13 → 11 % on CIFAR-10"), "four layers", "four layers, no LRN"),
-        Ablation(Claim("lrn", "LRN lowers the error (3.3)", "−1.4 points"), WHOLE, "no LRN"),
+        Ablation(Claim("lrn", "LRN lowers the error (3.3)", "−1.4 points"), FULL, "no LRN"),
     ),
     "pooling": (
         Ablation(Claim("pooling", "Overlapping pooling (z = 3, s = 2) against z = s = 2 (3.4)", "−0.4 points"),
-                 WHOLE, "z = s = 2"),
+                 FULL, "z = s = 2"),
     ),
     "dropout": (
-        Ablation(Claim("dropout", "Dropout lowers the test error (4.2)", OVERFITS), WHOLE, "no dropout"),
+        Ablation(Claim("dropout", "Dropout lowers the test error (4.2)", OVERFITS), FULL, "no dropout"),
     ),
     "augmentation": (
         Ablation(Claim("augmentation", "Crops and flips lower the test error (4.1)", OVERFITS),
                  "crops and flips", "no augmentation"),
-        Ablation(Claim("lighting", "PCA lighting in addition (4.1)", "over −1 point"), WHOLE, "crops and flips"),
+        Ablation(Claim("lighting", "PCA lighting in addition (4.1)", "over −1 point"), FULL, "crops and flips"),
     ),
     "towers": (
         Ablation(Claim("towers", "Two towers against one with half the kernels (3.2)", "−1.7 points"),
-                 WHOLE, "one tower, half the kernels"),
+                 FULL, "one tower, half the kernels"),
         Ablation(Claim("groups", "Two towers against one with all kernels and no groups", "not in the paper"),
-                 WHOLE, "one tower, all kernels"),
+                 FULL, "one tower, all kernels"),
     ),
     "ten_crop": (),
 }  # fmt: skip
@@ -78,13 +78,13 @@ OVERFITTING = {
 }
 SLOWER = Claim("dropout_slower", "Dropout needs more epochs to the same validation error (4.2)", "about twice")
 TEN_CROP = Claim("ten_crop", "Ten-crop against the center crop (4.1)", "−1.5 points (39.0 → 37.5 %)")
-CURVES = ((WHOLE, "no dropout"), ("crops and flips", "no augmentation"))  # in the plot
+CURVES = ((FULL, "no dropout"), ("crops and flips", "no augmentation"))  # in the plot
 CLAIMS = (*(a.claim for part in ABLATIONS.values() for a in part), *OVERFITTING.values(), SLOWER, TEN_CROP)
 
 
 def run(study: Study, parts: Sequence[str] = PARTS) -> dict[str, Any]:
     """Return the runs of every network that the parts need, each with its error on its training images."""
-    pairs = [(a.better, a.worse) for part in parts for a in ABLATIONS[part]] or [(WHOLE,)]
+    pairs = [(a.better, a.worse) for part in parts for a in ABLATIONS[part]] or [(FULL,)]
     records = {"parts": list(parts)}
     for network in dict.fromkeys(network for pair in pairs for network in pair):
         records[network] = []
@@ -116,7 +116,7 @@ def judge(records: dict[str, Any]) -> dict[str, Finding]:
             gaps = [[_gap(r) for r in records[network]] for network in ABLATIONS[part][0][1:]]
             findings[OVERFITTING[part].key] = _difference(*gaps, "points")
         if part == "dropout":
-            both = records["no dropout"], records[WHOLE]
+            both = records["no dropout"], records[FULL]
             level = max(min(r["validation"]) for runs in both for r in runs)  # the lowest that every run reaches
             epochs = ([1.0 + next(i for i, e in enumerate(r["validation"]) if e <= level) for r in f] for f in both)
             findings[SLOWER.key] = _difference(*epochs, f"epochs to {100 * level:.1f} %", "without")

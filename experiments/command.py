@@ -1,23 +1,40 @@
-"""What the commands of the experiments share: errors on one line, the working directory, and its files."""
+"""Shared by the commands of the experiments: the working directory, and its files."""
 
 import contextlib
-import sys
-from collections.abc import Iterator
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
 from alexnet_jax.errors import UserError
 from alexnet_jax.runtime.files import replaced
 
+EXIT_S = 5  # a process that has not ended so long after SIGTERM is killed
+
 
 @contextlib.contextmanager
-def errors_on_one_line() -> Iterator[None]:
-    """Exit with code 1 and the text of an error that the user can mend; any other error keeps its traceback."""
-    try:
-        yield
-    except (UserError, OSError) as error:
-        sys.exit(f"Error: {error}")
+def child_process(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen]:
+    """Start a process, which ends with the block, and whose temporary folders are removed even if it is killed.
+
+    Args:
+      options: of `subprocess.Popen`.
+    """
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        process = subprocess.Popen(command, env={**os.environ, "TMPDIR": folder}, **options)
+        try:
+            yield process
+            process.wait()
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(EXIT_S)
+                process.kill()
+                process.wait()
 
 
 def make_workdir(path: Path) -> None:

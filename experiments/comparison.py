@@ -18,7 +18,7 @@ class Comparison(NamedTuple):
         """Return whether the difference has the sign of `claimed`, if it exceeds the noise."""
         if not abs(self.difference) > self.noise:
             return "within the noise"
-        return "holds" if self.difference * claimed > 0 else "the reverse"
+        return "holds" if self.difference * claimed > 0 else "contradicted"
 
     def __str__(self) -> str:
         return f"{self.difference:+.2f} ± {self.noise:.2f}".replace("-", "−")

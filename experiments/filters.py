@@ -32,7 +32,7 @@ def colorfulness(kernels: np.ndarray) -> np.ndarray:
 
 
 def specialization(values: Sequence[float], permutations: int = 10_000) -> tuple[float, float]:
-    """Return the mean of tower 1 minus that of tower 0, and the probability (p) of one as large by chance.
+    """Return the mean of tower 1 minus that of tower 0, and the probability p of such a difference by chance.
 
     Args:
       values: of each kernel, those of tower 0 first.

@@ -27,12 +27,13 @@ from alexnet_jax import augment, data, sharding
 from alexnet_jax.data import streaming
 from alexnet_jax.data.images import SIDE, decode
 from alexnet_jax.data.source import open_source
-from alexnet_jax.errors import UserError
+from alexnet_jax.errors import UserError, errors_on_one_line
 from alexnet_jax.preparation.local import VERSION, prepare
 from alexnet_jax.runtime.files import write_json
+from alexnet_jax.runtime.signals import exit_at_signals
 from alexnet_jax.runtime.workers import available_cores
 from alexnet_jax.tables import table
-from experiments.command import errors_on_one_line, make_workdir, write_text
+from experiments.command import make_workdir, write_text
 
 DECODER, LOADER, PLACED = "decoder alone", "loader", "loader, onto the device"
 CROPPED, TORCH = "loader, onto the device, crop and flip", "torch DataLoader, Pillow, crop and flip"
@@ -217,6 +218,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each loader (default: 5)")
     parser.add_argument("--seconds", type=float, default=4.0, help="of one measurement (default: 4)")
     flags = parser.parse_args()
+    exit_at_signals()
     with errors_on_one_line():
         if flags.images and not any(path.is_file() for path in flags.images.rglob("*")):
             raise UserError(f"--images={flags.images}: expected a folder with images")

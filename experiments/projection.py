@@ -16,10 +16,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from alexnet_jax import AlexNet
-from alexnet_jax.errors import UserError, one_line
+from alexnet_jax.errors import UserError, errors_on_one_line, one_line
 from alexnet_jax.runtime.files import write_json
 from alexnet_jax.tables import table as text_table
-from experiments.command import errors_on_one_line, make_workdir, save_figure, write_text
+from experiments.command import make_workdir, save_figure, write_text
 from experiments.sharding import LAYOUTS, expected
 from experiments.sharding.layouts import title
 
@@ -75,7 +75,7 @@ def project(
         raise UserError(f"--batch={batch}: {bad[0]} devices do not divide it; expected a multiple of it")
     layouts = {layout.name: layout for layout in LAYOUTS}
     if unknown := {r["layout"] for r in records} - set(layouts):
-        raise UserError(f"--records: unknown layout {min(unknown)!r}; the known ones are {', '.join(layouts)}")
+        raise UserError(f"--records: unknown layout {min(unknown)!r}; expected some of {', '.join(layouts)}")
     rows = []
     for record in records:
         layout = layouts[record["layout"]]

@@ -1,7 +1,7 @@
 """Figure 1, ReLU and tanh in training: python -m experiments.relu_vs_tanh --workdir DIR
 
 A four-layer network on CIFAR-10 without regularization, with the learning rate chosen for each activation: once with
-the paper's initial kernels and biases, once with initial kernels at which no unit of either network is saturated.
+the paper's initial kernels and biases, once with initial kernels that saturate no unit of either network.
 """
 
 import math
@@ -100,13 +100,13 @@ def judge(records: dict[str, Any]) -> dict[str, Finding]:
 
 
 def judge_start(records: dict[str, Any], trained: float) -> Finding:
-    """Return the epochs to the target; a run that does not reach it counts its epochs, and the ratio is a bound."""
+    """Return the epochs to the target; a run that does not reach it counts with all of its epochs: a bound."""
     means = {a: [by_epoch(r["curve"]) for r in records[a]] for a in ("relu", "tanh")}
     epochs = {a: [epochs_to(TARGET, curve) for curve in curves] for a, curves in means.items()}
     never = {a: sum(map(math.isinf, e)) for a, e in epochs.items()}
     counted = {a: [min(x, trained) for x in e] for a, e in epochs.items()}
     verdict = compare(counted["tanh"], counted["relu"]).verdict(+1)
-    if never["relu"] and verdict != "the reverse":  # which more epochs would confirm
+    if never["relu"] and verdict != "contradicted":  # which more epochs would confirm
         lowest = {a: min(error for curve in means[a] for _, error in curve) for a in epochs}
         text = f"not reached in {trained:g} epochs; lowest: ReLU {lowest['relu']:.0%}, tanh {lowest['tanh']:.0%}"
         return Finding(text, "not decided: too few epochs")
@@ -124,7 +124,7 @@ def judge_start(records: dict[str, Any], trained: float) -> Finding:
 
 
 def plot(records: dict[str, Any], path: Path) -> None:
-    """Plot training error by epoch, a line for each seed: ReLU solid, tanh dashed, as in figure 1; a panel a start."""
+    """Plot training error by epoch, a line for each seed: ReLU solid, tanh dashed (figure 1); one panel per start."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     titles = {"paper": "initial values of the paper", "unit": "initial values at which tanh is not saturated"}
     for axes, (start, title) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):

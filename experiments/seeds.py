@@ -1,6 +1,6 @@
 """Several runs of one network as one program: the runs are a vmapped axis, and the steps of a chunk are one scan.
 
-On a GPU a small network is limited by the launch of each kernel: ten runs in one program take little longer than one.
+On a GPU the launches of kernels limit a small network, so that several runs in one program take little longer than one.
 The batches, the augmentation and the dropout masks of a run are those of `alexnet_jax.main` with the same seed.
 """
 

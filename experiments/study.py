@@ -1,4 +1,4 @@
-"""What the experiments share: budgets, runs that resume, and the files of the results.
+"""Shared by the experiments: budgets, runs that resume, and the files of the results.
 
 An experiment is a module with `CLAIMS`, `BUDGETS`, `run(study)`, which trains and returns records, `judge(records)`,
 which returns a `Finding` for each claim, and `plot(records, path)`. Its command is `main(module)`.
@@ -20,7 +20,7 @@ import ml_collections
 import numpy as np
 
 from alexnet_jax.configs import cifar10
-from alexnet_jax.errors import UserError
+from alexnet_jax.errors import UserError, errors_on_one_line
 from alexnet_jax.model import LAYERS, activations
 from alexnet_jax.run import Run, open_run
 from alexnet_jax.runtime.compilation_cache import use_compilation_cache
@@ -29,7 +29,7 @@ from alexnet_jax.setup import build_mesh, build_model
 from alexnet_jax.tables import table
 from alexnet_jax.train import Interrupted, train_and_evaluate
 from alexnet_jax.workdir import CONFIG, METRICS, RESULT, WorkdirError
-from experiments.command import errors_on_one_line, make_workdir, write_text
+from experiments.command import make_workdir, write_text
 
 CLASSES, CHANNELS = 10, 3  # of CIFAR-10
 
@@ -137,7 +137,7 @@ class Study:
         """
         folder = self.workdir / self.label / arm / f"seed{seed}"
         config.seed = seed
-        if (folder / CONFIG).exists():  # begun, maybe on another machine
+        if (folder / CONFIG).exists():  # started before, perhaps on another machine
             try:
                 self._std[arm] = tuple(json.loads((folder / CONFIG).read_text())["kernel_std"])
             except (ValueError, KeyError, TypeError):
@@ -191,7 +191,7 @@ def main(module: Any) -> None:
                 raise UserError(f"--seeds={flags.seeds}: expected at least 2; one run has no spread")
             parts = flags.only.split(",") if getattr(flags, "only", None) else getattr(module, "PARTS", ())
             if unknown := set(parts) - set(getattr(module, "PARTS", ())):
-                raise UserError(f"--only: unknown part {min(unknown)!r}; the known ones are {', '.join(module.PARTS)}")
+                raise UserError(f"--only: unknown part {min(unknown)!r}; expected some of {', '.join(module.PARTS)}")
             use_compilation_cache()  # one compilation serves all seeds
             study = Study(flags.workdir, budgets[label], label, flags.seeds, flags.data_dir)
             make_workdir(study.results)
@@ -220,7 +220,7 @@ def _write(module: Any, name: str, study: Study, records: dict[str, Any]) -> Non
     write_json(study.results / f"{name}.json", document)
     rows = [(c.text, c.paper, *findings[c.key]) for c in module.CLAIMS if c.key in findings]
     text = f"{study.label} budget: {study.budget}; {len(study.seeds)} seeds; {study.device}\n\n"
-    text += table(rows, ("claim", "the paper", "here", "verdict"), markdown=True)
+    text += table(rows, ("claim", "the paper", "measured", "verdict"), markdown=True)
     write_text(study.results / f"{name}.md", text + "\n")
     module.plot(records, study.results / f"{name}.png")
     print(f"\n{text}\n\nWritten to {study.results}")

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from alexnet_jax import tables
-from alexnet_jax.errors import UserError
+from alexnet_jax.errors import UserError, errors_on_one_line
 from alexnet_jax.runtime.files import replaced
 from experiments import ablations, filters, relu_vs_tanh, retrieval, variants
-from experiments.command import errors_on_one_line, write_text
+from experiments.command import write_text
 
 EXPERIMENTS = {
     "relu_vs_tanh": relu_vs_tanh,
@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 SEEDS = 3
-HEADER = ("claim", "the paper", "here", "verdict", "command", "picture")
+HEADER = ("claim", "the paper", "measured", "verdict", "command", "picture")
 
 
 def collect(workdir: Path, results: Path = RESULTS) -> list[str]:
@@ -46,7 +46,7 @@ def collect(workdir: Path, results: Path = RESULTS) -> list[str]:
 
 
 def _small(value: Any) -> Any:
-    """Return a value without what only the machine that trained can use, and with four digits."""
+    """Return a value without paths and arrays, and with four digits."""
     if isinstance(value, dict):
         return {k: _small(v) for k, v in value.items() if k not in ("folder", "kernels", "picture")}
     if isinstance(value, list):
@@ -89,8 +89,7 @@ def main() -> None:
         if flags.workdir:
             names = collect(flags.workdir)
             if not names:
-                known = ", ".join(EXPERIMENTS)
-                raise UserError(f"{flags.workdir} holds no result of {known}, or only quick ones")
+                raise UserError(f"{flags.workdir} holds no result of {', '.join(EXPERIMENTS)}, or only quick ones")
             print(f"Copied {', '.join(names)}")
         readme = HERE / "README.md"
         before, rest = readme.read_text().split(BEGIN)

@@ -46,7 +46,7 @@ def judge(records: dict[str, Any]) -> dict[str, Finding]:
     for claim in CLAIMS:
         ours = percent(records[claim.key])
         comparison = compare(ours, paper)
-        verdict = {"holds": "no: worse", "the reverse": "no: better"}.get(comparison.verdict(+1), "within the noise")
+        verdict = {"holds": "no: worse", "contradicted": "no: better"}.get(comparison.verdict(+1), "within the noise")
         text = f"{spread(ours)} %, the paper's variant {spread(paper)} %: {comparison}"
         findings[claim.key] = Finding(text, verdict)
     return findings

@@ -165,3 +165,31 @@ def corrupt(path, how="truncated"):
 def files_of(folder):
     """The contents of a folder's files, by name."""
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def blocked_workers(folder, name):
+    """The environment of a command whose worker processes block for good, and the folder of their process IDs.
+
+    Args:
+      folder: for the module that Python imports at each start.
+      name: a part of a file's name; they block when they open the first one.
+    """
+    (folder / "pids").mkdir()
+    (folder / "sitecustomize.py").write_text(
+        "import os, sys, time\n"
+        "def block(event, arguments):\n"
+        f"    if event == 'open' and {name!r} in str(arguments[0]):\n"
+        f"        os.mkdir({str(folder / 'pids')!r} + f'/{{os.getpid()}}')\n"
+        "        time.sleep(1000)\n"
+        "if '--multiprocessing-fork' in sys.orig_argv:\n"
+        "    sys.addaudithook(block)\n"
+    )
+    return {**ENVIRONMENT, "PYTHONPATH": str(folder)}, folder / "pids"
+
+
+def wait_for(condition, process, within=120):
+    """Wait until a condition is true while a process runs."""
+    deadline = time.monotonic() + within
+    while not condition():
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)

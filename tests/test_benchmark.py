@@ -3,15 +3,18 @@
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 
 import chex
 import jax
 import numpy as np
 import pytest
-from runners import ROOT
+from runners import ROOT, wait_for
 
+import experiments.command
 from alexnet_jax import AlexNet
 from alexnet_jax.errors import UserError
 from alexnet_jax.model import LAYERS, OUTPUTS
@@ -80,11 +83,11 @@ def test_pytorch_computes_the_same():
         pytest.importorskip("torch")
     peer = Peer(python or sys.executable)
     try:
-        found = differences(peer, SMALL, (64, 64, 3))
+        actual = differences(peer, SMALL, (64, 64, 3))
     finally:
         peer.close()
-    assert set(found) == {"logits", *(f"{layer}/{x}" for layer in LAYERS for x in ("kernel", "bias"))}
-    assert max(found.values()) < 1e-4
+    assert set(actual) == {"logits", *(f"{layer}/{x}" for layer in LAYERS for x in ("kernel", "bias"))}
+    assert max(actual.values()) < 1e-4
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch") is not None, reason="PyTorch is installed here")
@@ -112,12 +115,12 @@ def test_xlas_operations_compute_the_same(names):
         return jax.grad(lambda params: (model.apply({"params": params}, images) ** 2).sum())(params)
 
     expected = gradients(SMALL)
-    found = gradients(operations.with_plain(SMALL, *names))
+    actual = gradients(operations.with_plain(SMALL, *names))
     for layer, leaves in expected.items():
         for name, gradient in leaves.items():
             largest = np.abs(gradient).max()
             assert largest > 0
-            chex.assert_trees_all_close(found[layer][name] / largest, gradient / largest, atol=1e-4)
+            chex.assert_trees_all_close(actual[layer][name] / largest, gradient / largest, atol=1e-4)
 
 
 def test_the_exponent_of_a_curve():
@@ -160,3 +163,33 @@ def test_bad_flags_are_one_line(tmp_path, flags, words):
     with pytest.raises(SystemExit) as stop:
         command.main([f"--workdir={tmp_path / 'out'}", *flags])
     assert words in stop.value.code and "\n" not in stop.value.code and not (tmp_path / "out").exists()
+
+
+def test_a_stopped_process_leaves_no_temporary_folder(tmp_path, monkeypatch):
+    """Neither one that exits, nor one that does not react to SIGTERM, nor the command between."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(experiments.command, "EXIT_S", 1)
+    for ignore in ("", "signal.signal(signal.SIGTERM, signal.SIG_IGN); "):
+        code = f"import signal, tempfile, time; {ignore}print(tempfile.mkdtemp(), flush=True); time.sleep(1000)"
+        command = [sys.executable, "-c", code]
+        with (
+            pytest.raises(SystemExit),
+            experiments.command.child_process(command, stdout=subprocess.PIPE, text=True) as process,
+        ):
+            assert process.stdout.readline().startswith(str(tmp_path))
+            raise SystemExit(143)
+        assert process.returncode < 0 and not list(tmp_path.iterdir())
+
+
+def test_a_stopped_benchmark_leaves_no_temporary_folder(tmp_path):
+    (tmp_path / "tmp").mkdir()
+    command = [sys.executable, "-m", "experiments.benchmark", f"--workdir={tmp_path}/run", "--quick"]
+    process = subprocess.Popen(
+        [*command, "--parts=stream,start"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "TMPDIR": f"{tmp_path}/tmp"},
+    )  # fmt: skip
+    wait_for(lambda: list((tmp_path / "tmp").glob("*/*/images/train")), process)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 143 and "Traceback" not in output, output
+    assert not list((tmp_path / "tmp").iterdir())

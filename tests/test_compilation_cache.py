@@ -1,6 +1,7 @@
 """The second start finds its programs, and computes the same with them: real processes."""
 
 import os
+import resource
 import subprocess
 import sys
 
@@ -60,3 +61,40 @@ def test_where_programs_are_kept(tmp_path, folder, environment, written):
         assert done.stderr == warning
     else:
         assert not done.stderr
+
+
+def test_an_entry_that_is_torn_or_cannot_be_written_is_replaced_with_one_line(tmp_path):
+    def sizes():
+        return {path.name: path.stat().st_size for path in (tmp_path / "programs").iterdir()}
+
+    def compile_it(**popen):
+        command = [sys.executable, "-c", COMPILE, repr(f"{tmp_path}/programs")]
+        done = subprocess.run(command, cwd=ROOT, env=USERS, capture_output=True, text=True, timeout=120, **popen)
+        assert done.stdout == "2\n", done.stderr
+        return done.stderr
+
+    assert compile_it() == ""
+    sound = sizes()
+    (entry,) = (tmp_path / "programs").glob("jit__lambda*")
+    os.truncate(entry, entry.stat().st_size // 2)
+    warning = compile_it()
+    assert warning.startswith(f"Warning: a compiled program in {tmp_path}/programs cannot be read (")
+    assert warning.count("\n") == 1 and "jit__lambda is compiled again" in warning
+    assert sizes() == pytest.approx(sound, rel=0.1)
+    before = entries(tmp_path / "programs")
+    assert compile_it() == "" and entries(tmp_path / "programs") == before
+    entry.unlink()
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))  # noqa: E731
+    warning = compile_it(preexec_fn=limit)  # as on a full disk, which leaves a part of the file
+    assert "cannot be written (" in warning and warning.count("\n") == 1 and not entry.exists()
+
+
+def test_a_user_without_a_home_directory_is_warned(tmp_path):
+    unknown_uid = "import pwd\ndef getpwuid(uid): raise KeyError(uid)\npwd.getpwuid = getpwuid\n"
+    environment = {name: value for name, value in USERS.items() if name not in ("HOME", "XDG_CACHE_HOME")}
+    done = subprocess.run(
+        [sys.executable, "-c", unknown_uid + COMPILE, "None"], cwd=tmp_path, capture_output=True, text=True,
+        timeout=120, env={**environment, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.stdout == "2\n" and not list(tmp_path.iterdir())
+    assert done.stderr == "--compile_cache=~/.cache/alexnet_jax: no home directory; programs are not cached\n"

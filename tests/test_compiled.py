@@ -35,13 +35,13 @@ ENTRY %main (a: bf16[4,4], b: f32[8,16]) -> f32[8,16] {
 
 
 def test_bytes_by_operation_with_loops_and_asynchronous_operations():
-    found = {op.name: op for op in traffic.operations(LOOP)}
-    assert set(found) == {"start", "y", "g"}
-    assert (found["y"].read, found["y"].written, found["y"].trips, found["y"].bytes) == (512, 512, 3, 3072)
-    assert (found["y"].layer, found["y"].backward) == ("conv2", False)
-    assert (found["g"].kind, found["g"].layer, found["g"].backward) == ("lib", "conv1", True)
-    assert (found["g"].read, found["g"].written) == (32 + 64, 8)
-    assert (found["start"].read, found["start"].layer) == (32, "fc6")
+    actual = {op.name: op for op in traffic.operations(LOOP)}
+    assert set(actual) == {"start", "y", "g"}
+    assert (actual["y"].read, actual["y"].written, actual["y"].trips, actual["y"].bytes) == (512, 512, 3, 3072)
+    assert (actual["y"].layer, actual["y"].backward) == ("conv2", False)
+    assert (actual["g"].kind, actual["g"].layer, actual["g"].backward) == ("lib", "conv1", True)
+    assert (actual["g"].read, actual["g"].written) == (32 + 64, 8)
+    assert (actual["start"].read, actual["start"].layer) == (32, "fc6")
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_the_train_step_for_an_h100(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-500:]
     text = (tmp_path / "h100_train_512_bfloat16_one_device.hlo.txt").read_text()
-    found = traffic.operations(text)
-    assert sum(op.bytes for op in found) < 9.0e9
-    kernels = [op for op in found if "relu_lrn_pool" in op.op_name]
+    actual = traffic.operations(text)
+    assert sum(op.bytes for op in actual) < 9.0e9
+    kernels = [op for op in actual if "relu_lrn_pool" in op.op_name]
     assert len(kernels) == 6  # conv1's, and one for each tower of conv2, forward and backward

@@ -1,4 +1,4 @@
-"""Several real processes on this machine as one run: the same training, and an orderly end whatever happens to one."""
+"""Several processes on this machine as one run: they train as one process does, and all end if one of them fails."""
 
 import os
 import signal

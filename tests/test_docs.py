@@ -1,7 +1,7 @@
 """The README and the docs: Python examples are executed; commands, config fields, paths and links must exist.
 
 `<!-- needs: SOMETHING -->` directly above a block marks a block that is not run here; its modules, flags and fields are
-checked, and other tests run the same commands on less data.
+checked. `test_doc_commands.py` and `test_imagenet.py` run the commands on less data.
 """
 
 import doctest
@@ -11,51 +11,18 @@ import re
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
-from typing import NamedTuple
 
 import ml_collections
 import pytest
+from pages import BLOCKS, PAGES, SHELL, commands_of
 from runners import ROOT, SYNTHETIC, run_main
 
 from alexnet_jax.configs import default
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 A_RUN = "a run in runs/"
 PROGRAMS = {"pip", "pytest", "ruff", "python", "python3", "source", ".ci/run"}
-TAKES_OTHER_FLAGS = {"alexnet_jax.prepare_beam", "apache_beam.runners.worker.worker_pool_main"}  # Beam's
-
-
-class Block(NamedTuple):
-    page: Path
-    line: int
-    language: str
-    needs: str  # or ""
-    text: str
-
-    def __str__(self):
-        return f"{self.page.relative_to(ROOT)}:{self.line}"
-
-
-def blocks_of(page):
-    text = page.read_text()
-    pattern = r"(?:^<!-- needs: ([^\n]*) -->\n)?^```(\w*)\n(.*?)^```$"
-    for match in re.finditer(pattern, text, re.M | re.S):
-        line = text.count("\n", 0, match.start(2)) + 1
-        yield Block(page, line, match[2], match[1] or "", match[3])
-
-
-BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 PYTHON = [block for block in BLOCKS if block.language == "python" and block.needs != A_RUN]
-SHELL = [block for block in BLOCKS if block.language == "bash"]
-
-
-def commands_of(text):
-    """The commands of a shell block, one a list of words; `&&` and the end of a line end a command."""
-    for line in text.replace("\\\n", " ").splitlines():
-        for command in line.split("#")[0].split("&&"):
-            if words := command.replace("'", " ").split():
-                yield words
+TAKES_OTHER_FLAGS = {"alexnet_jax.prepare_beam", "apache_beam.runners.worker.worker_pool_main"}  # Beam's
 
 
 def inline_code(page):

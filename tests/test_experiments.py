@@ -27,16 +27,16 @@ def test_the_noise_is_welchs_interval():
     rng = np.random.default_rng(0)
     a, b = rng.normal(0, 1, 5), rng.normal(1, 3, 3)
     interval = stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
-    found = comparison.compare(a, b)
-    np.testing.assert_allclose([found.difference - found.noise, found.difference + found.noise], interval)
+    actual = comparison.compare(a, b)
+    np.testing.assert_allclose([actual.difference - actual.noise, actual.difference + actual.noise], interval)
     interval = stats.ttest_1samp(a[:3] - b, 0).confidence_interval(0.95)
-    found = comparison.compare_paired(a[:3], b)
-    np.testing.assert_allclose([found.difference - found.noise, found.difference + found.noise], interval)
+    actual = comparison.compare_paired(a[:3], b)
+    np.testing.assert_allclose([actual.difference - actual.noise, actual.difference + actual.noise], interval)
 
 
 def test_a_verdict_needs_more_than_the_noise():
     assert comparison.compare([1, 1.1, 0.9], [2, 2.1, 1.9]).verdict(claimed=-1) == "holds"
-    assert comparison.compare([1, 1.1, 0.9], [2, 2.1, 1.9]).verdict(claimed=+1) == "the reverse"
+    assert comparison.compare([1, 1.1, 0.9], [2, 2.1, 1.9]).verdict(claimed=+1) == "contradicted"
     assert comparison.compare([1, 2, 3], [2, 3, 4]).verdict(claimed=-1) == "within the noise"
     assert comparison.compare([1, 1], [1, 1]).verdict(claimed=-1) == "within the noise"
     assert comparison.compare([float("nan"), 1], [1, 1]).verdict(claimed=-1) == "within the noise"
@@ -57,8 +57,8 @@ def test_every_network_starts_at_the_same_scale(fields):
         params = model.init(key, images)["params"]
         return model.apply({"params": params}, images, train=True, rngs={"dropout": key})
 
-    found = np.mean([np.mean(logits(jax.random.key(seed)) ** 2) for seed in range(20)])
-    assert 0.5 < found < 2
+    actual = np.mean([np.mean(logits(jax.random.key(seed)) ** 2) for seed in range(20)])
+    assert 0.5 < actual < 2
 
 
 def test_a_network_changes_only_its_fields():
@@ -101,13 +101,13 @@ def line(epochs_to_quarter, epochs=8):
     ((3.0, 4.0, 2.0), (3.0, 2.0, 4.0), (": 1.0 times",), "within the noise"),
     ((2.0, 2.2, 1.8), (6.0, 20.0, 20.0), ("tanh over 8 epochs in 2 of 3 runs", "over 3.7 times"), "holds"),
     ((20.0, 1.0, 1.0), (6.0, 6.0, 6.0), ("not reached in 8 epochs", "ReLU 0%"), "not decided: too few epochs"),
-    ((20.0, 20.0, 20.0), (4.0, 4.2, 3.8), ("ReLU over 8 epochs", "under 0.5 times"), "the reverse"),
+    ((20.0, 20.0, 20.0), (4.0, 4.2, 3.8), ("ReLU over 8 epochs", "under 0.5 times"), "contradicted"),
 ])  # fmt: skip
 def test_relu_against_tanh(relu, tanh, words, verdict, tmp_path):
     start = {"rates": {"relu": 0.1, "tanh": 0.01}, "relu": [line(x) for x in relu], "tanh": [line(x) for x in tanh]}
     records = {"budget_epochs": 8, "paper": start, "unit": start}
-    found = relu_vs_tanh.judge(records)["paper"]
-    assert found.verdict == verdict and all(word in found.ours for word in words), found
+    actual = relu_vs_tanh.judge(records)["paper"]
+    assert actual.verdict == verdict and all(word in actual.ours for word in words), actual
     relu_vs_tanh.plot(records, tmp_path / "plot.png")
 
 
@@ -120,13 +120,13 @@ def test_ablations(tmp_path):
 
     whole = runs((0.30, 0.31, 0.29), (0.2, 0.2, 0.2), [0.6, 0.5, 0.4, 0.3], ten_crop_top1_error=0.25)
     without = runs((0.35, 0.36, 0.34), (0.05, 0.05, 0.05), [0.5, 0.4, 0.35, 0.35])
-    records = {"parts": ["dropout", "ten_crop"], ablations.WHOLE: whole, "no dropout": without}
-    found = ablations.judge(records)
-    assert set(found) == {"dropout", "dropout_overfitting", "dropout_slower", "ten_crop"}
-    assert all(finding.verdict == "holds" for finding in found.values())
-    assert "30.0 ± 1.0 with, 35.0 ± 1.0 without (%): −5.00" in found["dropout"].ours
-    assert "10.0 ± 1.0 with, 30.0 ± 1.0 without (points)" in found["dropout_overfitting"].ours
-    assert "3.0 ± 0.0 without, 4.0 ± 0.0 with (epochs to 35.0 %)" in found["dropout_slower"].ours
+    records = {"parts": ["dropout", "ten_crop"], ablations.FULL: whole, "no dropout": without}
+    actual = ablations.judge(records)
+    assert set(actual) == {"dropout", "dropout_overfitting", "dropout_slower", "ten_crop"}
+    assert all(finding.verdict == "holds" for finding in actual.values())
+    assert "30.0 ± 1.0 with, 35.0 ± 1.0 without (%): −5.00" in actual["dropout"].ours
+    assert "10.0 ± 1.0 with, 30.0 ± 1.0 without (points)" in actual["dropout_overfitting"].ours
+    assert "3.0 ± 0.0 without, 4.0 ± 0.0 with (epochs to 35.0 %)" in actual["dropout_slower"].ours
     ablations.plot(records, tmp_path / "plot.png")
 
 
@@ -148,11 +148,11 @@ def test_colorfulness_and_specialization():
 
 def test_retrieval_and_variants_judge():
     runs = [dict(precision_fc7=p, precision_pixels=0.3) for p in (0.6, 0.62, 0.58)]
-    found = retrieval.judge({"runs": runs})["retrieval"]
-    assert found.verdict == "holds" and "60.0 ± 2.0 %" in found.ours and "30.0 % by pixels" in found.ours
+    actual = retrieval.judge({"runs": runs})["retrieval"]
+    assert actual.verdict == "holds" and "60.0 ± 2.0 %" in actual.ours and "30.0 % by pixels" in actual.ours
     errors = {"paper": (0.3, 0.31, 0.32), "source2012": (0.3, 0.31, 0.33), "caffe": (0.5, 0.51, 0.52)}
-    found = variants.judge({name: [dict(test_top1_error=e) for e in of] for name, of in errors.items()})
-    assert found["source2012"].verdict == "within the noise" and found["caffe"].verdict == "no: worse"
+    actual = variants.judge({name: [dict(test_top1_error=e) for e in of] for name, of in errors.items()})
+    assert actual["source2012"].verdict == "within the noise" and actual["caffe"].verdict == "no: worse"
 
 
 def test_the_table_comes_from_the_results(tmp_path):
@@ -203,7 +203,7 @@ def test_it_runs_resumes_and_reports(tmp_path):
     flags = ["filters", f"--workdir={tmp_path}", "--quick", "--seeds=2", f"--data_dir={CIFAR10}"]
     done = experiment(*flags)
     assert done.returncode == 0, done.stdout + done.stderr
-    for word in ("seven-by-seven, seed 1", "step ", "| claim | the paper | here | verdict |", "Written to"):
+    for word in ("seven-by-seven, seed 1", "step ", "| claim | the paper | measured | verdict |", "Written to"):
         assert word in done.stdout
     quick = tmp_path / "quick"
     first = json.loads((quick / "filters.json").read_text())

@@ -1,4 +1,4 @@
-"""The training command: real processes, killed, without space on the disk, and with wrong flags."""
+"""The training command in real processes: stopped by signals, on a full disk, and with wrong flags."""
 
 import os
 import resource
@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 from runners import ROOT, SYNTHETIC, TINY, assert_same_state, corrupt, follow, largest_file, run_main, start_main
 
@@ -59,6 +60,12 @@ def test_a_signal_saves_a_checkpoint_and_a_corrupt_one_falls_back(uninterrupted,
     code, output = run_main(tmp_path, *TINY)
     assert code == 0 and f"checkpoints/{newest} is corrupt" in output and "Traceback" not in output
     assert_same_state(tmp_path, uninterrupted[0], 40)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="needs a machine without a GPU")
+def test_a_platform_that_is_not_there_is_one_line(synthetic, tmp_path):
+    code, output = run_main(tmp_path, *TINY, env={**os.environ, "JAX_PLATFORMS": "cuda"})
+    assert code == 1 and output.count("\n") == 1 and output.startswith("Error: JAX_PLATFORMS=cuda: "), output
 
 
 @pytest.mark.parametrize("line,flags", [
@@ -144,9 +151,14 @@ def test_a_workdir_that_cannot_be_written(synthetic, tmp_path):
     (["--config.lrn=maybe"], "config.lrn='maybe': expected True or False"),
     (["--config.train_split=train", "--config.validation_split=test", "--config.test_split=dev"],
      "config.test_split: split 'dev' of synthetic: it has train (1,200)"),
-    (["--config=/dev/null"], "--config: "),
+    (["--config.mesh.foo=2"], "config.mesh.foo: no such field. The fields are mesh.cpu_devices, mesh.data, mesh.tower"),
+    (["--config=/dev/null"], "--config=/dev/null: "),
     (["--config=alexnet_jax/errors.py"], "'get_config'; expected a Python file with a function get_config"),
-    (["--config=no_such.py"], "--config: no_such.py [Errno 2] No such file"),
+    (["--config=no_such.py"], "--config=no_such.py: No such file or directory (the configs in "),
+    (["--config", "no_such.py"], "--config=no_such.py: No such file or directory (the configs in "),
+    (["--config=tests"], "--config=tests: Is a directory (the configs in "),
+    (["--config=tests/conftest.py"], "--config=tests/conftest.py: No module named 'synthetic_data'"),
+    (["--config.seed=1", "--config=alexnet_jax/configs/cifar10.py"], "--config.seed is before --config; give --config"),
     (["--config=alexnet_jax/configs/imagenet2012.py:nope"], "py:nope: expected one of paper, source2012, caffe, torch"),
     (["--colour=1"], "colour"),
     (["8"], "unexpected argument '8'"),

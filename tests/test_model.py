@@ -1,3 +1,5 @@
+import re
+
 import chex
 import flax.linen as nn
 import jax
@@ -9,6 +11,7 @@ from jax import lax
 from networks import KERNELS, MAPS, SMALL, images_of, shapes, small_params
 
 from alexnet_jax import OPS, PLAIN, AlexNet, activations, cross_entropy, sharding
+from alexnet_jax.checks import check_network
 from alexnet_jax.model import LAYERS, OUTPUTS
 
 
@@ -208,6 +211,25 @@ def test_compact_network_takes_small_images(size):
 def test_a_wrong_field_is_named(model, size, words):
     with pytest.raises(ValueError, match=words):
         shapes(model, size)
+
+
+@pytest.mark.parametrize("field,values", [
+    ("num_classes", ("10", 0, -1, True, 2.0, None)), ("variant", (None, 1, ["paper"])), ("dtype", ("x", "int8", None)),
+    ("param_dtype", ("x", "uint8")), ("stem", (None, 3, (3, 1), (3, 1, 1.0), (True, 1, 1))),
+    ("widths", (None, 64, "6464646", (8,) * 6, (8.0,) * 7, ("8",) * 7)), ("towers", ("2", 2.0, True, 0, None)),
+    ("activation", (None, ["relu"])), ("lrn", (None, 1, "yes")), ("lrn_alpha", ("x", -1.0, np.inf, np.nan, True)),
+    ("pool_window", (2.5, "3", True, None)), ("dropout", ("x", None, -0.1, np.nan, True)),
+    ("kernel_std", ("x", 0.1, (0.1,) * 7, (0.0,) * 8, ("x",) * 8)), ("bias", (0.0, (None,) * 8, (np.nan,) * 8)),
+    ("ops", ("plain", 1)), ("data_axis", (1,)), ("tower_axis", (0,)),
+])  # fmt: skip
+def test_a_field_of_a_wrong_type_or_range_is_named(field, values):
+    for value in values:
+        with pytest.raises(ValueError, match=rf"^{field}={re.escape(repr(value))}: expected "):
+            check_network(AlexNet(**{field: value}))
+
+
+def test_numpy_scalars_are_numbers():
+    check_network(AlexNet(num_classes=np.int64(10), dropout=np.float32(0.5), widths=tuple(np.full(7, 8))))
 
 
 def test_images_need_four_axes():

@@ -44,6 +44,16 @@ class LocalResponseNormTest(chex.TestCase):
             ops.local_response_norm(jnp.ones((1, 8)), n=4)
 
 
+@pytest.mark.parametrize("name,shape,argument", [
+    ("local_response_norm", (1, 8), dict(n=4)), ("local_response_norm", (1, 8), dict(n=2.5)),
+    ("spatial_response_norm", (1, 8, 8, 1), dict(size=4)), ("max_pool", (1, 2, 8, 1), dict(window=3)),
+])  # fmt: skip
+def test_both_bundles_refuse_the_same_arguments(name, shape, argument):
+    for bundle in (ops.OPS, ops.PLAIN):
+        with pytest.raises(ValueError, match=f"{name}: .*expected"):
+            getattr(bundle, name)(jnp.ones(shape), **argument)
+
+
 class SpatialResponseNormTest(chex.TestCase):
     @chex.variants(with_jit=True, without_jit=True)
     @parameterized.parameters((5, 0.001, 0.75, 1.0), (3, 0.1, 0.5, 2.0), (1, 0.001, 0.75, 1.0))

@@ -1,13 +1,14 @@
 """The prediction command on real files."""
 
 import os
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 from PIL import Image
-from runners import ROOT
+from runners import ROOT, corrupt
 
 from alexnet_jax.data.images import read_image
 from alexnet_jax.weights import read_workdir, write_native
@@ -70,6 +71,24 @@ def test_names_and_outputs_that_are_not_utf8(trained, opened, tmp_path):
         assert done.returncode == 0 and done.stderr == b"", done.stderr
         output = done.stdout.decode(encoding)
         assert r"caf\xe9.png" in output and (("█" if encoding == "utf-8" else "#") in output)
+
+
+@pytest.mark.parametrize("command", [("predict", "x.png"), ("evaluate",)])
+def test_a_corrupt_checkpoint_is_one_line(trained, tmp_path, command):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    for how, checkpoint in zip(
+        ("truncated", "missing", "a bit flipped"), (run / "checkpoints").iterdir(), strict=False
+    ):
+        for file in (path for path in checkpoint.rglob("*") if path.is_file() and path.stat().st_size > 200):
+            corrupt(file, how)
+    module, *arguments = command
+    done = subprocess.run(
+        [sys.executable, "-m", f"alexnet_jax.{module}", f"--workdir={run}", *arguments], cwd=ROOT,
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith(f"Error: checkpoint {run}/checkpoints/40 is corrupt (")
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,10 @@ import pytest
 import reference
 
 from alexnet_jax.augment import rgb_pca
+from alexnet_jax.configs import cifar10, fashion_mnist, fashion_mnist_224
+from alexnet_jax.data.dataset import Dataset
 from alexnet_jax.preprocess import Statistics, fit
+from alexnet_jax.setup import build_preprocess
 
 
 def color_images(n=40, side=8):
@@ -86,3 +89,25 @@ def test_gray_images_in_three_channels_have_finite_lighting_along_gray(exponent)
         shift = x - (gray - gray.mean(0))
         assert np.isfinite(x).all() and np.abs(shift).max() > 1
         np.testing.assert_allclose(shift, shift[:, :1, :1, :1] * np.ones(shift.shape), atol=0.02)
+
+
+@pytest.mark.parametrize(
+    "module,shifts", [(fashion_mnist, (-1, 0, 1)), (fashion_mnist_224, (-2, -1, 0, 1, 2)), (cifar10, (-2, -1, 0, 1, 2))]
+)
+def test_crops_of_small_images_are_shifted_equally_to_every_side(synthetic, module, shifts):
+    config, count = module.get_config(), 200 * len(shifts) ** 2
+    config.resize, config.flip, config.lighting = 0, False, False  # the crop as it is
+    side = 32 if module is cifar10 else 28
+    images = np.zeros((count, side, side, 1), np.uint8)
+    p = build_preprocess(config, Dataset(synthetic), [images])
+    images[:, 14, 14] = 200
+
+    def position(crops):
+        return np.stack(np.nonzero(np.asarray(crops)[..., 0])[1:], axis=-1)  # of the one pixel
+
+    test = position(p.center_crop(images[:1]))[0]
+    crops = position(p.train(jax.random.key(0), images))
+    assert len(crops) == count
+    found, counts = np.unique(crops - test, axis=0, return_counts=True)
+    assert found.tolist() == [[y, x] for y in shifts for x in shifts]  # the test crop is in the middle
+    assert np.abs(counts - 200).max() < 5 * 200**0.5

@@ -42,9 +42,9 @@ def test_each_run_is_the_one_that_trains_alone(task):
 
 def test_errors_are_those_of_each_run(task):
     runs = Runs(task, seeds=(0, 1))
-    blind = jax.tree.map(jnp.zeros_like, runs.state.params)
-    blind["fc8"]["bias"] = blind["fc8"]["bias"].at[:, 3].set(1)  # always class 3
-    runs.state = runs.state.replace(params=blind)
+    constant = jax.tree.map(jnp.zeros_like, runs.state.params)
+    constant["fc8"]["bias"] = constant["fc8"]["bias"].at[:, 3].set(1)  # always class 3
+    runs.state = runs.state.replace(params=constant)
     expected = np.mean(task.train.labels != 3)
     np.testing.assert_allclose(runs.errors(task.train, batch_size=50), [expected, expected])
 

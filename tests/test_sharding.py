@@ -65,12 +65,12 @@ def in_program_and_in_theory(data, tower, model=MODEL):
 
 @pytest.mark.parametrize("data,tower", [(1, 1), (2, 1), (1, 2), (4, 1), (2, 2), (8, 1), (4, 2)])
 def test_the_compiled_step_communicates_what_the_paper_says_and_nothing_else(data, tower):
-    found, expected = in_program_and_in_theory(data, tower)
-    assert found == expected
-    where = {(c["layer"], c["axis"]) for c in found if c["axis"] == "tower" and c["layer"] != "metrics"}
+    actual, expected = in_program_and_in_theory(data, tower)
+    assert actual == expected
+    where = {(c["layer"], c["axis"]) for c in actual if c["axis"] == "tower" and c["layer"] != "metrics"}
     assert where == ({(layer, "tower") for layer in ("conv3", "fc6", "fc7", "fc8")} if tower == 2 else set())
     if (data, tower) == (2, 2):  # conv3 sees 3×3 maps of 16 channels, 8 images on each device: by hand, in bytes
-        conv3 = [c for c in found if c["layer"] == "conv3" and c["axis"] == "tower"]
+        conv3 = [c for c in actual if c["layer"] == "conv3" and c["axis"] == "tower"]
         assert [c["kind"] for c in conv3] == ["all-gather", "reduce-scatter"]
         assert {c["array_bytes"] for c in conv3} == {4 * 8 * 3 * 3 * 16} and {c["received"] for c in conv3} == {
             2 * 8 * 9 * 16
@@ -85,8 +85,8 @@ def test_a_gather_in_conv2_is_found():
         return layer(*inputs, **kwargs)
 
     with nn.intercept_methods(gather_in_conv2):
-        found, expected = in_program_and_in_theory(2, 2, MODEL.clone(num_classes=12))
-    assert ("conv2", "tower") in {(c["layer"], c["axis"]) for c in found}
+        actual, expected = in_program_and_in_theory(2, 2, MODEL.clone(num_classes=12))
+    assert ("conv2", "tower") in {(c["layer"], c["axis"]) for c in actual}
     assert ("conv2", "tower") not in {(c["layer"], c["axis"]) for c in expected}
 
 
@@ -131,7 +131,7 @@ def test_the_harness_measures_every_layout(tmp_path):
 
 
 @pytest.mark.parametrize("flags,words", [
-    (["--layouts=ring"], "unknown layout 'ring'; the known ones are one_device"),
+    (["--layouts=ring"], "unknown layout 'ring'; expected some of one_device"),
     (["--devices=2", "--layouts=data", "--batch=3"], "--batch=3: data splits a batch into 2 parts"),
     (["--devices=0"], "--devices=0"),
     (["--batch=0"], "--batch=0: expected a positive number"),

@@ -17,12 +17,14 @@ from runners import (
     ENVIRONMENT,
     ROOT,
     assert_same_state,
+    blocked_workers,
     end,
     follow,
     losses,
     run_main,
     start_main,
     start_processes,
+    wait_for,
 )
 
 from alexnet_jax import AlexNet, Stem, inference, preprocess, sharding
@@ -46,7 +48,7 @@ FLAGS = (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A prepared data set of photograph-like images; the red of the first pixels tells which one it is."""
+    """A prepared data set of photograph-like images; the red of the first pixels identifies it."""
     root = tmp_path_factory.mktemp("images")
     for i in range(TRAIN + VALIDATION):
         small = np.random.default_rng(i).integers(0, 256, (5, 5, 3), dtype=np.uint8)
@@ -241,6 +243,29 @@ def test_a_signal_to_the_process_group_saves_a_checkpoint_and_ends_all_processes
     assert workers and have_exited(workers)
 
 
+def test_a_signal_ends_a_run_whose_workers_do_not_answer(folder, tmp_path):
+    process = start_main(tmp_path, *flags(folder, 2), "--config.num_train_steps=10000", env=ENVIRONMENT)
+    follow(process, "step 2/")
+    workers = workers_of(process)
+    for worker in workers:
+        os.kill(worker, signal.SIGSTOP)
+    time.sleep(3)  # the batches that were decoded are used up
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 143 and "checkpoint saved, run the same command to resume" in output, output
+    assert workers and have_exited(workers)
+
+
+def test_a_signal_ends_a_run_whose_workers_do_not_start(folder, tmp_path):
+    environment, pids = blocked_workers(tmp_path, "/streaming.")
+    process = start_main(tmp_path / "run", *flags(folder, 2), env=environment)
+    wait_for(lambda: list(pids.iterdir()), process)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 143 and output.endswith("stopped by SIGTERM; run the same command to resume\n"), output
+    assert have_exited([pid.name for pid in pids.iterdir()]) and not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
 def test_two_processes_read_the_batches_of_one(folder, uninterrupted, tmp_path):
     own = (*flags(folder, 1), "--config.mesh.data=2")
     processes = start_processes(tmp_path, *own)
@@ -290,15 +315,15 @@ def test_a_batch_in_parts_is_the_same_and_its_memory_is_bounded(builder, monkeyp
     assert workers == 2 and buffers._memory.size <= 2 * 2 * streaming.PART_BYTES + 4096
     buffers.close()
     train = streaming.StreamedData(builder, "train", 20, mesh, workers=2)
-    found = [which(train.batch(jax.random.key(3), step).images) for step in (4, 5)]
+    actual = [which(train.batch(jax.random.key(3), step).images) for step in (4, 5)]
     train.close()
     monkeypatch.setattr(streaming, "PART_BYTES", 20 * 256 * 256 * 3)
     train = streaming.StreamedData(builder, "train", 20, mesh, workers=1)
-    assert found == [which(train.batch(jax.random.key(3), step).images) for step in (4, 5)]
+    assert actual == [which(train.batch(jax.random.key(3), step).images) for step in (4, 5)]
     train.close()
 
 
-@pytest.mark.parametrize("parts,processes", [(3, 1), (1, 1)])
+@pytest.mark.parametrize("parts,processes", [(3, "1 processes decode"), (1, "this process decodes")])
 def test_a_small_dev_shm_is_a_warning_and_fewer_processes(builder, tmp_path, parts, processes):
     """A limit of the size of files acts on shared memory as a full /dev/shm does."""
     code = (
@@ -317,7 +342,7 @@ def test_a_small_dev_shm_is_a_warning_and_fewer_processes(builder, tmp_path, par
         [sys.executable, tmp_path / "start.py"], capture_output=True, text=True, timeout=120, env=environment
     )
     assert done.returncode == 0 and done.stdout.endswith("\n80\n"), done.stdout + done.stderr
-    assert f"/dev/shm is full: {processes} processes decode images instead of 4; give it" in done.stdout
+    assert f"/dev/shm is full: {processes} images instead of 4 workers; give it" in done.stdout
 
 
 def test_batches_on_a_cpu_keep_their_images_when_the_memory_of_the_next_is_aligned():

@@ -123,12 +123,12 @@ def test_parameters_that_were_killed_in_their_validation_and_are_corrupt_fall_ba
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "_test", lambda *arguments: None)
         patch.setattr(train.shutil, "rmtree", lambda *arguments, **options: None)
-        train_and_evaluate(config, tmp_path / "killed")
-    shutil.rmtree(tmp_path / "killed" / "checkpoints" / "2")
-    corrupt(largest_file(tmp_path / "killed" / "unvalidated" / "2"))
-    train_and_evaluate(config, tmp_path / "killed")
+        train_and_evaluate(config, tmp_path / "stopped")
+    shutil.rmtree(tmp_path / "stopped" / "checkpoints" / "2")
+    corrupt(largest_file(tmp_path / "stopped" / "unvalidated" / "2"))
+    train_and_evaluate(config, tmp_path / "stopped")
     assert "unvalidated/2 is corrupt" in caplog.text
-    assert_same_state(tmp_path / "killed", tmp_path / "uninterrupted", 2)
+    assert_same_state(tmp_path / "stopped", tmp_path / "uninterrupted", 2)
 
 
 def test_same_seed_same_parameters_bit_for_bit(synthetic, tmp_path):

@@ -13,7 +13,7 @@ def get_config() -> ml_collections.ConfigDict:
     # Data. Splits are in TFDS's notation. Validation sets the schedule; the test split is read once, at the end.
     c.dataset = "fashion_mnist"  # a TFDS name
     c.data_dir = ""  # where TFDS keeps prepared data sets; "": ~/tensorflow_datasets
-    c.source_dir = ""  # a folder with the four IDX files of Fashion-MNIST, if you have them
+    c.source_dir = ""  # a folder with the four IDX files of Fashion-MNIST; "": other sources
     c.train_split = "train[:55000]"
     c.validation_split = "train[55000:]"
     c.test_split = "test"
@@ -29,7 +29,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.crop_last_position = False  # random crops may end at the last row and column: 33² positions of 224 in 256
     c.flip = True  # horizontal flips, at random
     c.lighting = False  # PCA lighting; needs three color channels
-    c.lighting_exponent = 1.0  # PCA lighting adds α times λ to this power; 0.5: the standard deviation
+    c.lighting_exponent = 1.0  # the power of λ in PCA lighting; 0.5: α times the standard deviation
     c.lighting_divisor = 1.0  # all pixels are divided by it after PCA lighting
     c.input_scale = 1.0  # the inputs are (pixel − mean) × this; 1: the paper's 0 to 255
     c.ten_crop = True  # test on ten-crops; False: on the center crop
@@ -42,7 +42,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.towers = 2  # or 1: every layer takes all channels before it
     c.activation = "relu"  # or "tanh" (section 3.1)
     c.lrn = True  # local response normalization after conv1 and conv2 (section 3.3)
-    c.lrn_alpha = config_dict.placeholder(float)  # its α, for input_scale s the paper's ÷ s²; None: the variant's
+    c.lrn_alpha = config_dict.placeholder(float)  # α of LRN; the paper's is 1e-4 / input_scale²; None: the variant's
     c.pool_window = 3  # z of section 3.4; 2: pooling does not overlap
     c.dropout = 0.5  # rate at fc6 and fc7 (section 4.2); 0: none
     c.kernel_std = config_dict.placeholder(tuple)  # initial std of the eight layers' kernels; None: the variant's
@@ -58,13 +58,13 @@ def get_config() -> ml_collections.ConfigDict:
     c.bias_rate = 1.0  # learning rate of the biases, relative to that of the kernels
     c.bias_decay = 1.0  # weight decay of the biases, relative to that of the kernels
     c.warmup_steps = 0
-    c.plateau_patience = 0  # ÷ 10 after this many evaluations without a better validation error, three times; 0: never
+    c.plateau_patience = 0  # learning rate ÷ 10 after this many evaluations without a lower error, 3 times; 0: never
     c.linear_decay = False  # the learning rate falls linearly to zero at the last step, in addition to its drops
-    c.drop_at_epochs = ()  # ÷ 10 at these epochs, unless the decay on plateau came before
+    c.drop_at_epochs = ()  # learning rate ÷ 10 at each; with the decay on plateau the larger number of drops counts
 
     # The devices (section 3.2).
     c.mesh = ml_collections.ConfigDict()
-    c.mesh.data = -1  # parts of a batch; -1: all devices, or all pairs of them with tower=2
+    c.mesh.data = -1  # parts of a batch; -1: the number of devices ÷ tower
     c.mesh.tower = 1  # or 2: each tower on devices of its own
     c.mesh.cpu_devices = 1  # virtual devices of a CPU
 

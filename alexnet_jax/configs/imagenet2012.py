@@ -1,4 +1,4 @@
-"""The paper's network and training on ImageNet, as `alexnet_jax.prepare` stores it; `imagenet2012.py:NAME` a variant.
+"""The paper's network and training on ImageNet as `alexnet_jax.prepare` stores it; `imagenet2012.py:NAME`: a variant's.
 
 The learning rate decays on a plateau of the validation error, as the authors did with ILSVRC-2012, whose test labels
 are not public.
@@ -9,9 +9,9 @@ import ml_collections
 from alexnet_jax.configs import default
 from alexnet_jax.variants import VARIANTS
 
-# What the training of each variant differs in from `default`.
+# The fields of each variant's training that differ from `default`.
 TRAINING = {
-    "paper": dict(lighting=True, plateau_patience=3),  # evaluations, one an epoch; the paper does not say how many
+    "paper": dict(lighting=True, plateau_patience=3),  # in evaluations, one per epoch; not in the paper
     "source2012": dict(
         bias_rate=2.0,
         bias_decay=0.0,

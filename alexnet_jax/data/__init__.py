@@ -1,4 +1,4 @@
-"""Data sets of TFDS: opened, read into memory, and given out in batches.
+"""Data sets of TFDS: opened, read into memory, and split into batches.
 
 `data.streaming` and `data.dataset`, which imports it, are imported by their names: they need Grain.
 """

@@ -13,7 +13,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 SIDE = 256
 RESIZINGS = ("fit", "torchvision", "caffe")  # how `read_image` gives a file the shape of a data set's images
-# Chroma is stored at half resolution, Pillow's default: faster to decode, and at 90 above 36 dB.
+# Chroma is stored at half resolution, Pillow's default, which is faster to decode (docs/performance.md).
 JPEG_QUALITY = 90
 BITS_PER_SAMPLE = 258  # TIFF's tag
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -25,8 +25,8 @@ STRAY_BYTES = 64  # before a JPEG's header, at most
 def to_square(file: bytes) -> np.ndarray:
     """Return an image file of ImageNet at 256×256 in RGB.
 
-    The format is detected from the content, not from the file's name. Gray and CMYK become RGB, and 16 bits 8;
-    transparency is dropped, and EXIF orientation is ignored, as ImageNet's other readers do.
+    The format is detected from the content, not from the file's name. Gray and CMYK are converted to RGB, and 16 bits
+    to 8. Transparency is dropped, and EXIF orientation is ignored, as by ImageNet's other readers.
 
     Returns:
       uint8 [256, 256, 3].
@@ -60,7 +60,7 @@ def to_jpeg(pixels: np.ndarray) -> bytes:
 def decode(file: bytes, out: np.ndarray) -> None:
     """Decode a JPEG or a PNG into `out`, uint8 [H, W, C].
 
-    JPEG is decoded by simplejpeg (libjpeg-turbo), the fastest of three decoders; PNG by OpenCV.
+    JPEG is decoded by simplejpeg (libjpeg-turbo), which is the fastest; PNG by OpenCV.
 
     Raises:
       ValueError: not a complete image, or one of another shape.

@@ -1,4 +1,4 @@
-"""Splits in memory: read once, kept on each device, given out in batches."""
+"""Splits in memory: read once, copied to each device, split into batches."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -77,7 +77,7 @@ class DeviceData:
         replicated = NamedSharding(mesh, sharding.REPLICATED)
         self._permutation = jax.jit(_permutation, static_argnums=2, out_shardings=replicated)
         self.batch_size, self.size, self.image_shape = batch_size, len(examples.labels), examples.images.shape[1:]
-        self.steps_per_epoch = self.size // batch_size  # the remainder is dropped, another one each epoch
+        self.steps_per_epoch = self.size // batch_size  # the remainder is dropped, other examples each epoch
         self._epoch, self._order = -1, None
 
     def batch(self, key: jax.Array, step: int) -> Batch:

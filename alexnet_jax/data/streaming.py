@@ -4,16 +4,20 @@ import contextlib
 import itertools
 import logging
 import math
+import multiprocessing
 import os
 import re
-import signal
 import sys
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future
 from functools import partial
 from multiprocessing import resource_tracker, shared_memory
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import cv2
 import jax
@@ -37,7 +41,7 @@ from alexnet_jax.data.source import (
 )
 from alexnet_jax.runtime.files import raise_open_files_limit
 from alexnet_jax.runtime.imports import import_quietly
-from alexnet_jax.runtime.workers import MAIN_GUARD, available_cores, start_worker
+from alexnet_jax.runtime.workers import MAIN_GUARD, available_cores, kill, start_worker, started_workers
 
 grain = import_quietly("grain")
 
@@ -45,6 +49,7 @@ AHEAD = 2  # batches on the devices beyond the one that is requested
 MAX_WORKERS = 16
 PART_BYTES = 128 * 256 * 256 * 3  # a worker decodes up to so much at a time: 128 images of 256×256
 SHARED_MEMORY = Path("/dev/shm")
+EXIT_S = 1  # a worker that reads or decodes for longer is killed at the end
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +94,7 @@ class _Buffers:
         self._free_for = np.ndarray(count, np.int64, self._memory.buf)  # the part that each buffer is free for
         self._images = np.ndarray((count, *shape), np.uint8, self._memory.buf, header)
         if name is None:
-            if SHARED_MEMORY.exists():  # a page that is not there when it is first written kills the process
+            if SHARED_MEMORY.exists():  # writing to a page that cannot be allocated ends the process
                 try:
                     with open(SHARED_MEMORY / self._memory.name, "r+b") as file:
                         os.posix_fallocate(file.fileno(), 0, self._memory.size)
@@ -116,7 +121,7 @@ class _Buffers:
         self._free_for[part % len(self._free_for)] = part + len(self._free_for)
 
     def release(self) -> None:
-        """Let every worker that waits continue."""
+        """Let all waiting workers continue."""
         self._free_for[:] = np.iinfo(np.int64).max
 
     def close(self) -> None:
@@ -144,7 +149,7 @@ class Shuffled:
 
     def __call__(self, step: int) -> np.ndarray:
         epoch, batch = divmod(step, self.size // self.batch_size)
-        if epoch != self.epoch:  # Grain's own shuffle takes half as long as decoding
+        if epoch != self.epoch:  # Grain's own shuffle is slow
             self.epoch, self.order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.size)
         return self.order[batch * self.batch_size : (batch + 1) * self.batch_size]
 
@@ -173,9 +178,9 @@ class Decoder:
 
         Args:
           positions_of: gives the positions in the split of a step's batch.
-          parts: of a batch.
-          index: of the buffer.
-          part: among those of all steps.
+          parts: the number of parts of a batch.
+          index: the number of the part since the first step, which selects the buffer.
+          part: the number of the part since step 0.
         """
         step, place = divmod(part, parts)
         positions = positions_of(step)[self.rows][place * self.part_size : (place + 1) * self.part_size].tolist()
@@ -196,9 +201,8 @@ class Decoder:
 
 
 def _start_worker(index: int, count: int) -> None:
-    """Leave signals to the parent, which may be in the same process group, and exit when the parent does."""
+    """Exit when the parent does; a worker calls this first."""
     start_worker()
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     cv2.setNumThreads(1)
     raise_open_files_limit()  # ImageNet has 1,252 files, all of them open
 
@@ -231,7 +235,7 @@ def decoded_batches(
     rows = len(positions_of(steps[0])[decoder.rows])
     parts = -(-rows // decoder.part_size)
     wanted = min(workers or min(available_cores(), MAX_WORKERS), len(steps) * parts)
-    if len(steps) == 1:  # one batch is decoded sooner than a process starts
+    if len(steps) == 1:  # to start a process takes longer than to decode one batch
         wanted = 0
     for name in FLAGS:
         if name.startswith("grain_"):  # Grain reads its own flags, which nobody may have parsed
@@ -239,23 +243,22 @@ def decoded_batches(
     _start_resource_tracker()
     buffers, workers = _allocate((min(rows, decoder.part_size), *decoder.shape), wanted)
     if workers < wanted:
+        decoding = f"{workers} processes decode" if workers else "this process decodes"
         log.warning(
-            "%s is full: %d processes decode images instead of %d; give it %d MB (docker run --shm-size)",
-            SHARED_MEMORY, workers or 1, wanted, 4 * wanted * PART_BYTES // 10**6,
+            "%s is full: %s images instead of %d workers; give it %d MB (docker run --shm-size)",
+            SHARED_MEMORY, decoding, wanted, 4 * wanted * PART_BYTES // 10**6,
         )  # fmt: skip
     read_options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     worker_options = grain.MultiprocessingOptions(num_workers=workers)
     dataset = grain.MapDataset.range(steps.start * parts, min(steps.stop * parts, sys.maxsize))
     dataset = dataset.map_with_index(partial(decoder, buffers, positions_of, parts))
     iterator = iter(dataset.to_iter_dataset(read_options).mp_prefetch(worker_options, _start_worker))
-    first = None
+    processes, started = [], False
     try:
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))  # workers inherit it
-        try:
-            first = next(iterator)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        decoded = enumerate(itertools.chain([first], iterator))
+        with started_workers() as processes:
+            first = _first(iterator, workers)
+        decoded = enumerate(itertools.chain([first.result()], iterator))
+        started = True
         if parts == 1:
             for index, labels in decoded:
                 yield buffers[index], labels
@@ -272,7 +275,7 @@ def decoded_batches(
     except RuntimeError as error:
         if not (code := re.search(r"exit code (-?\d+)", str(error))):
             raise
-        if first is None and int(code[1]) == 1:
+        if not started and int(code[1]) == 1:
             raise DataError(MAIN_GUARD) from None
         reason = {-7: "/dev/shm is full", -9: "killed (out of memory?)"}.get(int(code[1]), code[0])
         raise DataError(
@@ -281,8 +284,38 @@ def decoded_batches(
         ) from None
     finally:
         buffers.release()
-        iterator.close()
+        _close(iterator, processes)
         buffers.close()
+
+
+def _first(iterator: Iterator[np.ndarray], workers: int) -> Future[np.ndarray]:
+    """Return the first labels of an iterator, in the future, as soon as all of its workers have started.
+
+    Grain starts them when the first element is requested, which then takes as long as they import the package. In
+    another thread, that can be interrupted.
+    """
+    first: Future[np.ndarray] = Future()
+
+    def fetch():
+        try:
+            first.set_result(next(iterator))
+        except Exception as error:
+            first.set_exception(error)
+
+    processes = len(multiprocessing.active_children()) + workers
+    threading.Thread(target=fetch, daemon=True).start()
+    while not first.done() and len(multiprocessing.active_children()) < processes:
+        time.sleep(0.01)
+    return first
+
+
+def _close(iterator: Any, workers: Sequence[BaseProcess]) -> None:
+    """End the workers of an iterator; Grain would wait half a minute for each that does not answer."""
+    closing = threading.Thread(target=iterator.close, daemon=True)
+    closing.start()
+    closing.join(EXIT_S)
+    kill(workers)
+    closing.join(EXIT_S)  # longer if a worker was killed while it had one of Grain's locks
 
 
 def _on_devices(
@@ -328,7 +361,7 @@ class StreamedData:
         """Open a split; `workers` are the processes that decode, 0 for one per core and at most `MAX_WORKERS`."""
         self.builder, self.split, self.workers = builder, split, workers
         self.size, self.batch_size, self.mesh = split_size(builder, split), batch_size, mesh
-        self.steps_per_epoch = self.size // batch_size  # the remainder is dropped, another one each epoch
+        self.steps_per_epoch = self.size // batch_size  # the remainder is dropped, other examples each epoch
         self.image_shape = image_shape(builder)
         self._decoder = Decoder(builder, split, _rows(mesh, batch_size))
         self._next = -1

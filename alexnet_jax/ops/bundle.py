@@ -30,13 +30,13 @@ class Ops(NamedTuple):
     relu_lrn_pool: Callable[..., jax.Array] | None = None
 
 
-# Gradients by hand, of reverse mode only, and on a CPU Winograd's convolution.
+# Gradients written by hand, for reverse mode only; on a CPU also Winograd's convolution.
 OPS = Ops()
 
 # XLA's own operations with autodiff's gradients: `jax.jvp`, `jax.hessian` and XLA's partitioner work on them.
 PLAIN = Ops(plain.conv, plain.max_pool, plain.local_response_norm, plain.spatial_response_norm)
 
-# One kernel forward and one backward for the operations between two convolutions: most of the memory traffic on a GPU.
+# One kernel forward and one backward for the operations between two convolutions, which memory traffic limits on a GPU.
 CUDA = OPS._replace(relu_lrn_pool=relu_lrn_pool.relu_lrn_pool)
 
 

@@ -13,7 +13,7 @@ from alexnet_jax.ops.space_to_depth import space_to_depth
 def _by_platform(x: jax.Array, kernel: jax.Array, stride: int, precision: lax.PrecisionLike) -> dict[str, Callable]:
     """Return the implementation for each platform, as keywords of `lax.platform_dependent`."""
     xla = partial(plain.conv, precision=precision)
-    few_channels = stride > 1 and kernel.shape[2] <= 4  # conv1: on an H200 cuDNN takes 6 times as long for 3 channels
+    few_channels = stride > 1 and kernel.shape[2] <= 4  # conv1: cuDNN is slow for 3 channels
     return {
         "cpu": winograd.conv if winograd.pays(x, kernel, stride) else xla,
         "cuda": partial(_conv_over_blocks, precision=precision) if few_channels else xla,
@@ -67,8 +67,8 @@ def conv(
       precision: of the products, as in `lax.conv_general_dilated`; Winograd's are in float32 at least.
 
     Raises:
-      ValueError: shapes that do not belong together, a kernel that is not square or larger than the images with their
-        padding, or a stride below 1.
+      ValueError: shapes that do not match, a kernel that is not square or is larger than the padded images, or a stride
+        below 1.
     """
     side = kernel.shape[0] if kernel.ndim == 4 else 0
     if x.ndim != 4 or kernel.shape != (side, side, x.shape[3], kernel.shape[-1]) or side < 1 or stride < 1:

@@ -21,7 +21,7 @@ def _taps(x: jax.Array, window: int, stride: int) -> Iterator[tuple[int, int, ja
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _max_pool(x, window, stride):
-    # On a CPU this is several times faster than `lax.reduce_window`.
+    # On a CPU this is faster than `lax.reduce_window`.
     return functools.reduce(jnp.maximum, (tap for _, _, tap in _taps(x, window, stride)))
 
 
@@ -33,7 +33,7 @@ def _max_pool_forward(x, window, stride):
 def _max_pool_backward(window, stride, residuals, g):
     # Each window gives its gradient to the first position that holds its maximum. Input pixel (stride · m + r) lies in
     # the windows m − a, a = 0, 1, …, at their position r + stride · a; so dx, with an axis for each r, is a sum over
-    # the pairs of a. On a CPU this is several times faster than XLA's select-and-scatter.
+    # the pairs of a. On a CPU this is faster than XLA's select-and-scatter.
     x, y = residuals
     batch, height, width, channels = x.shape
     rows, columns = y.shape[1:3]
@@ -77,8 +77,13 @@ def max_pool(x: jax.Array, window: int = 3, stride: int = 2) -> jax.Array:
     Raises:
       ValueError: window or stride is not positive, or x is not 4-D, or smaller than one window.
     """
+    check_arguments(x, window, stride)
+    return _max_pool(x, window, stride)
+
+
+def check_arguments(x: jax.Array, window: int, stride: int) -> None:
+    """Raise ValueError as `max_pool`."""
     if window < 1 or stride < 1:
         raise ValueError(f"max_pool: window={window}, stride={stride}: expected both to be at least 1")
     if x.ndim != 4 or min(x.shape[1:3]) < window:
         raise ValueError(f"max_pool: shape {x.shape}: expected [B, H, W, C] with H and W at least {window}")
-    return _max_pool(x, window, stride)

@@ -1,13 +1,14 @@
 """ReLU, local response normalization and overlapping max pooling (sections 3.1, 3.3, 3.4) in one pass, on NVIDIA GPUs.
 
-One by one these operations read and write arrays of conv1's and conv2's size several times, and a GPU spends the time
-of its step on that. Here the forward pass reads x once and writes y; the backward pass reads x once and writes dx. What
-lies between them has the size of y: for each window the place of its maximum, and s^(−1/4) there, where
-s = k + α Σ a². The bias that the convolution needs may be added here; its gradient then takes no pass of its own.
+One after the other, these operations read and write arrays of the size of conv1's and conv2's outputs several times,
+which limits their speed on a GPU. Here the forward pass reads x once and writes y; the backward pass reads x once and
+writes dx. The residuals have the size of y: for each window the position of its maximum, and s^(−1/4) there, where
+s = k + α Σ a². The convolution's bias is added here, so that its gradient needs no pass of its own.
 
 A thread holds a group of channels of a pixel, its lanes, and reads the channels on both sides of it, so that sums over
-channels need neither other threads nor padding. Its neighbors in memory are its neighbors in the warp. Arrays are
-[items, lanes], and only the sums take them apart: Triton's compile time grows with the square of the operations.
+channels need neither other threads nor padding. Neighboring threads of a warp read neighboring memory. Arrays are
+[items, lanes]; only the sums split them into lanes, because Triton's compile time grows with the square of the number
+of operations.
 """
 
 from functools import partial
@@ -144,7 +145,7 @@ def _window_sums(parts, half):
 def _reciprocal_root(s, interpret):
     if interpret:
         return lax.rsqrt(s)
-    # Triton's own guards against subnormal numbers, which s, of at least k, is not: an eighth of the forward kernel.
+    # Triton's own handles subnormal numbers first, which takes time; s, at least k, is none.
     shape = jax.ShapeDtypeStruct(s.shape, s.dtype)
     return plgpu.elementwise_inline_asm(
         "rsqrt.approx.ftz.f32 $0, $1;", args=[s], constraints="=f,f", pack=1, result_shape_dtypes=[shape]

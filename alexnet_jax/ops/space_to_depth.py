@@ -18,8 +18,8 @@ def space_to_depth(
 ) -> tuple[jax.Array, jax.Array]:
     """Return images and kernel of an equal convolution of stride 1, over blocks of stride × stride pixels.
 
-    conv1 of section 3.5, 11×11×3 with a stride of 4, becomes 3×3×48: on 3 channels, hardware
-    that multiplies small matrices is mostly idle.
+    conv1 of section 3.5, 11×11×3 with a stride of 4, becomes 3×3×48: 3 channels use only a part of hardware that
+    multiplies small matrices.
 
     Args:
       x, kernel: images [B, H, W, I] and the square HWIO kernel of a convolution with this stride and these zeros

@@ -1,9 +1,8 @@
-"""Convolution by Winograd's minimal filtering, with several times fewer multiplications than its definition.
+"""Convolution by Winograd's minimal filtering, with fewer multiplications than its definition.
 
-F(m, r) computes m × m outputs of an r × r kernel from (m + r − 1)² products of channel matrices, the definition from
-m² r²: 2.25 times as many as F(2, 3), 4.6 times as many as F(3, 5). With d a tile of inputs and g the kernel, the
-outputs are Aᵀ [(G g Gᵀ) ⊙ (Bᵀ d B)] A; the matrices follow from m + r − 2 points and ∞ (Toom and Cook). Here
-m = (r + 1) // 2.
+F(m, r) computes m × m outputs of an r × r kernel from (m + r − 1)² products of channel matrices; the definition needs
+m² r². With d a tile of inputs and g the kernel, the outputs are Aᵀ [(G g Gᵀ) ⊙ (Bᵀ d B)] A. The matrices follow from
+m + r − 2 points and ∞ (Toom and Cook). Here m = (r + 1) // 2.
 """
 
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from jax import export, lax
 
 from alexnet_jax.ops.space_to_depth import space_to_depth, zero_pad
 
-# The most accurate of a dozen choices: with F(3, 5) the errors are ten times those of the definition, below 1e-5.
+# Chosen for the smallest rounding errors (docs/performance.md#convolution).
 POINTS = (0, 1, -1, 2, 1 / 2, -3 / 2)
 
 Grid = Sequence[Sequence[jax.Array]]  # [row][column]
@@ -119,8 +118,8 @@ def pays(x: jax.Array, kernel: jax.Array, stride: int) -> bool:
     """Return whether the convolution of images [B, H, W, I] by an HWIO kernel is faster this way, on a CPU."""
     if export.is_symbolic_dim(x.shape[0]):
         return False  # conv1's batch is computed in parts, whose number is then unknown
-    # Products saved, I · O, against sums added, I + O: the paper's layers gain from 32 times as many products, the
-    # compact network's conv2 loses at 11, and smaller convolutions gain nothing and compile for twice as long.
+    # It saves products in proportion to I · O and adds sums in proportion to I + O. Small convolutions gain nothing and
+    # take longer to compile (docs/performance.md#convolution).
     size, _, channels, features = kernel.shape
     multiplications = x.size * size**2 * features / stride**2
     channels *= stride**2
@@ -136,13 +135,15 @@ def conv(x: jax.Array, kernel: jax.Array, stride: int, padding: Sequence[tuple[i
     if stride > 1:
         x, kernel = space_to_depth(x, kernel, stride, padding)
         padding = ((0, 0), (0, 0))
-        # The tiles of a few of conv1's images stay in the CPU's cache.
+        # The tiles of a few images of conv1 fit into the CPU's cache.
         parts = max(1, len(x) // next(n for n in (8, 6, 4, 3, 2, 1) if len(x) % n == 0))
     x, kernel = x + _zero_of(kernel), kernel + _zero_of(x)
     return _convolve(x, kernel, padding, parts).astype(dtype)
 
 
 def _zero_of(x):
-    """Return 0, varying on the axes of a `jax.shard_map` that x varies on: an array to which it is added gets as its
-    gradient the sum over these axes."""
+    """Return a 0 that varies over the same axes of `jax.shard_map` as x.
+
+    Adding it to an array makes the array vary over these axes too, so that its gradient is summed over them.
+    """
     return lax.stop_gradient(x[:0].sum())

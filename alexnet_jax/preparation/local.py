@@ -11,6 +11,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,7 @@ from alexnet_jax.preparation.statistics import statistics
 from alexnet_jax.progress import Progress
 from alexnet_jax.runtime.files import lock, user_path
 from alexnet_jax.runtime.output import escaped
-from alexnet_jax.runtime.signals import deferred_signals
-from alexnet_jax.runtime.workers import MAIN_GUARD, available_cores, start_worker
+from alexnet_jax.runtime.workers import MAIN_GUARD, available_cores, kill, start_worker, started_workers
 from alexnet_jax.tables import table
 
 log = logging.getLogger(__name__)
@@ -147,33 +147,35 @@ def _make_shards(shards: Sequence[Shard], workers: int, max_undecodable: int) ->
     progress, total = Progress(len(shards), 0), sum(shard.part.size for shard in shards)
     context = multiprocessing.get_context("spawn")  # JAX has threads, and a forked process would deadlock
     started, images = time.monotonic(), 0
-    with ProcessPoolExecutor(workers, context, start_worker) as pool:
-        try:
-            with deferred_signals():  # while the workers start
-                started_workers = pool.submit(int)
-                futures = [pool.submit(make_shard, shard) for shard in shards]
-            started_workers.result()
-            for done, future in enumerate(as_completed(futures), 1):
-                images += future.result().examples
-                if future.result().undecodable:
-                    undecodable = sorted(undecodable + future.result().undecodable)
-                    write_names(undecodable, names)
-                    check_undecodable(undecodable, max_undecodable, names)
-                progress.advance()
-                if done * 100 // len(shards) > (done - 1) * 100 // len(shards):
-                    seconds = time.monotonic() - started
-                    progress.show(
-                        done, seconds * (total / (images + len(undecodable)) - 1),
-                        images=f"{images:,} of {total:,}", images_per_s=f"{images / seconds:.0f}",
-                        undecodable=str(len(undecodable)),
-                    )  # fmt: skip
-        except BrokenProcessPool:
-            if started_workers.exception():
-                raise PrepareError(MAIN_GUARD) from None
-            raise PrepareError("a worker was killed (out of memory?); run the same command again to resume") from None
-        finally:
-            progress.close()
-            pool.shutdown(wait=False, cancel_futures=True)
+    pool = ProcessPoolExecutor(workers, context, start_worker)
+    processes: Sequence[BaseProcess] = ()
+    try:
+        with started_workers() as processes:
+            started_pool = pool.submit(int)
+            futures = [pool.submit(make_shard, shard) for shard in shards]
+        started_pool.result()
+        for done, future in enumerate(as_completed(futures), 1):
+            images += future.result().examples
+            if future.result().undecodable:
+                undecodable = sorted(undecodable + future.result().undecodable)
+                write_names(undecodable, names)
+                check_undecodable(undecodable, max_undecodable, names)
+            progress.advance()
+            if done * 100 // len(shards) > (done - 1) * 100 // len(shards):
+                seconds = time.monotonic() - started
+                progress.show(
+                    done, seconds * (total / (images + len(undecodable)) - 1),
+                    images=f"{images:,} of {total:,}", images_per_s=f"{images / seconds:.0f}",
+                    undecodable=str(len(undecodable)),
+                )  # fmt: skip
+    except BrokenProcessPool:
+        if started_pool.exception():
+            raise PrepareError(MAIN_GUARD) from None
+        raise PrepareError("a worker was killed (out of memory?); run the same command again to resume") from None
+    finally:
+        progress.close()
+        kill(processes)  # the pool would wait until they have imported the package and made the shards that they began
+        pool.shutdown(cancel_futures=True)
     return [future.result() for future in futures]
 
 
@@ -220,7 +222,7 @@ def finish(work: Path, shards: Sequence[Shard], infos: Sequence[ShardInfo]) -> N
     undecodable = sorted(name for info in infos for name in info.undecodable)
     if undecodable:
         write_names(undecodable, work / UNDECODABLE)
-    for path in sums:  # only now: a disk that was full before would cost all shards
+    for path in sums:  # last: after an error before this line, the shards are still used again
         path.unlink()
     rows = [(split.name, split.num_examples, f"{split.num_bytes / 1e6:.1f}") for split in splits]
     log.info("%s", table(rows, ("split", "images", "MB")))

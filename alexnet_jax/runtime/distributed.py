@@ -106,10 +106,10 @@ def differences(first: dict[str, Any], second: dict[str, Any], labels: tuple[str
 
 
 def require_same(what: str, values: dict[str, Any], advice: str) -> None:
-    """Return if every process gives the same JSON values; uses no device, so the mesh is not needed.
+    """Check that every process passes the same JSON values; needs no devices.
 
     Args:
-      what: names this comparison, the same in every process.
+      what: the name of this comparison, the same in every process.
       advice: the end of the error message.
 
     Raises:
@@ -134,7 +134,7 @@ def require_same(what: str, values: dict[str, Any], advice: str) -> None:
 
 
 def maximum(number: int) -> int:
-    """Return the maximum of the numbers that the processes give; a barrier that every process must call."""
+    """Return the maximum of the processes' numbers; a barrier that every process must call."""
     if not jax.distributed.is_initialized():
         return number
     return int(multihost_utils.process_allgather(np.int32(number)).max())
@@ -146,7 +146,7 @@ def barrier() -> None:
 
 
 def from_first(number: int) -> int:
-    """Return the number that process 0 gives; every process must call it."""
+    """Return the number of process 0; every process must call it."""
     if not jax.distributed.is_initialized():
         return number
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))

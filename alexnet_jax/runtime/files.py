@@ -69,7 +69,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a file with one a line; a line that a power failure has torn is dropped with a warning.
+    """Return the objects of a file with one a line; a line that a power failure truncated is dropped with a warning.
 
     Raises:
       OSError: the file cannot be read.

@@ -1,4 +1,4 @@
-"""Memory in huge pages: a train step allocates gigabytes, and the system spends most of its time on small pages."""
+"""Memory in huge pages: a train step on a CPU allocates gigabytes, which is slow in small pages."""
 
 import os
 import sys
@@ -11,8 +11,8 @@ TUNABLE = "glibc.malloc.hugetlb=1"  # of glibc 2.35 and later
 def use_huge_pages() -> None:
     """Re-execute this process with malloc in huge pages, on Linux and unless $GLIBC_TUNABLES is set.
 
-    glibc reads the variable only when a process starts. The process keeps its ID, and the command its arguments. A
-    program that runs the command in its own process, with `runpy` or in a debugger or a notebook, is left as it is.
+    glibc reads the variable only when a process starts. The process keeps its ID, and the command its arguments. It
+    does nothing in a program that runs the command in its own process: with `runpy`, in a debugger or in a notebook.
     """
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ and _is_command(sys.orig_argv, sys.argv[1:]):
         os.environ["GLIBC_TUNABLES"] = TUNABLE

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def import_quietly(name: str) -> Any:
-    """Return a module, imported without the handler that its import gives the root logger, as Grain's and Orbax' do."""
+    """Import a module and return it; a handler that this adds to the root logger, as Grain and Orbax do, is removed."""
     handlers = logging.root.handlers[:]
     module = importlib.import_module(name)
     logging.root.handlers[:] = handlers

@@ -8,11 +8,11 @@ import jax
 
 @contextlib.contextmanager
 def run_settings() -> Iterator[None]:
-    """Fix those of JAX's settings that would change a run or stop it, during the block or a decorated function.
+    """Fix the settings of JAX that would change or stop a run, during the block or a decorated function.
 
     A run's parameters and counters have 32 bits and its keys are Threefry's, so that a checkpoint is read under any
-    `JAX_ENABLE_X64`, `JAX_DEFAULT_PRNG_IMPL` and `JAX_THREEFRY_PARTITIONABLE`. Its arithmetic broadcasts and promotes
-    as NumPy's, copies between host and device are intended, and the lowest error before a validation is infinite.
+    `JAX_ENABLE_X64`, `JAX_DEFAULT_PRNG_IMPL` and `JAX_THREEFRY_PARTITIONABLE`. A run needs NumPy's broadcasting and
+    promotion, implicit copies between host and device, and an infinite lowest error before the first validation.
     """
     with (
         jax.enable_x64(False),

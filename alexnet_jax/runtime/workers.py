@@ -1,16 +1,20 @@
-"""Worker processes of this process."""
+"""Worker processes of this process: how many, how they start, and that they end."""
 
+import contextlib
 import math
 import multiprocessing
 import os
-import signal
 import threading
+from collections.abc import Iterable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+
+from alexnet_jax.runtime.signals import deferred_signals
 
 
 def available_cores() -> int:
     """Return the number of CPU cores that this process may use: those of the system, its affinity and its container."""
-    if hasattr(os, "process_cpu_count"):  # Python 3.13, which knows the affinity, and $PYTHON_CPU_COUNT
+    if hasattr(os, "process_cpu_count"):  # Python 3.13; respects the affinity and $PYTHON_CPU_COUNT
         cores = os.process_cpu_count() or 1
     elif hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
@@ -40,9 +44,29 @@ MAIN_GUARD = (
 )
 
 
+@contextlib.contextmanager
+def started_workers() -> Iterator[list[BaseProcess]]:
+    """Yield a list that receives, at the end of the block, the processes that it has started.
+
+    They never receive SIGINT and SIGTERM, and this process receives them at the end of the block.
+    """
+    before = set(multiprocessing.active_children())
+    workers: list[BaseProcess] = []
+    with deferred_signals():
+        try:
+            yield workers
+        finally:
+            workers += set(multiprocessing.active_children()) - before
+
+
+def kill(workers: Iterable[BaseProcess]) -> None:
+    """End processes at once, whatever they do."""
+    for worker in workers:
+        worker.kill()
+
+
 def start_worker() -> None:
-    """Leave Ctrl-C to the parent, and exit when the parent does; a worker calls this first."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Exit when the parent does; a worker calls this first."""
 
     def watch():
         multiprocessing.parent_process().join()

@@ -1,4 +1,4 @@
-"""Measure how fast the network is, and how far from what the device could do.
+"""Measure the speed of the network, compared with the highest rates of the device and with PyTorch.
 
 python -m experiments.benchmark --workdir DIR
 
@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 import jax
 
 from alexnet_jax import AlexNet, sharding
-from alexnet_jax.errors import UserError
+from alexnet_jax.errors import UserError, errors_on_one_line
 from alexnet_jax.runtime.files import write_json
 from alexnet_jax.runtime.huge_pages import use_huge_pages
 from alexnet_jax.train import Interrupted
@@ -28,7 +27,7 @@ from experiments import measure
 from experiments.benchmark import growth, layers, loop, operations, report, start, step
 from experiments.benchmark.plot import plot
 from experiments.benchmark.setting import Setting
-from experiments.command import errors_on_one_line, make_workdir, write_text
+from experiments.command import child_process, make_workdir, write_text
 
 PARTS = {
     "step": step.run,  # training and inference, compared with PyTorch
@@ -76,7 +75,7 @@ def _read(workdir: Path) -> dict[str, Any]:
 
 
 def _setting(flags: argparse.Namespace, config: list[str]) -> Setting:
-    """Return what the flags ask for; raises UserError."""
+    """Return the setting of the flags; raises UserError."""
     if not shutil.which(flags.torch_python):
         raise UserError(f"--torch-python={flags.torch_python}: no such program; expected a Python interpreter")
     if unknown := set(flags.parts.split(",")) - set(PARTS):
@@ -100,13 +99,15 @@ def _setting(flags: argparse.Namespace, config: list[str]) -> Setting:
 
 
 def _measure_in_processes(parts: Sequence[str], arguments: Sequence[str]) -> list[str]:
-    """Measure each part in a process of its own; return those that failed. Exits at Ctrl-C, which the part has too."""
+    """Measure each part in a process of its own; return those that failed. Exits at Ctrl-C, which ends the part too."""
     failed, stops = [], []
     for i, part in enumerate(parts):
         print(f"Part {i + 1} of {len(parts)}: {part}", flush=True)
         command = [sys.executable, "-m", "experiments.benchmark", *arguments, f"--parts={part}"]
         handler = signal.signal(signal.SIGINT, lambda number, frame: stops.append(number))
-        if subprocess.run(command).returncode:
+        with child_process(command) as process:
+            process.wait()
+        if process.returncode:
             failed.append(part)
         signal.signal(signal.SIGINT, handler)
         if stops:
@@ -125,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.epilog = "--config=FILE and --config.FIELD=VALUE, as for alexnet_jax.main, set the training loop's config."
     flags, config = parser.parse_known_args(argv)
     arguments = sys.argv[1:] if argv is None else argv
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # and the part's process with it
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # ends the part's process too
     failed = []
     try:
         with errors_on_one_line():

@@ -1,4 +1,4 @@
-"""What the training loop of `alexnet_jax.main` adds to the train step alone."""
+"""The time that the training loop of `alexnet_jax.main` adds to the train step alone."""
 
 import json
 import statistics
@@ -26,7 +26,7 @@ from experiments import measure
 from experiments.benchmark.setting import ROOT, Setting
 
 CONFIGS = ROOT / "alexnet_jax" / "configs"
-# A part of the data of the default config, which is read again in each round.
+# A part of the default config's data: each round reads it again.
 DATA = ("train_split=train[:12800]", "validation_split=train[55000:56000]", "test_split=test[:1000]")
 
 
@@ -34,7 +34,7 @@ def config_of(flags: Sequence[str]) -> ml_collections.ConfigDict:
     """Return the config of the flags --config=FILE and --config.FIELD=VALUE; without FILE the default on `DATA`.
 
     Raises:
-      UserError: flags that `alexnet_jax.main` would not take either.
+      UserError: flags that `alexnet_jax.main` does not accept.
     """
     values, argv = absl_flags.FlagValues(), ["benchmark", *flags]
     if not any(flag.startswith("--config=") for flag in flags):

@@ -1,4 +1,4 @@
-"""What the project's own operations gain over XLA's, in a train step."""
+"""The time of a train step with the project's own operations, compared with XLA's."""
 
 import statistics
 from typing import Any

@@ -1,4 +1,4 @@
-"""PyTorch in a process of its own: `torch_alexnet`, and how far its results are from ours."""
+"""PyTorch in a process of its own, `torch_alexnet`, and the difference between its results and ours."""
 
 import contextlib
 import json
@@ -66,7 +66,7 @@ def network(model: AlexNet, shape: tuple[int, int, int]) -> dict[str, Any]:
 
 
 def differences(peer: Peer, model: AlexNet, shape: tuple[int, int, int], batch: int = 4) -> dict[str, float]:
-    """Return how far PyTorch's logits and gradients are from ours on the same weights and images, without dropout.
+    """Return the differences between PyTorch's logits and gradients and ours, on the same weights, without dropout.
 
     Args:
       shape: [H, W, C] of an image.

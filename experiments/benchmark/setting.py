@@ -1,4 +1,4 @@
-"""What the parts of the benchmark measure."""
+"""The setting of a benchmark."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Setting(NamedTuple):
-    """What is measured: the paper's network, or with --quick a small one that takes seconds."""
+    """The network that is measured, with its batches and dtypes: the paper's, or a small one with --quick."""
 
     model: AlexNet
     shape: tuple[int, int, int]  # [H, W, C] of an image

@@ -1,4 +1,4 @@
-"""How soon training starts: nothing compiled yet, and with the compilation cache of the first start."""
+"""The time from the command to the first step: with an empty compilation cache, and with that of the first start."""
 
 import subprocess
 import sys
@@ -9,6 +9,7 @@ from typing import Any
 
 from alexnet_jax.errors import UserError
 from experiments.benchmark.setting import ROOT, Setting
+from experiments.command import child_process
 
 DATA = ("train_split=train[:1000]", "validation_split=train[55000:55500]", "test_split=test[:500]")
 
@@ -35,7 +36,8 @@ def _time_to_first_step(config: str, folder: Path, name: str) -> float:
         "--config.batch_size=32", "--config.ten_crop=False",
     ]  # fmt: skip
     begin, seconds = time.perf_counter(), None
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    options = dict(cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with child_process(command, **options) as process:
         output = []
         for line in process.stdout:
             output.append(line)

@@ -15,8 +15,8 @@ from experiments.benchmark.programs import Call, inference, training_step
 from experiments.benchmark.report import agreement, case_line
 from experiments.benchmark.setting import Setting
 
-# Relative to the largest element of an array. Where float32 took another pixel for a pooling window's maximum than
-# float64, a gradient of conv1 changed by 0.003.
+# Relative to the largest element of an array. Float32 and float64 may select different maxima of a pooling window, and
+# so give different gradients.
 TOLERANCE = {"logits": 1e-5, "gradients": 1e-2}
 
 
@@ -75,7 +75,7 @@ def _case(setting: Setting, which: str, dtype: str, batch: int, peer: Peer | Non
 
 
 def _torch_modes(setting: Setting, batch: int) -> dict[str, dict[str, bool]]:
-    """Return PyTorch's modes by name; on a CPU, where compiling takes half a minute, that at the largest batch only."""
+    """Return PyTorch's modes by name; on a CPU, where compiling is slow, compiled ones at the largest batch only."""
     with_compiled = batch == setting.batches[-1] or jax.default_backend() != "cpu"
     return {
         ("compiled" if compiled else "eager") + (", channels-last" if channels_last else ""):
@@ -86,7 +86,7 @@ def _torch_modes(setting: Setting, batch: int) -> dict[str, dict[str, bool]]:
 
 
 def _alternate(call: Call, peer: Peer | None, setting: Setting, batch: int, which: str, dtype: str) -> dict[str, Any]:
-    """Return the seconds of a call that has run once: medians of rounds in which each mode of PyTorch has its turn."""
+    """Return the median seconds of a call that has run once, from rounds that alternate with PyTorch's modes."""
     counts, times, errors = {"jax": measure.repeats(measure.seconds(call.run, 1))}, {"jax": []}, {}
     what = {"network": network(setting.model, setting.shape), "batch": batch, "dtype": dtype}
     what["train"] = which == "training"
@@ -103,7 +103,7 @@ def _alternate(call: Call, peer: Peer | None, setting: Setting, batch: int, whic
     for _ in range(setting.rounds):
         for name, count in counts.items():
             if name == "jax":
-                measure.seconds(call.run, 1)  # right after PyTorch's turn a step takes half as long again
+                measure.seconds(call.run, 1)  # the first step after PyTorch's is slower
                 times[name].append(measure.seconds(call.run, count))
             elif name not in errors and (seconds := request("time", name, steps=count)):
                 times[name].append(seconds / count)

@@ -129,7 +129,7 @@ class Timed:
     def seconds(self, steps: int) -> float:
         """Return the seconds of so many steps after one that is not counted, until the device has finished."""
         cuda = self.device == "cuda"
-        self.step()  # allocates the memory again that the other programs had meanwhile
+        self.step()  # allocates the memory that was freed for the other programs
         if cuda:
             torch.cuda.synchronize()
         start = time.perf_counter()

@@ -1,11 +1,10 @@
-"""The programs that XLA compiles for accelerators that are not here: python -m experiments.compiled --workdir DIR
+"""Compile for accelerators that this machine does not have: python -m experiments.compiled --workdir DIR
 
-Compiles the train step or the inference of the paper's network for a described GPU or TPU slice, counts what its
-operations read and write, and estimates its time from the chip's stated figures.
+The train step or the inference of the paper's network is compiled for a described GPU or TPU slice. The bytes that its
+operations read and write are counted, and its time is estimated from the data sheet of the chip.
 """
 
 import argparse
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from alexnet_jax import AlexNet, paper_sgd, sharding
 from alexnet_jax.data.batch import Batch
-from alexnet_jax.errors import UserError
+from alexnet_jax.errors import errors_on_one_line
 from alexnet_jax.inference import predict
 from alexnet_jax.model import LAYERS
 from alexnet_jax.ops import CUDA, OPS
@@ -26,6 +25,7 @@ from alexnet_jax.preprocess import Preprocess
 from alexnet_jax.runtime.files import write_json
 from alexnet_jax.tables import table
 from alexnet_jax.train_step import create_state, make_train_step, state_specs
+from experiments.command import make_workdir, write_text
 from experiments.compiled.targets import Target, TargetError, find
 from experiments.compiled.traffic import INPUT, OTHER, UPDATE, Operation, operations
 
@@ -34,7 +34,7 @@ TOWERS = {"one_device": 1, "data": 1, "tower": 2, "data_tower": 2}
 
 
 def lower(target: Target, mode: str, batch: int, dtype: str, layout: str) -> jax.stages.Lowered:
-    """Return the program before it is compiled: the project's train step, or the inference on center crops.
+    """Return the lowered program: the project's train step, or the inference on center crops.
 
     Raises:
       TargetError: devices that the layout cannot use.
@@ -73,23 +73,23 @@ def measure(target: Target, mode: str, batch: int, dtype: str, layout: str, work
     seconds, text = time.perf_counter() - start, compiled.as_text()
     name = "_".join((target.name.replace(":", "-"), mode, str(batch), dtype, layout))
     (workdir / f"{name}.hlo.txt").write_text(text)
-    found, memory = operations(text), compiled.memory_analysis()
-    total = sum(operation.bytes for operation in found)
+    program, memory = operations(text), compiled.memory_analysis()
+    total = sum(operation.bytes for operation in program)
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
     return {
         "target": target.name, "chip": target.chip.name, "mode": mode, "batch": batch, "dtype": dtype, "layout": layout,
-        "jax": jax.__version__, "operations": len(found), "bytes": total, "compile_s": seconds,
+        "jax": jax.__version__, "operations": len(program), "bytes": total, "compile_s": seconds,
         "memory_bytes": held - memory.alias_size_in_bytes, "estimated_ms_of_bytes": 1e3 * total / target.chip.bandwidth,
-        "layers": by_layer(found),
+        "layers": by_layer(program),
     }  # fmt: skip
 
 
-def by_layer(found: list[Operation]) -> list[dict[str, Any]]:
+def by_layer(program: list[Operation]) -> list[dict[str, Any]]:
     """Return the operations and bytes of each layer, forward and backward, in the order of the network."""
     keys = [(layer, backward) for layer in (INPUT, *LAYERS, OTHER) for backward in (False, True)] + [(UPDATE, False)]
     rows = []
     for layer, backward in keys:
-        of_layer = [op for op in found if (op.layer, op.backward) == (layer, backward)]
+        of_layer = [op for op in program if (op.layer, op.backward) == (layer, backward)]
         if of_layer:
             read, written = (sum(getattr(op, name) * op.trips for op in of_layer) for name in ("read", "written"))
             pass_name = "backward" if backward else "forward"
@@ -133,21 +133,17 @@ def main() -> None:
     parser.add_argument("--mode", default="train", choices=("train", "inference"), help="(default: train)")
     parser.add_argument("--layout", default="one_device", choices=TOWERS, help="(default: one_device)")
     flags = parser.parse_args()
-    try:
+    with errors_on_one_line():
         if not all(batch.isdecimal() and int(batch) for batch in flags.batch.split(",")):
             raise TargetError(f"--batch={flags.batch}: expected positive numbers with commas, as in 128,512")
         targets = [find(name) for name in flags.target.split(",")]
-        flags.workdir.mkdir(parents=True, exist_ok=True)
+        make_workdir(flags.workdir)
         records = []
         for target in targets:
             for batch in map(int, flags.batch.split(",")):
                 records.append(measure(target, flags.mode, batch, flags.dtype, flags.layout, flags.workdir))
                 write_json(flags.workdir / "compiled.json", records)
-        (flags.workdir / "compiled.md").write_text(markdown(records))
-    except UserError as error:
-        sys.exit(f"Error: {error}")
-    except OSError as error:
-        sys.exit(f"Error: --workdir={flags.workdir}: {error.strerror}; expected a folder to write to")
+        write_text(flags.workdir / "compiled.md", markdown(records))
     print(f"{markdown(records)}\nWritten to {flags.workdir}")
 
 

@@ -1,4 +1,4 @@
-"""Accelerators to compile for on a machine that has none: XLA needs their description alone."""
+"""Descriptions of accelerators, from which XLA compiles on a machine without one."""
 
 import importlib
 import importlib.util
@@ -11,7 +11,7 @@ from jax.experimental import topologies
 
 from alexnet_jax.errors import UserError, one_line
 
-# As XLA describes the GPU to itself; the versions are those of the libraries that it compiles with.
+# XLA's own description of the GPU; the versions are those of the libraries that it compiles with.
 H100 = """
 gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
@@ -28,7 +28,7 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 
 class TargetError(UserError):
-    """A target that is unknown, or that nothing is installed to compile for."""
+    """An unknown target, or one whose compiler is not installed."""
 
 
 class Chip(NamedTuple):
@@ -50,7 +50,7 @@ CHIPS = {
 
 
 class Target(NamedTuple):
-    """Devices that are described and absent."""
+    """Devices that are described, not present."""
 
     name: str
     chip: Chip
@@ -98,5 +98,5 @@ def _tpus(name: str) -> list:
     one_chip = {"chips_per_host_bounds": [1, 1, 1]} if name.endswith(":1x1") else {}
     try:
         return topologies.get_topology_desc(name, platform="tpu", **one_chip).devices
-    except Exception as error:  # of a shape that this TPU has not
+    except Exception as error:  # a shape that this TPU does not have
         raise TargetError(f"--target={name}: {one_line(error)}") from None

@@ -1,7 +1,7 @@
-"""What each operation of a compiled program reads and writes: an upper bound, every operand counted whole.
+"""The bytes that each operation of a compiled program reads and writes, an upper bound: all of every operand counts.
 
-The unit is an operation of the entry computation: a fusion, a library call, a kernel. What happens inside of it stays
-on the chip. The operations of a loop's body count once a trip.
+An operation of the entry computation is a fusion, a library call or a kernel; what it keeps on the chip is not counted.
+The operations of a loop's body count once per trip.
 """
 
 import re
@@ -20,7 +20,7 @@ INPUT, UPDATE, OTHER = "input", "update", "other"
 
 
 class Operation(NamedTuple):
-    """One operation: its bytes, and what it belongs to."""
+    """One operation: its bytes and its layer."""
 
     name: str
     kind: str  # the opcode, or the library call
@@ -72,10 +72,10 @@ def _computations(text: str) -> Iterator[tuple[str, tuple[bool, list[str]]]]:
 def _of_computation(computations, name: str, trips: int) -> Iterator[Operation]:
     shapes = {}
     for line in computations[name][1]:
-        found = _INSTRUCTION.match(line)
-        if not found:
+        match = _INSTRUCTION.match(line)
+        if not match:
             continue
-        operation, shape, opcode, rest = found.groups()
+        operation, shape, opcode, rest = match.groups()
         shapes[operation] = shape
         if opcode in _FREE or opcode.endswith("-done"):  # an asynchronous operation is counted at its start
             continue

@@ -1,7 +1,8 @@
-"""What has to be seen on a real GPU, in the order of its worth: python -m experiments.on_gpu --workdir DIR
+"""Run the checks and measurements that need a GPU, the most important first: python -m experiments.on_gpu --workdir DIR
 
-Each step is a process with a budget, is stopped at its end, and leaves its results in DIR as they come; DIR/on_gpu.json
-lists what each step did. `--data_dir` holds TFDS's Fashion-MNIST and CIFAR-10.
+Each step is a process with a budget of seconds, after which it is stopped. It writes its results to DIR while it runs;
+DIR/on_gpu.json has the command, the seconds and the outcome of each step. `--data_dir` holds TFDS's Fashion-MNIST and
+CIFAR-10.
 """
 
 import argparse
@@ -45,7 +46,7 @@ TINY = (
 )  # fmt: skip
 CLAIMS = ("experiments.on_gpu.claims", "--budget={budget}", "--data_dir={data_dir}")
 QUICK_CLAIMS = ("--quick", "--seeds=2", "--only=overfitting")
-# Groups run one after the other, the steps of a group side by side: their seconds are no result.
+# Groups run one after the other. The steps of a group run at the same time, so their times are not measurements.
 GROUPS = (
     (
         Step("correctness", 80, ("experiments.on_gpu.correctness", "--budget={budget}"), ("--quick",)),
@@ -70,7 +71,7 @@ GROUPS = (
 
 
 def start(step: Step, budget: float, workdir: Path, data_dir: str, quick: bool) -> tuple[subprocess.Popen, list[str]]:
-    """Start one step, its output in DIR/STEP/log.txt; its process and command."""
+    """Start a step, with its output in DIR/STEP/log.txt; return its process and command."""
     folder = workdir / step.name
     folder.mkdir(parents=True, exist_ok=True)
     values = {"budget": str(round(budget - 4)), "data_dir": data_dir}
@@ -93,7 +94,7 @@ def stop(processes: list[subprocess.Popen]) -> None:
 
 
 def finish(process: subprocess.Popen, seconds: float) -> str:
-    """Wait for a step, and stop it when its seconds are over; what became of it."""
+    """Wait for a step, stop it at the end of its budget, and return the outcome."""
     outcome = "ended"
     for number, then in ((signal.SIGTERM, "stopped at the end of its budget"), (signal.SIGKILL, "killed after it")):
         try:
@@ -121,15 +122,15 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     if unknown := set(only) - set(names):
         sys.exit(f"Error: --only: unknown step {min(unknown)!r}; expected some of {', '.join(names)}")
-    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the memory belongs to the steps
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # each step allocates its own memory
     if not flags.quick and jax.default_backend() != "gpu":
-        sys.exit("Error: JAX finds no GPU here; --quick shows on a CPU that the steps work")
+        sys.exit("Error: JAX finds no GPU; --quick runs the steps on a CPU, to see that they work")
     end = time.monotonic() + flags.budget
     record: dict = {"date": f"{datetime.date.today()}", "budget_s": flags.budget, "quick": flags.quick, "steps": {}}
     groups = [chosen for group in GROUPS if (chosen := [step for step in group if step.name in only])]
     for group in groups:
         left, begin = end - time.monotonic() - GRACE_S, time.monotonic()
-        budget = left if group is groups[-1] else min(group[0].budget, left)  # the last takes what is left
+        budget = left if group is groups[-1] else min(group[0].budget, left)  # the last group has the remaining time
         if budget < 15:
             record["steps"] |= {step.name: {"outcome": f"skipped: {left:.0f} s were left"} for step in group}
             continue

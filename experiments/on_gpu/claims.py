@@ -1,10 +1,9 @@
-"""The experiments that need a GPU, every seed of an experiment in one program.
+"""The experiments that need a GPU; all seeds of an experiment are one program.
 
 python -m experiments.on_gpu.claims --workdir DIR --budget SECONDS
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -16,6 +15,7 @@ import numpy as np
 
 from alexnet_jax import data
 from alexnet_jax.data.dataset import Dataset
+from alexnet_jax.errors import errors_on_one_line
 from alexnet_jax.optimizer import learning_rate_at, paper_sgd
 from alexnet_jax.preprocess import fit
 from alexnet_jax.runtime.compilation_cache import use_compilation_cache
@@ -31,7 +31,7 @@ FASTEST = {
 
 
 class OutOfTime(Exception):
-    """The budget is spent; what was trained so far is written."""
+    """The budget is spent; the results so far are written."""
 
 
 class Clock:
@@ -45,7 +45,7 @@ class Clock:
 
 
 class Results:
-    """DIR/claims.json: one entry an experiment, each an entry a network; written after each chunk of training."""
+    """The records of DIR/claims.json: by experiment, then by network; written after each network."""
 
     def __init__(self, workdir: Path, clock: Clock):
         self.path, self.clock = workdir / "claims.json", clock
@@ -58,10 +58,10 @@ class Results:
         """Train every seed to the end or to the end of the budget, and record its curve and its errors.
 
         Args:
-          rates: factors of the task's learning rate; the runs are then all pairs of a rate and a seed.
-          test_every: epochs between two readings of the test set, for a curve; 0 reads it at the end alone.
-          ten_crop: whether the last reading is on ten crops too.
-          parts: means of the training error in an epoch.
+          rates: factors of the task's learning rate; there is a run for each pair of a rate and a seed.
+          test_every: epochs between two evaluations on the test set; 0: only at the end.
+          ten_crop: whether the last evaluation is also on ten crops.
+          parts: points of the training-error curve per epoch.
         """
         pairs = [(rate, seed) for rate in rates or [1.0] for seed in seeds]
         runs = Runs(task, [seed for _, seed in pairs], [rate for rate, _ in pairs])
@@ -108,7 +108,7 @@ class Results:
 
 
 def task_of(config: ml_collections.ConfigDict, dataset: Dataset, train: data.Examples) -> Task:
-    """The task of a config of `Study`."""
+    """Return the task of a config of `Study`."""
     config.kernel_std = config.kernel_std or kernel_std(config)
     steps = len(train.labels) // config.batch_size
     schedule = partial(
@@ -122,7 +122,7 @@ def task_of(config: ml_collections.ConfigDict, dataset: Dataset, train: data.Exa
 
 
 def relu(results: Results, of: Study, dataset: Dataset, test: data.Examples, seeds: Sequence[int]) -> None:
-    """Figure 1, at the learning rates that were fastest in the experiment's reduced budget."""
+    """Train figure 1, at the learning rates that were fastest in the experiment's reduced budget."""
     train = dataset.load(f"train[:{of.budget.images}]")
     for (start, activation), rate in FASTEST.items():
         config = relu_vs_tanh.config(of, start, activation, rate)
@@ -131,12 +131,12 @@ def relu(results: Results, of: Study, dataset: Dataset, test: data.Examples, see
 
 
 def lrn(results: Results, of: Study, dataset: Dataset, test: data.Examples, seeds: Sequence[int]) -> None:
-    """Footnote 3: the four-layer network with and without LRN, on all images, tested on ten crops."""
+    """Train the four-layer network of footnote 3 with and without LRN, on all images; test it on ten crops."""
     train = dataset.load(f"train[:{min(50_000, of.budget.images + of.budget.validation)}]")
     preprocess = fit(train.images, pad=0, crop=four_layers.CROP, resize=0, flip=True, lighting=False)
     epochs = round(of.budget.epochs)
     steps = len(train.labels) // four_layers.BATCH_SIZE
-    # The rate falls tenfold twice, for the last tenth and the last twentieth (the files: 10 epochs each).
+    # Drops after 90 and 95 % of the epochs; cuda-convnet's method has them before its last 20 and its last 10.
     drops = (round(0.9 * epochs * steps), round(0.95 * epochs * steps))
     schedule = partial(learning_rate_at, base=four_layers.LEARNING_RATE, drop_at=drops)
     for with_lrn in (True, False):
@@ -149,7 +149,7 @@ def lrn(results: Results, of: Study, dataset: Dataset, test: data.Examples, seed
 
 
 def overfitting(results: Results, of: Study, dataset: Dataset, test: data.Examples, seeds: Sequence[int]) -> None:
-    """Sections 3.4, 4.1 and 4.2: 5,000 images, dropout × augmentation × pooling crossed; the gap to the test error."""
+    """Train on 5,000 images with and without dropout, augmentation and overlapping pooling (3.4, 4.1, 4.2)."""
     train = dataset.load(f"train[:{min(5000, of.budget.images)}]")
     epochs = 100 if of.budget.images > 5000 else 2
     for dropout in (0.5, 0.0):
@@ -172,7 +172,7 @@ def overfitting(results: Results, of: Study, dataset: Dataset, test: data.Exampl
 
 
 def first_filters(results: Results, of: Study, dataset: Dataset, test: data.Examples, seeds: Sequence[int]) -> None:
-    """Figure 3: 11×11 first filters on 32×32 images, and how far each tower's are off the gray axis."""
+    """Train with 11×11 first filters on 32×32 images (figure 3), and record the colorfulness of the filters."""
     train = dataset.load(f"train[:{of.budget.images}]")
     epochs = round(1.5 * of.budget.epochs)
     config = of.config(stem=(11, 1, 5), drop_at_epochs=(0.64 * epochs, 0.86 * epochs))
@@ -206,16 +206,15 @@ def main() -> None:
     flags.workdir.mkdir(parents=True, exist_ok=True)
     results = Results(flags.workdir, clock)
     try:
-        dataset = Dataset(data.open_builder("cifar10", flags.data_dir))
-        test = dataset.load(f"test[:{budget.test}]")
-        for name in flags.only.split(","):
-            EXPERIMENTS[name](results, of, dataset, test, range(flags.seeds))
+        with errors_on_one_line():
+            dataset = Dataset(data.open_builder("cifar10", flags.data_dir))
+            test = dataset.load(f"test[:{budget.test}]")
+            for name in flags.only.split(","):
+                EXPERIMENTS[name](results, of, dataset, test, range(flags.seeds))
     except OutOfTime as stop:
         done = list(results.records["experiments"])
-        results.records["stopped"] = f"{stop}; not begun: {[n for n in EXPERIMENTS if n not in done]}"
+        results.records["stopped"] = f"{stop}; not started: {[n for n in EXPERIMENTS if n not in done]}"
         print(results.records["stopped"], flush=True)
-    except data.DataError as error:
-        sys.exit(f"Error: {error}")
     results.write()
 
 

@@ -51,9 +51,9 @@ CASES = (("float32", "highest"), ("float32", "default"), ("bfloat16", "default")
 # in the product's or the result's dtype: 2^-24 in float32, 2^-11 in TF32, 2^-9 in bfloat16.
 # - An operation rounds its two inputs and its result: 4 u; its sums are float32's: 1e-5.
 # - Eight layers in a row, with errors that are independent: about four times that.
-# - A network's gradient passes n ReLUs and poolings. Where rounding changes a sign or a window's maximum, which is so
-#   for a share of a few u of the numbers, all of its gradient is lost or goes to another place: 3 √(n u). A single one
-#   of the 70,000 positive maxima of pool1 is √(2 / 70,000): 1e-2 in any case.
+# - A network's gradient passes n ReLUs and poolings. Rounding changes a sign or a window's maximum at a few u of the
+#   elements, whose gradient is then lost or moves to another element: 3 √(n u). One of the 70,000 positive maxima of
+#   pool1 alone changes the norm by √(2 / 70,000): 1e-2 in any case.
 
 
 def operation_tolerance(u: float) -> float:
@@ -86,16 +86,16 @@ def rounding(dtype: str, precision: str, products: bool) -> float:
 
 
 class Check(NamedTuple):
-    """An operation with arguments, and what it has to return for them.
+    """An operation with arguments, and the expected results.
 
     Attributes:
-      operation: from the arguments to {name: array}; jittable.
-      oracle: from nothing to the same in float64, as NumPy arrays.
-      arguments: NumPy arrays or trees of them, JAX keys too.
-      tolerance: from u to the largest error, by the result's name; "" stands for the others.
-      products: whether it multiplies matrices, so that their precision matters.
-      dtypes: those it is checked in.
-      cast: whether the floats of its arguments have that dtype; otherwise they stay unchanged.
+      operation: a jittable function of the arguments that returns {name: array}.
+      oracle: a function without arguments that returns the expected results, NumPy arrays in float64.
+      arguments: NumPy arrays, trees of them, or JAX keys.
+      tolerance: for each name a function of u that returns the largest error; "" is for the other names.
+      products: whether it contains matrix products, whose precision is then varied.
+      dtypes: the dtypes in which it is checked.
+      cast: whether floating-point arguments are cast to that dtype.
     """
 
     name: str
@@ -113,7 +113,7 @@ class Check(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """The network whose layers' shapes are checked, on images of side×side pixels; and its train step's batch."""
+    """The network whose layers are checked, the side of its images, its batch, and the batch of the train step."""
 
     model: AlexNet
     side: int
@@ -130,25 +130,25 @@ def run_case(check: Check, dtype: str, precision: str, oracle: Callable[[], dict
         return x.astype(jnp.dtype(dtype)) if check.cast and is_float else x
 
     with jax.default_matmul_precision(None if precision == "default" else precision):
-        found = jax.jit(check.operation)(*jax.tree.map(cast, check.arguments))
+        actual = jax.jit(check.operation)(*jax.tree.map(cast, check.arguments))
     expected = oracle()
-    if set(found) != set(expected):
-        raise ValueError(f"the results are {sorted(found)}, expected {sorted(expected)}")
+    if set(actual) != set(expected):
+        raise ValueError(f"the results are {sorted(actual)}, expected {sorted(expected)}")
     records = []
     for name, right in expected.items():
         tolerance = check.tolerance.get(name, check.tolerance.get(""))(u)
         records.append({
             "name": f"{check.name}: {name}", "dtype": dtype, "precision": precision,
-            **compare(np.asarray(found[name]).astype(np.float32), np.asarray(right), tolerance),
+            **compare(np.asarray(actual[name]).astype(np.float32), np.asarray(right), tolerance),
         })  # fmt: skip
     return records
 
 
-def compare(found: np.ndarray, right: np.ndarray, tolerance: float) -> dict[str, Any]:
+def compare(actual: np.ndarray, right: np.ndarray, tolerance: float) -> dict[str, Any]:
     """Return the error by norm and by the largest element, each relative to the reference's."""
-    if found.shape != right.shape:
-        raise ValueError(f"shape {found.shape}, expected {right.shape}")
-    difference, right = (found - right).ravel(), right.ravel()
+    if actual.shape != right.shape:
+        raise ValueError(f"shape {actual.shape}, expected {right.shape}")
+    difference, right = (actual - right).ravel(), right.ravel()
     error, largest = (
         float(size(difference) / (size(right) or 1)) for size in (np.linalg.norm, lambda x: np.abs(x).max())
     )
@@ -157,7 +157,7 @@ def compare(found: np.ndarray, right: np.ndarray, tolerance: float) -> dict[str,
 
 
 def with_gradient(function: Callable, *names: str) -> Callable[..., dict[str, Any]]:
-    """Return a function of (arguments …, gradient of the result): the result and each argument's gradient by name."""
+    """Return a function of (*arguments, gradient of the result) that returns the result and the gradients by name."""
 
     def both(*arguments):
         *inputs, g = arguments
@@ -171,11 +171,11 @@ def _normal(seed: int, shape: Sequence[int], scale: float = 1.0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape, np.float32) * np.float32(scale)
 
 
-# The checks. Each takes the operation, so that another implementation of it is checked by the same.
+# The checks. Each takes the operation as an argument, so that all implementations pass the same check.
 
 
 def lrn_checks(name: str, operation: Callable, shape: Sequence[int]) -> list[Check]:
-    """`operation(x, k, n, alpha, beta)` on one tower's activations, large enough to be scaled down much."""
+    """Check `operation(x, k, n, alpha, beta)` on one tower's activations, which are large, so that LRN scales them."""
     x, g = _normal(0, shape, 100), _normal(1, shape)
 
     def oracle():
@@ -197,7 +197,7 @@ def spatial_norm_checks(name: str, operation: Callable, shape: Sequence[int]) ->
 
 
 def max_pool_checks(name: str, operation: Callable, shape: Sequence[int]) -> list[Check]:
-    """`operation(x, window, stride)` on small integers: full of ties, and exact in every dtype."""
+    """Check `operation(x, window, stride)` on small integers, which have many ties and are exact in every dtype."""
     random = np.random.default_rng(0)
     x = random.integers(-8, 9, shape).astype(np.float32)
     g = random.integers(-8, 9, reference.max_pool(x).shape).astype(np.float32)
@@ -216,10 +216,10 @@ def relu_lrn_pool(x: jax.Array, towers: int, k: float, n: int, alpha: float, bet
 
 
 def relu_lrn_pool_checks(name: str, operation: Callable, shape: Sequence[int], towers: int) -> list[Check]:
-    """`operation(x, towers, k, n, alpha, beta)` on all channels.
+    """Check `operation(x, towers, k, n, alpha, beta)` on all channels.
 
-    The gradient of the result is zero where a window's two largest elements are so near that bfloat16 may take the
-    other one, so that what remains is a matter of rounding alone.
+    The gradient of the result is zero where a window's two largest elements are so near that bfloat16 may select the
+    other one, so that all remaining differences are rounding.
     """
     x = _normal(0, shape, 100)
     a = reference.relu(x)
@@ -240,7 +240,7 @@ def relu_lrn_pool_checks(name: str, operation: Callable, shape: Sequence[int], t
 def conv_checks(
     name: str, operation: Callable, shape: Sequence[int], kernel: Sequence[int], stride: int, padding: tuple
 ) -> list[Check]:
-    """`operation(x, kernel, stride, padding)` of one tower's layer."""
+    """Check `operation(x, kernel, stride, padding)` on one tower's layer."""
     x, w = _normal(0, shape), _normal(1, kernel)
     # The result's shape, without computing it.
     sides = [(side + sum(edges) - kernel[0]) // stride + 1 for side, edges in zip(shape[1:3], padding, strict=True)]
@@ -255,7 +255,7 @@ def conv_checks(
 
 
 def dropout_checks(name: str, operation: Callable, shape: Sequence[int]) -> list[Check]:
-    """`operation(key, x, rate, towers, first_example, first_tower)`: its values, its share of zeros, its parts."""
+    """Check the values of `operation(key, x, rate, towers, first_example, first_tower)`, its rate, and its parts."""
     x, g, key, (batch, units) = _normal(0, shape), _normal(1, shape), jax.random.key(2), shape
     mask = np.asarray(jax.jit(lambda: operation(key, jnp.ones(shape), 0.5, 2, 0, 0))()) != 0
 
@@ -297,7 +297,7 @@ def cross_entropy_checks(name: str, operation: Callable, batch: int, classes: in
 
 
 def sgd_checks(name: str, optimizer: optax.GradientTransformationExtraArgs, shape: Sequence[int]) -> list[Check]:
-    """Two updates, of which the second has a tenth of the learning rate."""
+    """Check two updates, the second at a tenth of the learning rate."""
     w, gradients, rates = _normal(0, shape), _normal(1, (2, *shape)), (0.01, 0.001)
 
     def operation(w, gradients):
@@ -317,7 +317,7 @@ def sgd_checks(name: str, optimizer: optax.GradientTransformationExtraArgs, shap
 
 
 def random_crop_checks(name: str, operation: Callable, shape: Sequence[int], size: int) -> list[Check]:
-    """`operation(key, images, size)`; an image of coordinates says which places it drew."""
+    """Check `operation(key, images, size)`; its crop of an image of coordinates gives the positions."""
     images, key = _normal(0, shape, 60), jax.random.key(1)
     rows, columns = np.indices(shape[1:3], np.float32)
     coordinates = np.broadcast_to(np.stack([rows, columns], -1), (*shape[:3], 2))
@@ -328,7 +328,7 @@ def random_crop_checks(name: str, operation: Callable, shape: Sequence[int], siz
 
 
 def random_flip_checks(name: str, operation: Callable, shape: Sequence[int]) -> list[Check]:
-    """`operation(key, images)`; an image of coordinates says which ones it flipped."""
+    """Check `operation(key, images)`; images of coordinates show which ones are flipped."""
     images, key = _normal(0, shape, 60), jax.random.key(1)
     coordinates = np.broadcast_to(np.arange(shape[2], dtype=np.float32)[:, None], (*shape[:3], 1))
     flipped = np.asarray(jax.jit(partial(operation, key))(coordinates))[:, 0, 0, 0] > 0
@@ -338,7 +338,7 @@ def random_flip_checks(name: str, operation: Callable, shape: Sequence[int]) -> 
 
 
 def pca_lighting_checks(name: str, operation: Callable, shape: Sequence[int]) -> list[Check]:
-    """`operation(key, images, eigenvalues, eigenvectors)`; with λ of 1 along the axes its shift is α."""
+    """Check `operation(key, images, eigenvalues, eigenvectors)`; with all λ = 1 and p = I its shift is α."""
     images, key = _normal(0, shape, 60), jax.random.key(1)
     eigenvalues = np.float32([55.5, 4.8, 1.15])
     eigenvectors = np.linalg.qr(_normal(1, (3, 3)))[0]
@@ -346,7 +346,7 @@ def pca_lighting_checks(name: str, operation: Callable, shape: Sequence[int]) ->
         shift = jax.jit(partial(operation, key))(jnp.zeros((shape[0], 1, 1, 3)), jnp.ones(3), jnp.eye(3))
     alpha = np.asarray(shift)[:, 0, 0]
 
-    def drawn(images):  # the shift alone too: it is small beside the pixels
+    def drawn(images):  # also the shift alone, which is small compared with the pixels
         shifts = operation(key, jnp.zeros((shape[0], 1, 1, 3)), eigenvalues, eigenvectors)
         return {"result": operation(key, images, eigenvalues, eigenvectors), "shift": shifts}
 
@@ -359,7 +359,7 @@ def pca_lighting_checks(name: str, operation: Callable, shape: Sequence[int]) ->
 
 
 def bilinear(images: jax.Array, side: int) -> jax.Array:
-    """Enlarge as `alexnet_jax.preprocess`."""
+    """Return enlarged images, as `alexnet_jax.preprocess` does."""
     return jax.image.resize(images, (images.shape[0], side, side, images.shape[3]), "bilinear")
 
 
@@ -371,7 +371,7 @@ def resize_checks(name: str, operation: Callable, shape: Sequence[int], side: in
 
 
 class _DropoutKeys(nn.Module):
-    """The keys that a network's fc6 and fc7 are given."""
+    """A module that returns the dropout keys of a network's fc6 and fc7."""
 
     @nn.compact
     def __call__(self):
@@ -379,9 +379,9 @@ class _DropoutKeys(nn.Module):
 
 
 def network_checks(name: str, model: AlexNet, side: int, batch: int) -> list[Check]:
-    """The paper's variant of the network: logits in testing, and in training the loss, logits and all gradients.
+    """Check the paper's variant of the network: logits in testing, and in training the loss, logits and all gradients.
 
-    Kernels are of a size that keeps the activations' from layer to layer; LRN scales them noticeably.
+    The scale of the kernels keeps the scale of the activations from layer to layer; LRN changes them noticeably.
     """
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, side, side, 3)))["params"]
     params = {
@@ -433,7 +433,7 @@ def network_checks(name: str, model: AlexNet, side: int, batch: int) -> list[Che
 
 
 def groups_of(setting: Setting) -> dict[str, Callable[[], list[Check]]]:
-    """Return what makes each group's checks, by worth: the last are those that a short budget leaves out."""
+    """Return for each group a function that returns its checks, the most important group first."""
     model, side, batch, _ = setting
     images = jax.ShapeDtypeStruct((batch, side, side, 3), jnp.float32)
     params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
@@ -441,7 +441,7 @@ def groups_of(setting: Setting) -> dict[str, Callable[[], list[Check]]]:
     tower = lambda name: (*maps[name][:-1], maps[name][-1] // model.towers)  # noqa: E731
     stem, past = model.stem, -(side + 2 * model.stem.padding - model.stem.kernel) % model.stem.stride
     edges = (stem.padding, stem.padding + past)
-    layers = {  # what one call of the convolution sees, its kernel's side, stride and edges, and its features
+    layers = {  # of one call of the convolution: input shape, kernel size, stride, padding, features
         "conv1": (images.shape, *stem[:2], edges, maps["conv1"][-1]),
         "conv2": (tower("pool1"), 5, 1, (2, 2), tower("conv2")[-1]),
         "conv3": (maps["pool2"], 3, 1, (1, 1), maps["conv3"][-1]),
@@ -493,7 +493,7 @@ def groups_of(setting: Setting) -> dict[str, Callable[[], list[Check]]]:
 
 def train_step(setting: Setting, path: Path) -> dict[str, Any]:
     """Compile the train step in bfloat16, write its optimized HLO, and return the bytes that it needs."""
-    from alexnet_jax.train_step import create_state, make_train_step  # which needs the readers of data sets
+    from alexnet_jax.train_step import create_state, make_train_step  # these import TFDS and Grain
     from experiments import measure
 
     model, shape = setting.model.clone(dtype=jnp.bfloat16), (setting.side, setting.side, 3)
@@ -510,7 +510,7 @@ def train_step(setting: Setting, path: Path) -> dict[str, Any]:
 
 
 class _Schedule:
-    """Checks in threads, so that NumPy works while XLA compiles; none starts, or is waited for, past the budget."""
+    """Checks in threads, so that NumPy computes while XLA compiles; after the budget none starts or is waited for."""
 
     def __init__(self, budget: float):
         self.began = time.monotonic()
@@ -523,7 +523,7 @@ class _Schedule:
         return self._cases.submit(self._unless_late, function)
 
     def start_group(self, make: Callable[[], list[Check]]) -> concurrent.futures.Future:
-        """Make a group's checks and start their cases, one group after the other: a future of [(name, future)]."""
+        """Start the cases of a group's checks, one group after the other; return a future of [(name, future)]."""
 
         def cases():
             checks = make()
@@ -542,12 +542,12 @@ class _Schedule:
         return function()
 
     def wait(self, name: str, future: concurrent.futures.Future) -> tuple[Any, list[dict[str, Any]]]:
-        """Return the future's result, or None and a record that says why there is none."""
+        """Return the future's result, or None and a record with the reason."""
         try:
             return future.result(max(0.0, self.deadline - time.monotonic())), []
         except TimeoutError:
             return None, [{"name": name, "skipped": "budget"}]
-        except Exception as error:  # of whatever kind: the other checks go on
+        except Exception as error:  # any: the other checks continue
             return None, [{"name": name, "error": f"{type(error).__name__}: {error}", "ok": False}]
 
     def close(self) -> None:
@@ -584,12 +584,12 @@ def run(setting: Setting, groups: dict[str, Callable[[], list[Check]]], workdir:
         print(f"{group}: complete {seconds[group]:.1f} s after the start", flush=True)
 
     for group, future in started.items():
-        cases, found = schedule.wait(group, future)
+        cases, actual = schedule.wait(group, future)
         for name, case in cases or ():
             result, reason = schedule.wait(name, case)
-            found += result or reason
-        records += found
-        for record in found:
+            actual += result or reason
+        records += actual
+        for record in actual:
             print(line(record))
         write(group)
     report["train_step"], reason = schedule.wait("train step", hlo)
@@ -619,4 +619,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 if __name__ == "__main__":
     status = main()
     sys.stdout.flush()
-    os._exit(status)  # what still runs past the budget is not waited for
+    os._exit(status)  # does not wait for threads that run beyond the budget

@@ -1,7 +1,7 @@
-"""The paper's network at 224×224 in bfloat16 next to PyTorch: python -m experiments.on_gpu.speed --workdir DIR
+"""Time the paper's network at 224×224 in bfloat16 and PyTorch's: python -m experiments.on_gpu.speed --workdir DIR
 
-Each case is compiled while PyTorch compiles its own in another process; then both take turns. The cases are in the
-order of their worth, and those for which the budget leaves no time are recorded as skipped.
+Each case is compiled while PyTorch compiles the same in another process; then both run in alternation. The most
+important cases are first; those for which the budget leaves no time are recorded as skipped.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from experiments.benchmark.layers import step_bytes
 from experiments.benchmark.peer import Peer, network
 from experiments.benchmark.programs import Call, inference, training_step
 
-# In the place of the operations that the network takes by default on this device.
+# The operations of each variant; None: those that the network uses by default on this device.
 VARIANTS: dict[str, Ops | None] = {
     "default": None,
     "no fused kernels": OPS,
@@ -51,7 +51,7 @@ class Case(NamedTuple):
 
 
 def cases(batches: Sequence[int]) -> list[Case]:
-    """The cases in the order of their worth: the middle batch before the largest and the smallest."""
+    """Return the cases, the most important first: the middle batch before the largest and the smallest."""
     small, middle, large = sorted(batches)
     compared = [Case(mode, batch) for mode in ("training", "inference") for batch in (middle, large, small)]
     return compared + [Case("training", middle, name) for name in list(VARIANTS)[1:]]
@@ -66,7 +66,7 @@ def compile_case(case: Case, model: AlexNet, shape: tuple[int, int, int]) -> Cal
 
 
 def time_case(case: Case, call: Call, peer: Peer | None) -> dict[str, Any]:
-    """Seconds of a step, the medians of rounds in which PyTorch has its turn too."""
+    """Return the median seconds of a step, from rounds that alternate with PyTorch."""
     times, torch_times = [], []
     measure.seconds(call.run, 3)
     count = measure.repeats(measure.seconds(call.run, 3))
@@ -92,7 +92,7 @@ def measure_case(
     case: Case, model: AlexNet, shape: tuple[int, int, int], pool: concurrent.futures.Executor, peer: Peer | None,
     workdir: Path,
 ) -> dict[str, Any]:  # fmt: skip
-    """Compile a case here and in PyTorch's process at the same time, then time both; the record of it."""
+    """Compile a case in this process and in PyTorch's at the same time, time both, and return the record."""
     future, answer = pool.submit(compile_case, case, model, shape), None
     if peer and case.ops == "default":
         what = {"network": network(model, shape), "batch": case.batch, "dtype": "bfloat16", **TORCH}
@@ -111,7 +111,7 @@ def measure_case(
 
 
 def line(case: Case, record: dict[str, Any], matmul: float) -> str:
-    """One line for people."""
+    """Return a record as a line of text."""
     text = f"{case}: {record['images_per_s']:,.0f} images/s ({1e3 * record['seconds']:.2f} ms a step)"
     text += f", {record['flops'] / record['seconds'] / matmul:.0%} of the matrix product's rate"
     if "ratio" in record:

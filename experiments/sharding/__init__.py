@@ -1,4 +1,4 @@
-"""What a sharding layout costs: the collectives of the compiled train step, and its memory, FLOPs and time.
+"""The cost of a sharding layout: the collectives of the compiled train step, and its memory, FLOPs and time.
 
 `python -m experiments.sharding` writes the records of all layouts; in a notebook `study()` returns them.
 """

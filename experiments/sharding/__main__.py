@@ -8,8 +8,9 @@ from pathlib import Path
 
 import jax
 
+from alexnet_jax.errors import errors_on_one_line
 from alexnet_jax.runtime.files import write_json
-from experiments.command import errors_on_one_line, make_workdir, write_text
+from experiments.command import make_workdir, write_text
 from experiments.sharding.harness import study
 from experiments.sharding.layouts import LAYOUTS
 from experiments.sharding.report import markdown, plot

@@ -1,4 +1,4 @@
-"""Compile and run the train step of each layout, and record what it costs."""
+"""Compile and run the train step of each layout, and record its cost."""
 
 import statistics
 import sys
@@ -115,7 +115,7 @@ def study(
     layouts_by_name = {layout.name: layout for layout in LAYOUTS}
     for name in layouts or ():
         if name not in layouts_by_name:
-            raise UserError(f"--layouts: unknown layout {name!r}; the known ones are {', '.join(layouts_by_name)}")
+            raise UserError(f"--layouts: unknown layout {name!r}; expected some of {', '.join(layouts_by_name)}")
     if sharding.make_mesh(cpu_devices=devices).size < devices:
         raise UserError(f"--devices={devices}: there are {jax.device_count()} {jax.devices()[0].platform} device(s)")
     model, fitted = model or AlexNet(), []

@@ -24,7 +24,7 @@ class Layout(NamedTuple):
     """A mesh, and the partition rules; without rules the project's own train step, which places its collectives."""
 
     name: str
-    data: int  # devices along `data`; −1: all that `tower` leaves
+    data: int  # devices along `data`; −1: the number of devices ÷ `tower`
     tower: int
     rules: tuple[Rule, ...] = ()
 
