@@ -16,9 +16,8 @@ from flax.linen.dtypes import Dtype
 from jax import lax
 
 from alexnet_jax.checks import check_images, check_network, check_tower_devices
-from alexnet_jax.layer_names import BEFORE
 from alexnet_jax.ops import OPS, Ops, ops_for
-from alexnet_jax.variants import ACTIVATIONS, LAYERS, VARIANTS, Stem, Variant
+from alexnet_jax.variants import ACTIVATIONS, BEFORE, LAYERS, VARIANTS, Stem, Variant
 
 OUTPUTS = (
     "conv1", "norm1", "pool1", "conv2", "norm2", "pool2", "conv3", "conv4", "conv5", "pool5", "fc6", "fc7", "fc8"

@@ -15,13 +15,12 @@ import numpy as np
 from alexnet_jax import data, inference, sharding
 from alexnet_jax.data import Examples
 from alexnet_jax.data.dataset import Dataset
-from alexnet_jax.errors import one_line
 from alexnet_jax.model import OUTPUTS, AlexNet, activations
 from alexnet_jax.preprocess import Preprocess
 from alexnet_jax.runtime.files import user_path
 from alexnet_jax.runtime.jax_settings import run_settings
 from alexnet_jax.setup import open_dataset
-from alexnet_jax.weights import RunError, Weights, WeightsError, read_native
+from alexnet_jax.weights import RunError, Weights, load_weights
 from alexnet_jax.weights.workdir import read_run
 
 __all__ = [
@@ -190,10 +189,7 @@ def open_run(workdir: str | Path, data_dir: str = "") -> Run:
     if not path.is_file():
         return Run(path, *read_run(path, data_dir), data_dir)
     sharding.all_devices()
-    try:
-        return Run(path, read_native(path), data_dir=data_dir)
-    except OSError as error:
-        raise WeightsError(f"{path} cannot be read: {one_line(error)}") from None
+    return Run(path, load_weights(path), data_dir=data_dir)
 
 
 @run_settings()

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
+BEFORE = ":pre"  # after the name of a layer: its output before the activation
 ACTIVATIONS = {"relu": jax.nn.relu, "tanh": jnp.tanh}
 
 

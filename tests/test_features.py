@@ -12,11 +12,12 @@ from networks import SMALL, images_of, small_params
 from PIL import Image
 from runners import ROOT
 
-from alexnet_jax import activations, extraction
-from alexnet_jax import features as command
-from alexnet_jax.feature_files import FeatureFileError
-from alexnet_jax.features import FeaturesError, features, open_images, write_features
-from alexnet_jax.layer_names import TORCHVISION
+from alexnet_jax import activations
+from alexnet_jax.features import __main__ as command
+from alexnet_jax.features import extraction, features
+from alexnet_jax.features.__main__ import FeaturesError, open_images, write_features
+from alexnet_jax.features.files import FeatureFileError
+from alexnet_jax.features.names import TORCHVISION
 from alexnet_jax.model import OUTPUTS
 from alexnet_jax.weights import read_workdir, write_native
 
@@ -210,7 +211,8 @@ def test_an_interrupted_file_is_resumed(opened, folder, tmp_path, capfd):
 
 def test_a_process_that_is_killed_leaves_a_file_that_is_resumed(trained, opened, folder, tmp_path):
     killing = (
-        "import os, signal, sys\nfrom alexnet_jax import features\nfrom alexnet_jax.feature_files import Writer\n"
+        "import os, signal, sys\nfrom alexnet_jax.features import __main__ as features\n"
+        "from alexnet_jax.features.files import Writer\n"
         "write = Writer.write\n"
         "def write_and_die(self, *rest):\n    write(self, *rest)\n    os.kill(os.getpid(), signal.SIGKILL)\n"
         "Writer.write = write_and_die\nfeatures.main()\n"

@@ -22,8 +22,8 @@ from alexnet_jax.data.dataset import Dataset
 from alexnet_jax.data.images import decode, read_image
 from alexnet_jax.data.source import open_source
 from alexnet_jax.errors import UserError, one_line
-from alexnet_jax.extraction import BATCH, extractor, features
-from alexnet_jax.feature_files import FAILED, SUFFIXES, Rows, open_writer
+from alexnet_jax.features.extraction import BATCH, extractor, features
+from alexnet_jax.features.files import FAILED, SUFFIXES, Rows, open_writer
 from alexnet_jax.preparation.sources import SYSTEM_NAMES
 from alexnet_jax.progress import Progress
 from alexnet_jax.run import Run, open_named_dataset, open_run

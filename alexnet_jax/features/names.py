@@ -1,8 +1,7 @@
 """The names of a network's outputs, those of torchvision and Caffe among them."""
 
-from alexnet_jax.variants import VARIANTS
+from alexnet_jax.variants import BEFORE, VARIANTS
 
-BEFORE = ":pre"  # after the name of a layer: its output before the activation
 # The modules of torchvision's alexnet. Dropout changes nothing in testing. `avgpool` and `classifier.0` have the values
 # of pool5 only where that is 6×6, as for images of 224×224.
 TORCHVISION = {

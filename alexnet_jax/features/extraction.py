@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from alexnet_jax.features.names import needs_full_size, output_name
 from alexnet_jax.inference import jit_forward
-from alexnet_jax.layer_names import BEFORE, needs_full_size, output_name
 from alexnet_jax.model import OUTPUTS, AlexNet
 from alexnet_jax.preprocess import Preprocess
 from alexnet_jax.runtime.jax_settings import run_settings
-from alexnet_jax.variants import LAYERS
+from alexnet_jax.variants import BEFORE, LAYERS
 
 BATCH = 32  # images
 
