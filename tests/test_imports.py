@@ -15,6 +15,8 @@ import alexnet_jax
 from absl.flags import FLAGS
 from jax._src import xla_bridge
 assert not xla_bridge.backends_are_initialized()
+assert "alexnet_jax.weights" not in sys.modules and "cv2" not in sys.modules
+assert callable(alexnet_jax.load_weights) and "alexnet_jax.weights" in sys.modules
 for module in pkgutil.walk_packages(alexnet_jax.__path__, "alexnet_jax."):
     if not module.name.endswith("beam"):
         __import__(module.name)

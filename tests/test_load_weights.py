@@ -49,6 +49,7 @@ TORCH_FILES = {
     "zip, prefixed": (weight_files.torch_zip, {"wrap": prefixed}),
     "legacy": (weight_files.torch_legacy, {}),
     "legacy, prefixed inside": (weight_files.torch_legacy, {"wrap": inner}),
+    "legacy, Python 2": (weight_files.torch_legacy, {"python2": True}),
     "safetensors": (weight_files.torch_safetensors, {}),
 }
 CAFFE_FILES = {
@@ -97,6 +98,24 @@ def test_torchs_files_are_read_bit_for_bit(tmp_path, name):
     inputs = np.asarray(weights.preprocess.center_crop(image), np.float64) / DEVIATION
     expected = (image / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
     np.testing.assert_allclose(inputs, expected[:, 16:240, 16:240], atol=1e-5)
+
+
+def test_a_zip_file_with_64_bit_sizes(tmp_path, monkeypatch):
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 100)
+    weight_files.torch_zip(tmp_path / "a.pth", TORCH)
+    content = (tmp_path / "a.pth").read_bytes()
+    assert b"PK\6\6" in content
+    (tmp_path / "a.pth").write_bytes(content[:-14] + b"\xff" * 12 + bytes(2))  # the sizes that do not fit
+    assert_equal_params({"fc7": load_weights(tmp_path / "a.pth").params["fc7"]}, {"fc7": TORCH["fc7"]})
+
+
+def test_a_changed_byte_in_a_zip_file_is_found(tmp_path):
+    weight_files.torch_zip(tmp_path / "a.pth", TORCH)
+    content = bytearray((tmp_path / "a.pth").read_bytes())
+    content[content.find(TORCH["conv2"]["bias"].tobytes())] ^= 1
+    (tmp_path / "a.pth").write_bytes(content)
+    with pytest.raises(WeightsError, match="another CRC-32"):
+        load_weights(tmp_path / "a.pth")
 
 
 @pytest.mark.parametrize("name", CAFFE_FILES)

@@ -77,7 +77,7 @@ class Saved:
         return sys.modules["torch._utils"]._rebuild_tensor_v2, (storage, 0, self.x.shape, strides, False, OrderedDict())
 
 
-class TorchPickler(pickle.Pickler):
+class TorchPickler(pickle._Pickler):
     """Pickles tensors as torch does, without torch."""
 
     def __init__(self, file, legacy):
@@ -89,6 +89,27 @@ class TorchPickler(pickle.Pickler):
             saved = obj.saved
             value = ("storage", sys.modules["torch"].FloatStorage, saved.key, "cpu", saved.x.size)
             return (*value, None) if self.legacy else value
+
+
+class Python2Pickler(pickle._Pickler):
+    """Pickles text and bytes as the one string type of Python 2."""
+
+    def save_string(self, value):
+        content = value.encode() if isinstance(value, str) else value
+        short = len(content) < 256
+        self.write((b"U" if short else b"T") + struct.pack("<B" if short else "<i", len(content)) + content)
+        self.memoize(value)
+
+    dispatch = pickle._Pickler.dispatch | {str: save_string, bytes: save_string}
+
+
+class Python2TorchPickler(TorchPickler, Python2Pickler):
+    """Pickles as torch in Python 2: an OrderedDict is made from a list of pairs."""
+
+    def reducer_override(self, obj):
+        if isinstance(obj, OrderedDict):
+            return OrderedDict, ([[key, value] for key, value in obj.items()],)
+        return NotImplemented
 
 
 def named(module, name):
@@ -135,7 +156,7 @@ def torch_zip(path, params, wrap=lambda state: state, compression=zipfile.ZIP_ST
 
 
 @with_torch_names
-def torch_legacy(path, params, wrap=lambda state: state):
+def torch_legacy(path, params, wrap=lambda state: state, python2=False):
     tensors = OrderedDict((key, Saved(str(i), x)) for i, (key, x) in enumerate(torch_keys(params).items()))
     with open(path, "wb") as file:
         sizes = {"short": 2, "int": 4, "long": 4}
@@ -143,8 +164,9 @@ def torch_legacy(path, params, wrap=lambda state: state):
             0x1950A86A20F9469CFC6C, 1001, {"protocol_version": 1001, "little_endian": True, "type_sizes": sizes}
         ):  # fmt: skip
             pickle.dump(value, file, protocol=2)
-        TorchPickler(file, legacy=True).dump(wrap(tensors))
-        pickle.dump([saved.key for saved in tensors.values()], file, protocol=2)
+        (Python2TorchPickler if python2 else TorchPickler)(file, legacy=True).dump(wrap(tensors))
+        keys = [saved.key for saved in tensors.values()]
+        (Python2Pickler if python2 else pickle.Pickler)(file, protocol=2).dump(keys)
         for saved in tensors.values():
             file.write(struct.pack("<q", saved.x.size) + saved.x.tobytes())
 
@@ -293,18 +315,6 @@ def toronto(path, params, protocol=None):
             np.save(file, layers, allow_pickle=True)
         else:
             pickle.dump(layers, file, protocol=protocol)
-
-
-class Python2Pickler(pickle._Pickler):
-    """Pickles text and bytes as the one string type of Python 2."""
-
-    def save_string(self, value):
-        content = value.encode() if isinstance(value, str) else value
-        short = len(content) < 256
-        self.write((b"U" if short else b"T") + struct.pack("<B" if short else "<i", len(content)) + content)
-        self.memoize(value)
-
-    dispatch = pickle._Pickler.dispatch | {str: save_string, bytes: save_string}
 
 
 def toronto_python2(path, params):

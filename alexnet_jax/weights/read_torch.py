@@ -14,7 +14,7 @@ from alexnet_jax.model import AlexNet, Stem
 from alexnet_jax.preprocess import Preprocess
 from alexnet_jax.weights.description import Source, Weights, WeightsError
 from alexnet_jax.weights.layouts import NAMES, check_names, constant_mean, params_of, widths
-from alexnet_jax.weights.pickles import read_pickle
+from alexnet_jax.weights.pickles import as_text, read_pickle
 from alexnet_jax.weights.stored import Region, Stored, stored
 from alexnet_jax.weights.zip_file import read_zip
 
@@ -146,7 +146,7 @@ def _tensor(view: View, offset: int, shape: tuple[int, ...], stride: tuple[int, 
 
 
 NAMES_IN_PICKLES = STORAGES | {
-    "collections.OrderedDict": lambda pairs=(): dict(pairs),
+    "collections.OrderedDict": lambda pairs=(): {as_text(key): value for key, value in pairs},
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
