@@ -45,7 +45,7 @@ def paper_sgd(
     Args:
       learning_rate: ε, or a schedule of the number of updates. A keyword `learning_rate` of `update` overrides it, so
         that a schedule that depends on the validation error can set ε.
-      momentum: the share of v that remains.
+      momentum: the momentum coefficient, of at least 0 and below 1.
       weight_decay: relative to ε.
       bias_rate, bias_decay: factors of ε and of the weight decay, for the leaves called `bias`.
 

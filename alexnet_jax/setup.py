@@ -35,7 +35,7 @@ class Setup:
       sizes: the number of examples of each split, by its use: `train`, `validate`, `test`.
       train_data, validation_data: the batches of the first two.
       test_split: the split for the final test, in TFDS's notation.
-      preprocess, model, optimizer: the functions that a train step is made of.
+      preprocess, model, optimizer: the parts of a train step.
       learning_rate: the schedule, as a function of the step and of `optimizer.Plateau`.
       seed: the source of every random number of the run.
       batch_size: images of a step, over all devices.

@@ -1,6 +1,6 @@
 """The mesh of devices and the sharding of arrays: the two GPUs of section 3.2, in addition to data parallelism.
 
-Images and labels are split over the axis `data`. Every kernel and bias, its gradient and its velocity are split over
+Images and labels are split over the axis `data`. Every kernel and bias, its gradient and its momentum are split over
 the axis `tower` along the output channels (units), and are never gathered; `model.AlexNet` gathers activations, at the
 layers that figure 2 of the paper connects to both towers.
 """

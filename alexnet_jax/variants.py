@@ -12,7 +12,7 @@ ACTIVATIONS = {"relu": jax.nn.relu, "tanh": jnp.tanh}
 class Variant(NamedTuple):
     """One published variant of the network; the defaults are the paper's.
 
-    `conv1` … `conv5` say what follows each convolution, in order: `relu` (the activation, whichever it is), `lrn`,
+    `conv1` … `conv5` list what follows each convolution, in order: `relu` (the activation, whichever it is), `lrn`,
     `contrast_norm` (the spatial normalization of the original code) and `pool`.
     """
 

@@ -243,7 +243,7 @@ def test_a_missing_file_of_a_split_is_named(tmp_path, streaming):
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("labels,words", [([-1] * 4, "without a label; training"), ([0, 1, -1, 1], "without a label")])
-def test_unlabelled_images_are_refused_for_training_and_testing_and_can_be_read(tmp_path, streaming, labels, words):
+def test_unlabeled_images_are_refused_for_training_and_testing_and_can_be_read(tmp_path, streaming, labels, words):
     dataset = Dataset(stored(tmp_path, pngs(), labels), streaming, 1)
     mesh = sharding.one_device()
     with pytest.raises(DataError, match=words):

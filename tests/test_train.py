@@ -77,7 +77,7 @@ def test_finished_folder_reports_its_result(learned, caplog):
     assert before == sorted((p, p.stat().st_mtime_ns) for p in folder.rglob("*"))
 
 
-def test_pictures_that_cannot_be_drawn_and_a_torn_line_cost_no_result(synthetic, tmp_path, monkeypatch, caplog):
+def test_pictures_that_cannot_be_drawn_and_an_incomplete_line_cost_no_result(synthetic, tmp_path, monkeypatch, caplog):
     config = tiny_config(num_train_steps=2, log_every=1)
     monkeypatch.setattr(train, "_test", lambda *arguments: None)  # interrupted after the last checkpoint
     train_and_evaluate(config, tmp_path)
@@ -89,7 +89,7 @@ def test_pictures_that_cannot_be_drawn_and_a_torn_line_cost_no_result(synthetic,
         result = train_and_evaluate(config, tmp_path)
     assert json.loads((tmp_path / "result.json").read_text()) == result
     assert "filters.png cannot be drawn (division by zero)" in caplog.text
-    assert "metrics.jsonl is torn; dropped" in caplog.text
+    assert "metrics.jsonl is incomplete; dropped" in caplog.text
     assert (tmp_path / "curves.png").exists() and (tmp_path / "confusion.png").exists()
 
 

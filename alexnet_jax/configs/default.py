@@ -70,5 +70,5 @@ def get_config() -> ml_collections.ConfigDict:
 
     # How often, in steps.
     c.log_every = 100
-    c.eval_every = 0  # validate and save; 0: once an epoch
+    c.eval_every = 0  # validate and save; 0: once per epoch
     return c

@@ -156,12 +156,12 @@ def _in_order(batch_size: int, step: int) -> np.ndarray:
 class Decoder:
     """Reads and decodes parts of batches; each worker has a copy of this object."""
 
-    def __init__(self, builder: tfds.core.DatasetBuilder, split: str, rows: np.ndarray | slice, labelled: bool = True):
-        """Open a split; `rows` are those of each batch, and `labelled` whether an image without a label is an error."""
-        if labelled:
+    def __init__(self, builder: tfds.core.DatasetBuilder, split: str, rows: np.ndarray | slice, labeled: bool = True):
+        """Open a split; `rows` are those of each batch, and `labeled` whether an image without a label is an error."""
+        if labeled:
             check_first_label(builder, split)
         self.records = open_source(builder, split).data_source  # without TFDS's parser, which is slow
-        self.classes = builder.info.features["label"].num_classes if labelled else None
+        self.classes = builder.info.features["label"].num_classes if labeled else None
         self.name, self.folder, self.split = builder.name, str(builder.data_path), split
         self.shape, self.rows = image_shape(builder), rows
         self.part_size = max(1, PART_BYTES // math.prod(self.shape))  # rows
@@ -377,7 +377,7 @@ class StreamedBatches:
 
 def images(builder: tfds.core.DatasetBuilder, split: str, workers: int = 0) -> Iterator[np.ndarray]:
     """Yield all images of a split in their order, in arrays uint8 [N, H, W, C]."""
-    decoder, size = Decoder(builder, split, slice(None), labelled=False), split_size(builder, split)
+    decoder, size = Decoder(builder, split, slice(None), labeled=False), split_size(builder, split)
     batches = decoded_batches(range(-(-size // 128)), partial(_in_order, 128), decoder, workers)
     for start, (part, _) in zip(range(0, size, 128), batches, strict=True):
         yield part[: size - start].copy()

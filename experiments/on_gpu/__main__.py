@@ -149,7 +149,7 @@ def main() -> None:
     print("\n" + json.dumps({name: step["outcome"] for name, step in record["steps"].items()}), flush=True)
     failed = [name for name, step in record["steps"].items() if step.get("exit_code", 1) not in (0, -15, 143)]
     if failed:
-        sys.exit(f"Error: failed or skipped: {', '.join(failed)}; {flags.workdir / 'on_gpu.json'} says why")
+        sys.exit(f"Error: failed or skipped: {', '.join(failed)}; see {flags.workdir / 'on_gpu.json'}")
 
 
 if __name__ == "__main__":
