@@ -1,4 +1,4 @@
-"""A checked config becomes one frozen dataclass, `Setup`; no module below this one reads a config."""
+"""A checked config becomes one frozen dataclass, `Setup`; below it, `config` alone reads a config."""
 
 import logging
 from collections.abc import Callable, Iterable

@@ -10,7 +10,7 @@ import synthetic_data
 from runners import assert_same_state, corrupt, largest_file, losses, saved_state, tiny_config
 from tensorboardX.proto.event_pb2 import Event
 
-from alexnet_jax import data, train
+from alexnet_jax import data, report, train
 from alexnet_jax.config import ConfigError
 from alexnet_jax.configs import cifar10, fashion_mnist_224
 from alexnet_jax.train import DivergedError, train_and_evaluate
@@ -79,12 +79,12 @@ def test_finished_folder_reports_its_result(learned, caplog):
 
 def test_pictures_that_cannot_be_drawn_and_an_incomplete_line_cost_no_result(synthetic, tmp_path, monkeypatch, caplog):
     config = tiny_config(num_train_steps=2, log_every=1)
-    monkeypatch.setattr(train, "_test", lambda *arguments: None)  # interrupted after the last checkpoint
+    monkeypatch.setattr(train, "final_test", lambda *arguments: None)  # interrupted after the last checkpoint
     train_and_evaluate(config, tmp_path)
     monkeypatch.undo()
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 3, "train_lo')
-    monkeypatch.setattr(train.plots, "plot_filters", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(report.plots, "plot_filters", lambda *arguments: 1 / 0)
     with caplog.at_level(logging.WARNING):
         result = train_and_evaluate(config, tmp_path)
     assert json.loads((tmp_path / "result.json").read_text()) == result
@@ -121,7 +121,7 @@ def test_parameters_that_were_killed_in_their_validation_and_are_corrupt_fall_ba
     config = tiny_config(num_train_steps=2, eval_every=1)
     train_and_evaluate(config, tmp_path / "uninterrupted")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "_test", lambda *arguments: None)
+        patch.setattr(train, "final_test", lambda *arguments: None)
         patch.setattr(train.shutil, "rmtree", lambda *arguments, **options: None)
         train_and_evaluate(config, tmp_path / "stopped")
     shutil.rmtree(tmp_path / "stopped" / "checkpoints" / "2")

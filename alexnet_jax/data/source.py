@@ -15,6 +15,7 @@ from alexnet_jax.data import fashion_mnist
 from alexnet_jax.errors import UserError, one_line
 from alexnet_jax.runtime.files import lock, raise_open_files_limit, user_path
 
+TFDS_BUILD = "tensorflow apache-beam mlcroissant"  # what `tfds build` imports
 STATISTICS = "statistics.npz"  # the mean image and the RGB covariance, which `prepare` writes into a data set's folder
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ def how_to_build(name: str, data_dir: Path) -> tuple[str, str]:
       tfds.core.registered.DatasetNotFoundError: TFDS has no such data set.
     """
     instructions = " ".join((tfds.builder_cls(name).MANUAL_DOWNLOAD_INSTRUCTIONS or "").split())
-    command = f'pip install -e ".[tfds]" && tfds build {name} --file_format=array_record --data_dir={data_dir}'
+    command = f"pip install {TFDS_BUILD} && tfds build {name} --file_format=array_record --data_dir={data_dir}"
     return (f"{command} --manual_dir=ARCHIVES", f" ({instructions})") if instructions else (command, "")
 
 

@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding
 from tensorflow_datasets.proto import tf_example_pb2
 
 from alexnet_jax import sharding
-from alexnet_jax.data.batch import Batch
+from alexnet_jax.data.batch import Batch, steps_per_epoch
 from alexnet_jax.data.images import decode
 from alexnet_jax.data.source import (
     DataError,
@@ -143,7 +143,7 @@ class Shuffled:
         self.size, self.batch_size, self.seed, self.epoch = size, batch_size, seed, -1
 
     def __call__(self, step: int) -> np.ndarray:
-        epoch, batch = divmod(step, self.size // self.batch_size)
+        epoch, batch = divmod(step, steps_per_epoch(self.size, self.batch_size))
         if epoch != self.epoch:  # Grain's own shuffle is slow
             self.epoch, self.order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.size)
         return self.order[batch * self.batch_size : (batch + 1) * self.batch_size]
@@ -328,7 +328,7 @@ class StreamedData:
         """Open a split; `workers` are the processes that decode, 0 for one per core and at most `MAX_WORKERS`."""
         self.builder, self.split, self.workers = builder, split, workers
         self.size, self.batch_size, self.mesh = split_size(builder, split), batch_size, mesh
-        self.steps_per_epoch = self.size // batch_size  # the remainder is dropped, other examples each epoch
+        self.steps_per_epoch = steps_per_epoch(self.size, batch_size)
         self.image_shape = image_shape(builder)
         self._decoder = Decoder(builder, split, _rows(mesh, batch_size))
         self._next = -1
