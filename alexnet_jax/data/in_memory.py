@@ -14,6 +14,7 @@ from alexnet_jax import sharding
 from alexnet_jax.data.batch import Batch, steps_per_epoch
 from alexnet_jax.data.images import decode
 from alexnet_jax.data.source import DataError, open_source, split_size, unreadable
+from alexnet_jax.runtime.imports import unchanged_logging
 
 
 class Examples(NamedTuple):
@@ -23,6 +24,7 @@ class Examples(NamedTuple):
     labels: np.ndarray  # int32 [N]
 
 
+@unchanged_logging()
 def load(builder: tfds.core.DatasetBuilder, split: str) -> Examples:
     """Return a split, in TFDS's notation ("train[:1000]"), read into memory.
 

@@ -14,6 +14,7 @@ import tensorflow_datasets as tfds
 from alexnet_jax.data import fashion_mnist
 from alexnet_jax.errors import UserError, one_line
 from alexnet_jax.runtime.files import lock, raise_open_files_limit, user_path
+from alexnet_jax.runtime.imports import unchanged_logging
 
 TFDS_BUILD = "tensorflow apache-beam mlcroissant"  # what `tfds build` imports
 STATISTICS = "statistics.npz"  # the mean image and the RGB covariance, which `prepare` writes into a data set's folder
@@ -64,6 +65,7 @@ def _how_to_prepare(name: str, folder: Path) -> str:
     return " && ".join(commands) + note
 
 
+@unchanged_logging()
 def open_builder(name: str, data_dir: str = "", source_dir: str = "") -> tfds.core.DatasetBuilder:
     """Return the TFDS builder of a prepared data set; Fashion-MNIST is prepared first if necessary.
 

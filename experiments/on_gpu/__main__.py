@@ -22,7 +22,6 @@ import jax
 from alexnet_jax.runtime.files import write_json
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = ROOT / "alexnet_jax" / "configs"
 GRACE_S = 8  # between SIGTERM, at which a training saves a checkpoint, and SIGKILL
 
 
@@ -36,7 +35,7 @@ class Step(NamedTuple):
 
 
 def training(config: str, *flags: str) -> tuple[str, ...]:
-    return ("alexnet_jax.main", f"--config={CONFIGS / config}.py", "--config.data_dir={data_dir}", *flags)
+    return ("alexnet_jax.main", f"--config={config}", "--config.data_dir={data_dir}", *flags)
 
 
 TINY = (
