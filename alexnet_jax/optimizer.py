@@ -103,7 +103,7 @@ def paper_sgd(
 
 def _check(name: str, value: Any, also: str = "", limit: float = math.inf) -> None:
     """Raise ValueError unless a number is at least 0 and below `limit`; an array may be traced, and is not checked."""
-    if not isinstance(value, jax.Array | np.ndarray) and not (isinstance(value, Real) and 0 <= value < limit):
+    if not isinstance(value, jax.Array | np.ndarray) and not (isinstance(value, Real) and 0 <= float(value) < limit):
         raise ValueError(f"paper_sgd: {name}={value!r}: expected a number of at least 0{also}")
 
 

@@ -55,8 +55,7 @@ def _small(value: Any) -> Any:
 
 
 def table(results: Path = RESULTS) -> str:
-    """Return a row for each claim with its result, or that it has none yet, then the commands with their budgets, and the
-    pictures."""
+    """Return a row for each claim with its result, or that it has none yet, then the commands and the pictures."""
     rows, notes, pictures = [], [], []
     for name, module in EXPERIMENTS.items():
         path = results / f"{name}.json"
@@ -66,7 +65,7 @@ def table(results: Path = RESULTS) -> str:
             experiment = f"[{name}](results/{name}.png)"
             notes.append(
                 f"- `python -m experiments.{name} --workdir DIR --budget={document['budget']} "
-                f"--seeds={document['seeds']}`: {document['of_budget']}, "
+                f"--seeds={document['seeds']}`: {document['budget']} budget ({document['of_budget']}), {document['seeds']} seeds, "
                 f"{document['device']}, {document['seconds'] / 60:.0f} min, {document['date']}"
             )
             pictures.append(f"![{module.__doc__.split(':')[0]}](results/{name}.png)")

@@ -62,7 +62,8 @@ def test_unknown_and_unprepared_data_sets(tmp_path):
 @pytest.mark.parametrize("dataset,words", [
     ("imagenet2012_256", r"once: pip install tensorflow apache-beam mlcroissant && "
      r"tfds build imagenet2012 --file_format=array_record --data_dir={folder} --manual_dir=ARCHIVES && "
-     r"python -m alexnet_jax.prepare --dataset imagenet2012 --data_dir {folder} --out {folder} \(manual_dir should contain two files: ILSVRC2012_img_train.tar and"),
+     r"python -m alexnet_jax.prepare --dataset imagenet2012 --data_dir {folder} --out {folder} "
+     r"\(manual_dir should contain two files: ILSVRC2012_img_train.tar and"),
     ("mine_256", r"once: python -m alexnet_jax.prepare --dataset mine --data_dir IMAGES --out {folder} \(IMAGES is"),
     ("imagenet2012", r"once: pip install .* --manual_dir=ARCHIVES \(manual_dir should"),
 ])  # fmt: skip

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -91,6 +92,25 @@ def test_pictures_that_cannot_be_drawn_and_an_incomplete_line_cost_no_result(syn
     assert "filters.png cannot be drawn (division by zero)" in caplog.text
     assert "metrics.jsonl is incomplete; dropped" in caplog.text
     assert (tmp_path / "curves.png").exists() and (tmp_path / "confusion.png").exists()
+
+
+def test_images_per_s_is_the_speed_of_the_steps_alone(synthetic, tmp_path, monkeypatch):
+    config, validate = tiny_config(num_train_steps=5, eval_every=2, log_every=1), train._validate
+
+    def slow_validation(*arguments):
+        time.sleep(1)
+        return validate(*arguments)
+
+    monkeypatch.setattr(train, "_validate", slow_validation)
+    result = train_and_evaluate(config, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rates = {line["step"]: line["images_per_s"] for line in lines if "images_per_s" in line}
+    steps = np.diff([0, *rates])
+    seconds = sum(n * config.batch_size / rate for n, rate in zip(steps, rates.values(), strict=True))
+    assert sum(steps) == 5
+    assert 5 * config.batch_size / result["images_per_s"] == pytest.approx(seconds, rel=0.01)
+    assert result["seconds"] > seconds + 3  # three validations
+    assert "images/s in training" in report.result_table(result)
 
 
 @pytest.mark.parametrize("fails_at", [3, 4])  # between two lines of metrics, at the end
