@@ -200,8 +200,8 @@ class AlexNet(nn.Module):
         check_tower_devices(self, tower_devices(self.tower_axis))
         variant = VARIANTS[self.variant]
 
-        # Section 3.5. `then`: activation, LRN and pooling in the variant's order. Comments: the paper's operations and sizes
-        # (summed over the towers, after the convolution → after pooling).
+        # Section 3.5. `then`: activation, LRN and pooling in the variant's order. Comments: the paper's operations and
+        # sizes (summed over the towers, after the convolution → after pooling).
         x = [images.astype(self.dtype)]  # 224×224×3
         x = self._conv("conv1", x, *self.stem, then=variant.conv1)  # ReLU, LRN, pooling: 55×55×96 → 27×27×96
         x = self._conv("conv2", x, 5, padding=2, then=variant.conv2)  # ReLU, LRN, pooling: 27×27×256 → 13×13×256

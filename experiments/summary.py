@@ -65,8 +65,8 @@ def table(results: Path = RESULTS) -> str:
             experiment = f"[{name}](results/{name}.png)"
             notes.append(
                 f"- `python -m experiments.{name} --workdir DIR --budget={document['budget']} "
-                f"--seeds={document['seeds']}`: {document['budget']} budget ({document['of_budget']}), {document['seeds']} seeds, "
-                f"{document['device']}, {document['seconds'] / 60:.0f} min, {document['date']}"
+                f"--seeds={document['seeds']}`: {document['budget']} budget ({document['of_budget']}), "
+                f"{document['seeds']} seeds, {document['device']}, {document['seconds'] / 60:.0f} min, {document['date']}"
             )
             pictures.append(f"![{module.__doc__.split(':')[0]}](results/{name}.png)")
         for claim in module.CLAIMS:

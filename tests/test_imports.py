@@ -30,6 +30,7 @@ data.load(data.open_builder("synthetic", sys.argv[1]), "test[:10]")
 assert "tensorflow" not in sys.modules
 assert logging.root.handlers == []
 from alexnet_jax.sharding import make_mesh
+os.environ.pop("PJRT_NPROC", None)  # of the tests
 make_mesh(cpu_devices=2)
 assert "PJRT_NPROC" not in os.environ
 """
