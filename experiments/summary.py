@@ -66,7 +66,8 @@ def table(results: Path = RESULTS) -> str:
             notes.append(
                 f"- `python -m experiments.{name} --workdir DIR --budget={document['budget']} "
                 f"--seeds={document['seeds']}`: {document['budget']} budget ({document['of_budget']}), "
-                f"{document['seeds']} seeds, {document['device']}, {document['seconds'] / 60:.0f} min, {document['date']}"
+                f"{document['seeds']} seeds, {document['device']}, {document['seconds'] / 60:.0f} min, "
+                f"{document['date']}"
             )
             pictures.append(f"![{module.__doc__.split(':')[0]}](results/{name}.png)")
         for claim in module.CLAIMS:

@@ -18,6 +18,7 @@ from runners import ROOT, SHARD, files_of
 from synthetic_data import encoded, photograph
 
 from alexnet_jax import data
+from alexnet_jax import prepare as prepare_command
 from alexnet_jax.configs import imagenet2012
 from alexnet_jax.data.dataset import Dataset
 from alexnet_jax.data.images import to_jpeg, to_square
@@ -358,3 +359,14 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert prepare("small", "~/images", "~/out", workers=1) == tmp_path / "out" / "small_256" / "1.0.0"
     assert not Path("~").exists()
+
+
+@pytest.mark.parametrize("program,expected", [
+    ("/env/bin/alexnet-prepare", "usage: alexnet-prepare "),
+    (str(ROOT / "alexnet_jax" / "prepare.py"), "usage: python -m alexnet_jax.prepare "),
+])  # fmt: skip
+def test_the_help_names_the_command_as_it_was_called(program, expected, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [program, "--help"])
+    with pytest.raises(SystemExit):
+        prepare_command.main()
+    assert capsys.readouterr().out.startswith(expected)
