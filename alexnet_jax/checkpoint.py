@@ -18,7 +18,7 @@ from jax import lax
 
 from alexnet_jax.errors import UserError, one_line
 from alexnet_jax.runtime import distributed
-from alexnet_jax.runtime.imports import import_quietly
+from alexnet_jax.runtime.imports import import_quietly, unchanged_logging
 from alexnet_jax.runtime.signals import Stopped
 
 ocp = import_quietly("orbax.checkpoint")
@@ -75,6 +75,7 @@ def newest_step(folder: Path) -> int | None:
     return max((int(path.name) for path in folder.glob("*") if path.name.isdigit()), default=None)
 
 
+@unchanged_logging()
 def read_checkpoint(path: Path, like: Any) -> tuple[Any, dict[str, Any]]:
     """Return a checkpoint's tree and its dict of plain values.
 

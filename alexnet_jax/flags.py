@@ -1,4 +1,4 @@
-"""Errors of the flags --config=FILE and --config.FIELD=VALUE, in one line."""
+"""The flags --config=NAME, --config=FILE and --config.FIELD=VALUE, and their errors in one line."""
 
 import difflib
 import functools
@@ -39,12 +39,34 @@ def without_none(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return [argument for argument in argv if not pattern.fullmatch(argument)], fields
 
 
+def config_names() -> list[str]:
+    """Return the names of the package's configs, which `--config` takes."""
+    return sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem not in ("__init__", "default"))
+
+
+def config_file(value: str) -> str:
+    """Return the file of a value of `--config`: of NAME or NAME:VARIANT that of the package, otherwise the value."""
+    name, *variant = value.split(":")
+    return ":".join([str(CONFIGS / f"{name}.py"), *variant]) if name in config_names() else value
+
+
+def with_config_file(argv: Sequence[str]) -> list[str]:
+    """Return the command line with the file of `--config`, as `config_file` names it."""
+    argv = list(argv)
+    for i, argument in enumerate(argv):
+        if match := re.fullmatch(r"(--?config)=(.*)", argument):
+            argv[i] = f"{match[1]}={config_file(match[2])}"
+        elif argument in ("--config", "-config") and i + 1 < len(argv):
+            argv[i + 1] = config_file(argv[i + 1])
+    return argv
+
+
 def flag_error(error: Exception, argv: Sequence[str]) -> str:
     """Return the text of an error of absl or ml_collections on one line, with what was expected.
 
     Args:
       error: one of `FLAG_ERRORS`.
-      argv: the command line that raised it.
+      argv: the command line that raised it, as it was given.
     """
     if isinstance(error, AttributeError | KeyError):
         return _unknown_field_error(error, argv)
@@ -60,20 +82,20 @@ def flag_error(error: Exception, argv: Sequence[str]) -> str:
             return f"config.{name}={text!r}: expected its fields, {fields}"
         return f"config.{name}={text!r}: expected {_TYPES[field_type]}"
     if match := re.match(r"Found (--config\.[\w.]+)=", message):
-        return f"{match[1]} is before --config; give --config=FILE first, then its fields"
-    path = _config_path(argv)
+        return f"{match[1]} is before --config; give --config first, then its fields"
+    value = _config_value(argv)
+    path = config_file(value)
     if isinstance(error, ImportError | NameError):
-        return f"--config={path}: {message}"
+        return f"--config={value}: {message}"
     if message.startswith(("flag --config=", "Configuration is not available")):
         reason = re.split(r"Error: |path\]: |failure to load: ", message)[-1]  # the last line of a traceback
         reason = reason.removeprefix(path).lstrip().removeprefix(f"{Path(path).name}: ")
         reason = re.sub(r"^\[Errno \d+\] ", "", reason).removesuffix(f": {path!r}")
-        configs = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.py") if p.stem not in ("__init__", "default")))
-        return f"--config={path}: {reason} (the configs in {CONFIGS} are {configs})"
+        return f"--config={value}: {reason} (expected a file or one of {', '.join(config_names())})"
     return message
 
 
-def _config_path(argv: Sequence[str]) -> str:
+def _config_value(argv: Sequence[str]) -> str:
     """Return the value of the flag --config, "" if there is none."""
     for argument, following in zip(argv, [*argv[1:], ""], strict=True):
         if match := re.fullmatch(r"--?config(=(.*))?", argument):
@@ -87,7 +109,7 @@ def _unknown_field_error(error: Exception, argv: Sequence[str]) -> str:
     names = [name for name in re.findall(r"--config\.([\w.]+)", " ".join(argv)) if name not in fields]
     if not names:
         reason = one_line(error).removeprefix("module 'config_config' ")
-        return f"--config={_config_path(argv)}: {reason}; expected a Python file with a function get_config"
+        return f"--config={_config_value(argv)}: {reason}; expected a Python file with a function get_config"
     parent, _, field = names[0].rpartition(".")
     names_by_field = {name.rpartition(".")[2]: name for name in fields if parent in ("", name.rpartition(".")[0])}
     names_by_field = names_by_field or {name: name for name in fields}

@@ -1,4 +1,4 @@
-"""Train and test: python -m alexnet_jax.main --workdir RUN [--config=FILE] [--config.FIELD=VALUE …]
+"""Train and test: python -m alexnet_jax.main --workdir RUN [--config=NAME] [--config.FIELD=VALUE …]
 
 In one process or in several: those that JAX detects on a cluster, or those of --coordinator_address, --num_processes
 and --process_id.
@@ -14,7 +14,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from alexnet_jax.errors import UserError
-from alexnet_jax.flags import CONFIGS, FLAG_ERRORS, flag_error, without_none
+from alexnet_jax.flags import FLAG_ERRORS, config_file, config_names, flag_error, with_config_file, without_none
 from alexnet_jax.runtime.huge_pages import use_huge_pages
 from alexnet_jax.runtime.output import escape_output
 
@@ -23,7 +23,8 @@ EXIT_S = 1.5  # after a signal, a compilation may take so long
 
 def _parse_flags(argv: list[str]) -> list[str]:
     """Define the flags and parse them; defining --config reads the command line already."""
-    argv, none_fields = without_none(argv)
+    given, none_fields = without_none(argv)
+    argv = with_config_file(given)
     try:
         flags.DEFINE_string("workdir", None, "The run's working directory: created, or resumed from.", required=True)
         flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0; all processes connect to it.")
@@ -37,8 +38,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
             "$JAX_COMPILATION_CACHE_DIR, or else alexnet_jax in the user's cache folder.",
         )  # fmt: skip
         config_flags.DEFINE_config_file(
-            "config", str(CONFIGS / "fashion_mnist.py"), "A config; --config.FIELD=VALUE sets one field of it.",
-            sys_argv=argv,
+            "config", config_file("fashion_mnist"), f"One of {', '.join(config_names())}, or a file of your own; "
+            "--config.FIELD=VALUE sets one field of it.", sys_argv=argv,
         )  # fmt: skip
         for flag in flags.FLAGS.get_key_flags_for_module(__name__):  # --help shows those of the script, `alexnet-train`
             flags.FLAGS.register_key_flag_for_module(argv[0], flag)
@@ -46,7 +47,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
         flags.FLAGS.config.to_dict()  # raises here if the file could not be read
         flags.FLAGS.config.update(dict.fromkeys(none_fields))
     except FLAG_ERRORS as error:
-        sys.exit(f"Error: {flag_error(error, argv)}")
+        sys.exit(f"Error: {flag_error(error, given)}")
     if len(rest) > 1:
         sys.exit(f"Error: unexpected argument {rest[1]!r}; flags begin with --, as in --config.batch_size=64")
     return rest

@@ -14,7 +14,7 @@ from alexnet_jax.runtime.files import finite, read_json_lines, replaced
 
 
 class Metrics:
-    """`metrics.jsonl`, one object a line with its step, and the same values as TensorBoard events; from process 0."""
+    """`metrics.jsonl`, one object per line with its step, and the same values as TensorBoard events; from process 0."""
 
     def __init__(self, workdir: Path, step: int, validated: bool = True):
         """Open both; what an interrupted run wrote after `step` is dropped, since it will be written again.

@@ -200,18 +200,18 @@ class AlexNet(nn.Module):
         check_tower_devices(self, tower_devices(self.tower_axis))
         variant = VARIANTS[self.variant]
 
-        # Section 3.5. `then`: activation, LRN and pooling in the variant's order. Sizes: of the paper's network, summed
-        # over the towers, after the convolution → after pooling.
+        # Section 3.5. `then`: activation, LRN and pooling in the variant's order. Comments: the paper's operations and
+        # sizes (summed over the towers, after the convolution → after pooling).
         x = [images.astype(self.dtype)]  # 224×224×3
-        x = self._conv("conv1", x, *self.stem, then=variant.conv1)  # 55×55×96 → 27×27×96
-        x = self._conv("conv2", x, 5, padding=2, then=variant.conv2)  # 27×27×256 → 13×13×256
-        x = self._conv("conv3", x, 3, padding=1, gather=True, then=variant.conv3)  # from both towers: 13×13×384
-        x = self._conv("conv4", x, 3, padding=1, then=variant.conv4)  # 13×13×384
-        x = self._conv("conv5", x, 3, padding=1, then=variant.conv5)  # 13×13×256 → 6×6×256
+        x = self._conv("conv1", x, *self.stem, then=variant.conv1)  # ReLU, LRN, pooling: 55×55×96 → 27×27×96
+        x = self._conv("conv2", x, 5, padding=2, then=variant.conv2)  # ReLU, LRN, pooling: 27×27×256 → 13×13×256
+        x = self._conv("conv3", x, 3, padding=1, gather=True, then=variant.conv3)  # from both towers; ReLU: 13×13×384
+        x = self._conv("conv4", x, 3, padding=1, then=variant.conv4)  # ReLU: 13×13×384
+        x = self._conv("conv5", x, 3, padding=1, then=variant.conv5)  # ReLU, pooling: 13×13×256 → 6×6×256
         if convolutions_only:
             return jnp.concatenate(x, axis=-1)
-        x = self._dense("fc6", x, train)  # from both towers: 4096, with activation and dropout
-        x = self._dense("fc7", x, train)  # from both towers: 4096, with activation and dropout
+        x = self._dense("fc6", x, train)  # from both towers; ReLU, dropout: 4096
+        x = self._dense("fc7", x, train)  # from both towers; ReLU, dropout: 4096
         logits = Dense(gather_outputs=True, **self._fields("fc8"))(x)  # from both towers: 1000
 
         self._record("fc8", [logits])

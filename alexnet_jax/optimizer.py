@@ -1,9 +1,12 @@
 """The loss, the paper's stochastic gradient descent, and its learning-rate schedule (section 5)."""
 
+import math
+from numbers import Real
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 
@@ -45,12 +48,16 @@ def paper_sgd(
     Args:
       learning_rate: ε, or a schedule of the number of updates. A keyword `learning_rate` of `update` overrides it, so
         that a schedule that depends on the validation error can set ε.
-      momentum: the share of v that remains.
+      momentum: the momentum coefficient, of at least 0 and below 1.
       weight_decay: relative to ε.
       bias_rate, bias_decay: factors of ε and of the weight decay, for the leaves called `bias`.
 
     Returns:
-      The transformation, for `optax.apply_updates`; `update` raises ValueError without the parameters.
+      The transformation, for `optax.apply_updates`. v and the updates have the dtype of the parameters. `update` raises
+      ValueError without the parameters.
+
+    Raises:
+      ValueError: a number that is negative or not finite, or a momentum of 1 or more.
 
     >>> import jax.numpy as jnp
     >>> import optax
@@ -61,6 +68,11 @@ def paper_sgd(
     [0.989995]
     """
     scheduled = callable(learning_rate)
+    if not scheduled:
+        _check("learning_rate", learning_rate, ", or a schedule")
+    for name, factor in dict(weight_decay=weight_decay, bias_rate=bias_rate, bias_decay=bias_decay).items():
+        _check(name, factor)
+    _check("momentum", momentum, " and below 1", limit=1)
 
     def init(params):
         velocity = jax.tree.map(jnp.zeros_like, params)
@@ -76,10 +88,10 @@ def paper_sgd(
             learning_rate = constant_or_schedule(state.count) if scheduled else constant_or_schedule
 
         def new_velocity(path, v, g, w):
-            is_bias = path[-1] == jax.tree_util.DictKey("bias")
+            is_bias = path[-1:] == (jax.tree_util.DictKey("bias"),)
             rate, decay = (bias_rate, bias_decay) if is_bias else (1.0, 1.0)
             rate *= learning_rate
-            return momentum * v - decay * weight_decay * rate * w - rate * g
+            return (momentum * v - decay * weight_decay * rate * w - rate * g).astype(v.dtype)
 
         velocity = jax.tree.map_with_path(new_velocity, state.velocity, gradients, params)
         if scheduled:
@@ -87,6 +99,12 @@ def paper_sgd(
         return velocity, PaperSgdState(velocity)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check(name: str, value: Any, also: str = "", limit: float = math.inf) -> None:
+    """Raise ValueError unless a number is at least 0 and below `limit`; an array may be traced, and is not checked."""
+    if not isinstance(value, jax.Array | np.ndarray) and not (isinstance(value, Real) and 0 <= float(value) < limit):
+        raise ValueError(f"paper_sgd: {name}={value!r}: expected a number of at least 0{also}")
 
 
 class Plateau(NamedTuple):

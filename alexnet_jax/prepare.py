@@ -12,7 +12,7 @@ from types import FrameType
 
 from alexnet_jax.errors import errors_on_one_line
 from alexnet_jax.preparation.local import prepare
-from alexnet_jax.runtime.output import escape_output
+from alexnet_jax.runtime.output import command_name, escape_output
 from alexnet_jax.runtime.signals import STOP_SIGNALS
 
 
@@ -25,7 +25,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(
-        prog="python -m alexnet_jax.prepare", description="Prepare a data set for training (section 2)."
+        prog=command_name("alexnet_jax.prepare"), description="Prepare a data set for training (section 2)."
     )
     parser.add_argument("--dataset", required=True, help="a TFDS data set in --data_dir, or a name for a folder")
     parser.add_argument("--data_dir", required=True, help="where TFDS keeps data sets, or a folder split/class/image")

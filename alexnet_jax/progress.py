@@ -7,8 +7,8 @@ from tqdm import tqdm
 
 
 def title(name: str) -> str:
-    """Return the name of a value as a person reads it: `images_per_s` is images/s."""
-    return name.replace("_per_", "/").replace("_", " ")
+    """Return the name of a value as a person reads it: `images_per_s` is images/s, `top1` top-1."""
+    return name.replace("_per_", "/").replace("_", " ").replace("top1", "top-1").replace("top5", "top-5")
 
 
 class Progress:

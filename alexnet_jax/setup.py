@@ -1,4 +1,4 @@
-"""A checked config becomes one frozen dataclass, `Setup`; no module below this one reads a config."""
+"""A checked config becomes one frozen dataclass, `Setup`; below it, `config` alone reads a config."""
 
 import logging
 from collections.abc import Callable, Iterable
@@ -36,7 +36,7 @@ class Setup:
       sizes: the number of examples of each split, by its use: `train`, `validate`, `test`.
       train_data, validation_data: the batches of the first two.
       test_split: the split for the final test, in TFDS's notation.
-      preprocess, model, optimizer: the functions that a train step is made of.
+      preprocess, model, optimizer: the parts of a train step.
       learning_rate: the schedule, as a function of the step and of `optimizer.Plateau`.
       seed: the source of every random number of the run.
       batch_size: images of a step, over all devices.

@@ -1,6 +1,6 @@
 """The mesh of devices and the sharding of arrays: the two GPUs of section 3.2, in addition to data parallelism.
 
-Images and labels are split over the axis `data`. Every kernel and bias, its gradient and its velocity are split over
+Images and labels are split over the axis `data`. Every kernel and bias, its gradient and its momentum are split over
 the axis `tower` along the output channels (units), and are never gathered; `model.AlexNet` gathers activations, at the
 layers that figure 2 of the paper connects to both towers.
 """
@@ -49,11 +49,9 @@ def make_mesh(data: int = -1, tower: int = 1, cpu_devices: int = 1) -> Mesh:
     """
     check_axes(data, tower, cpu_devices)
     if cpu_devices > 1:
-        # A device that waits in a collective holds a thread of XLA's pool. With only one thread per core two devices
-        # can wait for each other until XLA aborts.
-        os.environ.setdefault("PJRT_NPROC", str(available_cores() + cpu_devices))
         with contextlib.suppress(RuntimeError):  # the backend is running (a notebook): use its devices
             jax.config.update("jax_num_cpu_devices", cpu_devices)
+        _start_backend(threads=available_cores() + cpu_devices)
     devices = all_devices()
     if data == -1 and len(devices) % tower == 0:
         data = len(devices) // tower
@@ -68,6 +66,21 @@ def make_mesh(data: int = -1, tower: int = 1, cpu_devices: int = 1) -> Mesh:
             f"{jax.process_count()} processes; expected data × tower to equal that number"
         )
     return Mesh(np.array(devices[: data * tower]).reshape(data, tower), (DATA, TOWER))
+
+
+def _start_backend(threads: int) -> None:
+    """Start JAX's backend with so many threads for its CPU devices, unless $PJRT_NPROC has another number.
+
+    A device that waits in a collective holds a thread of XLA's pool. With only one thread per core two devices can wait
+    for each other until XLA aborts.
+    """
+    unset = "PJRT_NPROC" not in os.environ
+    os.environ.setdefault("PJRT_NPROC", str(threads))
+    try:
+        all_devices()  # starts the backend, which reads the variable once
+    finally:
+        if unset:
+            del os.environ["PJRT_NPROC"]
 
 
 def all_devices() -> list[jax.Device]:

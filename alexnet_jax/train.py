@@ -1,4 +1,4 @@
-"""The training loop (section 5) and the files of the run's working directory."""
+"""The training loop (section 5): resuming, steps, validations and checkpoints."""
 
 import contextlib
 import logging
@@ -14,29 +14,26 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 
-from alexnet_jax import plots, sharding
+from alexnet_jax import sharding
 from alexnet_jax.checkpoint import CheckpointError, Checkpoints, newest_step
 from alexnet_jax.config import as_json, check_config
 from alexnet_jax.data.batch import Batch
-from alexnet_jax.errors import UserError, one_line
-from alexnet_jax.inference import Network, batch_size, evaluate
+from alexnet_jax.errors import UserError
+from alexnet_jax.inference import Network, evaluate
 from alexnet_jax.metrics import Metrics
 from alexnet_jax.optimizer import plateau_update
-from alexnet_jax.progress import Progress, title
+from alexnet_jax.progress import Progress
+from alexnet_jax.report import final_test, result_table, run_summary
 from alexnet_jax.runtime import distributed
-from alexnet_jax.runtime.files import user_path, write_json
+from alexnet_jax.runtime.files import user_path
 from alexnet_jax.runtime.jax_settings import run_settings
 from alexnet_jax.runtime.signals import Signals, Stopped, collected_signals, raised_signals
-from alexnet_jax.runtime.workers import available_cores
 from alexnet_jax.setup import Setup, setup
-from alexnet_jax.summary import layer_summary
-from alexnet_jax.tables import table
 from alexnet_jax.train_step import TrainState, create_state, make_train_step
 from alexnet_jax.weights.workdir import write_preprocess
-from alexnet_jax.workdir import CHECKPOINTS, METRICS, RESULT, UNVALIDATED, check_config_matches, claimed, read_result
+from alexnet_jax.workdir import CHECKPOINTS, UNVALIDATED, check_config_matches, claimed, read_result
 
 STEPS_IN_FLIGHT = 2  # steps that the device has yet to finish when the next is dispatched
 
@@ -107,7 +104,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path) -
             if checkpoint:
                 _, state, extra = checkpoint
                 started, images_per_s = started - extra["seconds"], extra["images_per_s"]
-            log.info(_summary(run, int(state.step)))
+            log.info(run_summary(run, int(state.step)))
             if state.step < run.num_steps or not validated:
                 with collected_signals() as signals:
                     state, images_per_s = _train(
@@ -117,7 +114,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path) -
             unvalidated.close()
             if jax.process_index() == 0:
                 shutil.rmtree(workdir / UNVALIDATED, ignore_errors=True)
-            return _test(run, state, workdir, started, images_per_s)
+            return final_test(run, state, workdir, started, images_per_s)
 
 
 def _restore(checkpoints: Checkpoints, unvalidated: Checkpoints, like: TrainState) -> tuple[Any, bool]:
@@ -129,18 +126,22 @@ def _restore(checkpoints: Checkpoints, unvalidated: Checkpoints, like: TrainStat
 
 
 def _report(result: dict[str, Any], workdir: Path) -> dict[str, Any]:
-    log.info("%s is finished; its result:\n\n%s", workdir, _result_table(result))
+    log.info("%s is finished; its result:\n\n%s", workdir, result_table(result))
     return result
 
 
 class _StepMetrics:
-    """The metrics of the last steps, which stay on the device until they are shown."""
+    """The metrics of the last steps, which stay on the device until they are shown, and the speed of all steps.
+
+    The clock is restarted after compilation, validation and saving, so the speed is that of the steps alone.
+    """
 
     def __init__(self, run: Setup, first: int, metrics: Metrics, progress: Progress):
         self.run, self.metrics, self.progress = run, metrics, progress
         self.pending: list[dict[str, jax.Array]] = []
         self.in_flight: deque[jax.Array] = deque()
-        self.shown = first
+        self.first = self.shown = first
+        self.seconds = 0.0
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -163,7 +164,9 @@ class _StepMetrics:
         if (diverged := ~np.isfinite(values["loss"])).any():
             i = int(diverged.argmax())
             raise _diverged(f"the loss is {values['loss'][i]}", self.shown + i + 1, values["learning_rate"][i])
-        images_per_s = (step - self.shown) * self.run.batch_size / (time.monotonic() - self.clock)
+        seconds = time.monotonic() - self.clock
+        images_per_s = (step - self.shown) * self.run.batch_size / seconds
+        self.seconds += seconds
         self.shown = step
         self.restart_clock()
         means = {k: float(v.mean()) for k, v in values.items()}
@@ -175,6 +178,10 @@ class _StepMetrics:
             step, (self.run.num_steps - step) * self.run.batch_size / images_per_s, loss=f"{means['loss']:.4f}",
             error=f"{100 * means['error']:.2f}%", images_per_s=f"{images_per_s:.0f}",
         )  # fmt: skip
+
+    def images_per_s(self) -> float | None:
+        """Return the mean images/s of the steps that were shown, None if there are none."""
+        return (self.shown - self.first) * self.run.batch_size / self.seconds if self.seconds else None
 
 
 def _diverged(what: str, step: int, learning_rate: float) -> DivergedError:
@@ -190,7 +197,7 @@ def _train(
     run: Setup, state: TrainState, validated: bool, checkpoints: Checkpoints, unvalidated: Checkpoints, workdir: Path,
     started: float, last_images_per_s: float, signals: Signals,
 ) -> tuple[TrainState, float]:  # fmt: skip
-    """Train from the state's step to the last; return the last state and the mean images/s of these steps.
+    """Train from the state's step to the last; return the last state and the images/s of these steps alone.
 
     The state is saved before each validation, in `unvalidated`, and after it, with the updated learning-rate decay, in
     `checkpoints`. A run that stops between the two starts with the validation when it is resumed. A signal ends the
@@ -208,15 +215,14 @@ def _train(
     shown = _StepMetrics(run, first, metrics, progress)
     # Replicated here: if the train step moved the key to all devices, the host would wait for it.
     key_of = jax.jit(jax.random.fold_in, out_shardings=NamedSharding(run.mesh, sharding.REPLICATED))
-    clock = time.monotonic()
 
-    def images_per_s(step: int) -> float:
-        return (step - first) * run.batch_size / (time.monotonic() - clock) if step > first else last_images_per_s
+    def images_per_s() -> float:
+        return shown.images_per_s() or last_images_per_s
 
     def save(step: int, folder: Checkpoints = checkpoints) -> None:
         if not _finite(state.params):
             raise _diverged("the parameters are not finite", step, float(values["learning_rate"]))
-        folder.save(step, state, {"seconds": time.monotonic() - started, "images_per_s": images_per_s(step)})
+        folder.save(step, state, {"seconds": time.monotonic() - started, "images_per_s": images_per_s()})
 
     def stop(number: int, step: int) -> NoReturn:
         shown.show(step)
@@ -272,7 +278,7 @@ def _train(
         run.train_data.close()
         progress.close()
         metrics.close()
-    return state, images_per_s(total)
+    return state, images_per_s()
 
 
 def _validate(
@@ -291,63 +297,3 @@ def _validate(
     )
     patience = run.plateau_patience or run.num_steps + 1
     return state.replace(plateau=plateau_update(state.plateau, jnp.float32(result.top1_error), patience))
-
-
-def _test(run: Setup, state: TrainState, workdir: Path, started: float, images_per_s: float) -> dict[str, Any]:
-    """Evaluate on the test set once; process 0 writes the figures and `result.json`."""
-    size = batch_size(run.sizes["test"], run.ten_crop, run.mesh)
-    batches = run.dataset.batches(run.test_split, size, run.mesh)
-    tested = evaluate([Network(run.model, state.params, run.preprocess)], batches, run.ten_crop, run.mesh)
-    kernel = multihost_utils.process_allgather(state.params["conv1"]["kernel"], tiled=True)
-    result = {
-        "test_top1_error": tested.top1_error,
-        "test_top5_error": tested.top5_error,
-        "test_crops": 10 if run.ten_crop else 1,
-        "lowest_validation_top1_error": float(state.plateau.best_error),
-        "steps": run.num_steps,
-        "seconds": round(time.monotonic() - started, 1),
-        "images_per_s": round(images_per_s, 1),
-        "device": device_name(run.mesh),
-    }
-    if jax.process_index() == 0:
-        write_json(workdir / RESULT, result)
-        for name, draw in {
-            "filters.png": lambda path: plots.plot_filters(kernel, path, run.model.towers),
-            "confusion.png": lambda path: plots.plot_confusion(tested.confusion, run.dataset.class_names, path),
-            "curves.png": lambda path: plots.plot_curves(workdir / METRICS, path),
-        }.items():
-            try:
-                draw(workdir / name)
-            except Exception as error:  # of Matplotlib, its settings and fonts: the result is written
-                log.warning("Warning: %s cannot be drawn (%s)", workdir / name, one_line(error))
-    distributed.barrier()  # the others exit when the result is written
-    log.info("\n%s\n\nWritten to %s", _result_table(result), workdir)
-    return result
-
-
-def _result_table(result: dict[str, Any]) -> str:
-    percent = {k: f"{100 * v:.2f} %" for k, v in result.items() if k.endswith("_error")}
-    return table([(title(k), str(percent.get(k, v))) for k, v in result.items()], ("result", "value"))
-
-
-def _summary(run: Setup, step: int) -> str:
-    """Return what is printed before training: device, data, steps and layers."""
-    sizes = ", ".join(f"{size:,} to {use}" for use, size in run.sizes.items())
-    shape = "×".join(map(str, run.preprocess.mean.shape))
-    resuming = f"; resuming from the checkpoint of step {step:,}" if step else ""
-    return (
-        f"device     {device_name(run.mesh)}\n"
-        f"data       {run.dataset.full_name}: {sizes}; {shape}, {run.dataset.num_classes} classes\n"
-        f"steps      {run.num_steps:,} of {run.batch_size} images ({run.train_data.steps_per_epoch} per epoch)"
-        f"{resuming}\n\n{layer_summary(run.model, run.preprocess.image_shape)}\n"
-    )
-
-
-def device_name(mesh: Mesh) -> str:
-    """Return the accelerators' name and number, or the CPU with the cores that this process may use, and the mesh."""
-    device, layout = mesh.devices.flat[0], " × ".join(f"{size} {axis}" for axis, size in mesh.shape.items())
-    if (count := jax.process_count()) > 1:
-        layout += f", {count} processes"
-    if device.platform == "cpu":
-        return f"CPU, {available_cores()} cores, mesh {layout}"
-    return f"{mesh.size} × {device.device_kind}, mesh {layout}"

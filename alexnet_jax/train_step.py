@@ -18,7 +18,7 @@ from alexnet_jax.preprocess import Preprocess
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """The state of a training: all that changes, and all that a checkpoint needs."""
+    """The training state, as a checkpoint stores it."""
 
     step: jax.Array  # updates so far; with the seed it also gives the position in the data
     params: Any

@@ -21,7 +21,7 @@ class Stem(NamedTuple):
 class Variant(NamedTuple):
     """One published variant of the network; the defaults are the paper's.
 
-    `stem`, `widths` and `towers` are those of an `AlexNet` that does not set them. `conv1` … `conv5` say what follows
+    `stem`, `widths` and `towers` are those of an `AlexNet` that does not set them. `conv1` … `conv5` list what follows
     each convolution, in order: `relu` (the activation, whichever it is), `lrn`, `contrast_norm` (the spatial
     normalization of the original code) and `pool`.
     """

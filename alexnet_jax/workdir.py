@@ -112,7 +112,9 @@ def claimed(workdir: Path, config: dict[str, Any]) -> Iterator[None]:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 raise WorkdirError(f"{error}; raise the limit of open files (ulimit -n)") from None
             if error.filename and not Path(os.fsdecode(error.filename)).absolute().is_relative_to(workdir.absolute()):
-                raise WorkdirError(f"{error}; mend that file or its folder, then run the same command again") from None
+                raise WorkdirError(
+                    f"{error}; repair that file or its directory, then run the same command again"
+                ) from None
             if isinstance(error, FileExistsError | NotADirectoryError):
                 raise WorkdirError(f"--workdir={workdir}: a file has this name; name a directory") from None
             raise WorkdirError(

@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 SEEDS = 3
-HEADER = ("claim", "the paper", "measured", "verdict", "command", "picture")
+HEADER = ("claim", "the paper", "measured", "verdict", "experiment")
 
 
 def collect(workdir: Path, results: Path = RESULTS) -> list[str]:
@@ -55,24 +55,25 @@ def _small(value: Any) -> Any:
 
 
 def table(results: Path = RESULTS) -> str:
-    """Return a row for each claim with its result, or that it has none yet, then the budgets and the pictures."""
+    """Return a row for each claim with its result, or that it has none yet, then the commands and the pictures."""
     rows, notes, pictures = [], [], []
     for name, module in EXPERIMENTS.items():
         path = results / f"{name}.json"
         document = json.loads(path.read_text()) if path.exists() else None
-        command = f"`python -m experiments.{name} --workdir DIR`"
+        experiment = f"`{name}`"
         if document:
-            command = command[:-1] + f" --budget={document['budget']} --seeds={document['seeds']}`"
+            experiment = f"[{name}](results/{name}.png)"
             notes.append(
-                f"- `{name}`: {document['budget']} budget ({document['of_budget']}), {document['seeds']} seeds, "
-                f"{document['device']}, {document['seconds'] / 60:.0f} min, {document['date']}"
+                f"- `python -m experiments.{name} --workdir DIR --budget={document['budget']} "
+                f"--seeds={document['seeds']}`: {document['budget']} budget ({document['of_budget']}), "
+                f"{document['seeds']} seeds, {document['device']}, {document['seconds'] / 60:.0f} min, "
+                f"{document['date']}"
             )
             pictures.append(f"![{module.__doc__.split(':')[0]}](results/{name}.png)")
         for claim in module.CLAIMS:
             finding = document["findings"].get(claim.key) if document else None
             ours, verdict = (finding["ours"], finding["verdict"]) if finding else ("not run yet", "")
-            picture = f"[{name}.png](results/{name}.png)" if finding else ""
-            rows.append((claim.text, claim.paper, ours, verdict, command, picture))
+            rows.append((claim.text, claim.paper, ours, verdict, experiment))
     parts = [tables.table(rows, HEADER, markdown=True), "\n".join(notes or ["No experiment was run yet."]), *pictures]
     return "\n\n".join(parts)
 

@@ -33,7 +33,7 @@ SHELL = [block for block in BLOCKS if block.language == "bash"]
 
 
 def commands_of(text):
-    """The commands of a shell block, one a list of words; `&&` and the end of a line end a command."""
+    """The commands of a shell block, each a list of words; `&&` and the end of a line end a command."""
     for line in text.replace("\\\n", " ").splitlines():
         for command in line.split("#")[0].split("&&"):
             if words := command.replace("'", " ").split():

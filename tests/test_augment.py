@@ -79,7 +79,7 @@ class LightingTest(chex.TestCase):
         images = rng.random((20_000, 2, 2, 3)).astype(np.float32)
         out = self.variant(pca_lighting)(jax.random.key(2), images, eigenvalues, eigenvectors)
         shift = np.asarray(out, np.float64) - images
-        np.testing.assert_allclose(shift, np.broadcast_to(shift[:, :1, :1], shift.shape), atol=1e-6)  # one an image
+        np.testing.assert_allclose(shift, np.broadcast_to(shift[:, :1, :1], shift.shape), atol=1e-6)  # one per image
         shift = shift[:, 0, 0] @ eigenvectors  # along the principal directions
         expected = 0.1 * eigenvalues
         np.testing.assert_allclose(shift.std(0), expected, rtol=0.02)

@@ -60,9 +60,10 @@ def test_unknown_and_unprepared_data_sets(tmp_path):
 
 
 @pytest.mark.parametrize("dataset,words", [
-    ("imagenet2012_256", r"once: pip install -e \"\.\[tfds\]\" && tfds build imagenet2012 --file_format=array_record "
-     r"--data_dir={folder} --manual_dir=ARCHIVES && python -m alexnet_jax.prepare --dataset imagenet2012 "
-     r"--data_dir {folder} --out {folder} \(manual_dir should contain two files: ILSVRC2012_img_train.tar and"),
+    ("imagenet2012_256", r"once: pip install tensorflow apache-beam mlcroissant && "
+     r"tfds build imagenet2012 --file_format=array_record --data_dir={folder} --manual_dir=ARCHIVES && "
+     r"python -m alexnet_jax.prepare --dataset imagenet2012 --data_dir {folder} --out {folder} "
+     r"\(manual_dir should contain two files: ILSVRC2012_img_train.tar and"),
     ("mine_256", r"once: python -m alexnet_jax.prepare --dataset mine --data_dir IMAGES --out {folder} \(IMAGES is"),
     ("imagenet2012", r"once: pip install .* --manual_dir=ARCHIVES \(manual_dir should"),
 ])  # fmt: skip
@@ -243,7 +244,7 @@ def test_a_missing_file_of_a_split_is_named(tmp_path, streaming):
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("labels,words", [([-1] * 4, "without a label; training"), ([0, 1, -1, 1], "without a label")])
-def test_unlabelled_images_are_refused_for_training_and_testing_and_can_be_read(tmp_path, streaming, labels, words):
+def test_unlabeled_images_are_refused_for_training_and_testing_and_can_be_read(tmp_path, streaming, labels, words):
     dataset = Dataset(stored(tmp_path, pngs(), labels), streaming, 1)
     mesh = sharding.one_device()
     with pytest.raises(DataError, match=words):

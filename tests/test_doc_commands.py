@@ -40,7 +40,7 @@ def folder(tmp_path_factory, synthetic, synthetic_rgb, image_folder):
     for name in ("shirt.jpg", "boot.png"):
         Image.fromarray(photograph(0, 40, 50)).save(folder / name)
     (folder / "IMAGES").symlink_to(image_folder)
-    (folder / "alexnet_jax").symlink_to(ROOT / "alexnet_jax")  # for --config=alexnet_jax/configs/…
+    (folder / "alexnet_jax").symlink_to(ROOT / "alexnet_jax")  # for `python -m`
     return folder
 
 

@@ -18,6 +18,7 @@ from pages import BLOCKS, PAGES, SHELL, commands_of
 from runners import ROOT, SYNTHETIC, run_main
 
 from alexnet_jax.configs import default
+from alexnet_jax.flags import config_file
 
 A_RUN = "a run in runs/"
 PROGRAMS = {"pip", "pytest", "ruff", "python", "python3", "source", ".ci/run"}
@@ -60,6 +61,8 @@ def check_command(words, where):
             assert match[1] in set(config_fields()), f"{where}: no field config.{match[1]}"
         if match := re.search(r"\b((?:alexnet_jax|tests)/[\w/]+\.py)", word):
             assert (ROOT / match[1]).exists(), f"{where}: no file {match[1]}"
+        if (match := re.fullmatch(r"--config=([\w:]+)", word)) and match[1] != "NAME":
+            assert config_file(match[1]) != match[1], f"{where}: no config {match[1]}"
 
 
 def execute(block, names):

@@ -164,7 +164,8 @@ def test_the_table_comes_from_the_results(tmp_path):
     (tmp_path / "retrieval.json").write_text(json.dumps(document))
     text = summary.table(tmp_path)
     row = next(row for row in text.splitlines() if "61.7 %" in row)
-    assert "| holds |" in row and "--budget=reduced --seeds=3" in row and "(results/retrieval.png)" in row
+    assert "| holds |" in row and "(results/retrieval.png)" in row
+    assert "`python -m experiments.retrieval --workdir DIR --budget=reduced --seeds=3`: " in text
     assert "reduced budget (5 images, 1 epochs), 3 seeds, a CPU, 1 min, today" in text
 
 

@@ -7,7 +7,7 @@ import synthetic_data
 from runners import ROOT
 
 CODE = """
-import logging, pkgutil, signal, sys, warnings
+import logging, os, pkgutil, signal, sys, warnings
 import matplotlib
 before = (matplotlib.get_backend(auto_select=False), [*sys.warnoptions], [*warnings.filters], sys.unraisablehook,
           signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
@@ -30,6 +30,11 @@ assert "matplotlib.pyplot" not in sys.modules and "tensorflow" not in sys.module
 from alexnet_jax import data
 data.load(data.open_builder("synthetic", sys.argv[1]), "test[:10]")
 assert "tensorflow" not in sys.modules
+assert logging.root.handlers == []
+from alexnet_jax.sharding import make_mesh
+os.environ.pop("PJRT_NPROC", None)  # of the tests
+make_mesh(cpu_devices=2)
+assert "PJRT_NPROC" not in os.environ
 """
 
 

@@ -95,6 +95,48 @@ def test_weight_decay_needs_the_parameters():
         paper_sgd().update(gradients[0], paper_sgd().init(params), learning_rate=0.1)
 
 
+def test_a_bare_array_is_updated_as_a_kernel():
+    w, g = jnp.array([1.0, -2.0]), jnp.array([3.0, 4.0])
+    optimizer = paper_sgd(0.1, bias_rate=2.0)
+    updates, _ = optimizer.update(g, optimizer.init(w), w)
+    np.testing.assert_allclose(updates, -0.1 * 5e-4 * np.array([1.0, -2.0]) - 0.1 * np.array([3.0, 4.0]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("rate", [0.1, jnp.float32(0.1)], ids=["number", "float32"])
+def test_the_state_and_the_updates_keep_the_dtype_of_the_parameters(dtype, rate):
+    params = {"kernel": jnp.ones(3, dtype), "bias": jnp.ones(2, dtype)}
+    state = paper_sgd().init(params)
+    updates, new_state = paper_sgd().update(params, state, params, learning_rate=rate)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, new_state)
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+    chex.assert_trees_all_close(updates["bias"], jnp.full(2, -0.1 * 5e-4 - 0.1, dtype), rtol=1e-2)
+
+
+@pytest.mark.parametrize("arguments,words", [
+    ({"momentum": 1.5}, "momentum=1.5: expected a number of at least 0 and below 1"),
+    ({"momentum": 1}, "momentum=1: expected"),
+    ({"learning_rate": -1}, "learning_rate=-1: expected a number of at least 0, or a schedule"),
+    ({"learning_rate": None}, "learning_rate=None: expected"),
+    ({"learning_rate": float("nan")}, "learning_rate=nan: expected"),
+    ({"weight_decay": -1e-4}, "weight_decay=-0.0001: expected"),
+    ({"bias_rate": "2"}, "bias_rate='2': expected"),
+    ({"bias_decay": float("inf")}, "bias_decay=inf: expected"),
+])  # fmt: skip
+def test_values_outside_of_their_range_are_one_line(arguments, words):
+    with pytest.raises(ValueError, match="^paper_sgd: ") as error:
+        paper_sgd(**arguments)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_traced_rate_is_not_checked():
+    optimizer = optax.inject_hyperparams(paper_sgd)(learning_rate=0.1)
+    params = {"kernel": jnp.ones(3)}
+    state = optimizer.init(params)
+    updates, _ = jax.jit(optimizer.update)(params, state, params)
+    np.testing.assert_allclose(updates["kernel"], -0.1 * 5e-4 - 0.1, rtol=1e-6)
+
+
 class PlateauTest(chex.TestCase):
     @chex.variants(with_jit=True, without_jit=True)
     def test_drops_three_times_after_patience(self):

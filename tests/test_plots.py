@@ -32,8 +32,8 @@ def test_white_kernels_stand_out_from_the_background(tmp_path, kept, channels):
     plots.plot_filters(kernel, tmp_path / "filters.png", towers=1)
     picture = np.asarray(kept[0].axes[0].images[0].get_array())
     assert picture.shape == (4, 10, 3)
-    grey = (picture == picture[..., :1]).all(-1)  # only the background has a color
-    np.testing.assert_array_equal(grey, [[0] * 10, *[[0, 1, 1] * 3 + [0]] * 2, [0] * 10])
+    gray = (picture == picture[..., :1]).all(-1)  # only the background has a color
+    np.testing.assert_array_equal(gray, [[0] * 10, *[[0, 1, 1] * 3 + [0]] * 2, [0] * 10])
     assert (picture[2, 1:3] == 1).all() and (picture[1, 1] == 0).all()
 
 

@@ -18,6 +18,7 @@ from runners import ROOT, SHARD, blocked_workers, files_of, wait_for
 from synthetic_data import encoded, photograph
 
 from alexnet_jax import data
+from alexnet_jax import prepare as prepare_command
 from alexnet_jax.configs import imagenet2012
 from alexnet_jax.data.dataset import Dataset
 from alexnet_jax.data.images import to_jpeg, to_square
@@ -169,10 +170,10 @@ def test_a_prepared_set_without_its_statistics_is_measured_with_a_warning(prepar
     ({"workers": -3}, "--workers=-3: expected 0 or more"),
     ({"max_undecodable": -1}, "--max_undecodable=-1: expected 0 or more"),
     ({"dataset": ""}, "--dataset='': expected a name"),
-    ({"dataset": "a/b"}, "--dataset='a/b': expected a name .*; a_b would do"),
-    ({"dataset": "MyBirds"}, "--dataset='MyBirds': expected a name .*; my_birds would do"),
-    ({"dataset": "2024birds"}, "--dataset='2024birds': expected a name .*; images_2024birds would do"),
-    ({"dataset": "Vögel"}, "--dataset='Vögel': expected a name .*; vogel would do"),
+    ({"dataset": "a/b"}, "--dataset='a/b': expected a name .*; for example a_b"),
+    ({"dataset": "MyBirds"}, "--dataset='MyBirds': expected a name .*; for example my_birds"),
+    ({"dataset": "2024birds"}, "--dataset='2024birds': expected a name .*; for example images_2024birds"),
+    ({"dataset": "Vögel"}, "--dataset='Vögel': expected a name .*; for example vogel"),
     ({"data_dir": ""}, "--data_dir is empty"),
     ({"out": "gs://bucket/x"}, "--out=gs://bucket/x: expected a path on a disk"),
 ])  # fmt: skip
@@ -356,3 +357,14 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert prepare("small", "~/images", "~/out", workers=1) == tmp_path / "out" / "small_256" / "1.0.0"
     assert not Path("~").exists()
+
+
+@pytest.mark.parametrize("program,expected", [
+    ("/env/bin/alexnet-prepare", "usage: alexnet-prepare "),
+    (str(ROOT / "alexnet_jax" / "prepare.py"), "usage: python -m alexnet_jax.prepare "),
+])  # fmt: skip
+def test_the_help_names_the_command_as_it_was_called(program, expected, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [program, "--help"])
+    with pytest.raises(SystemExit):
+        prepare_command.main()
+    assert capsys.readouterr().out.startswith(expected)

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import synthetic_data
 from runners import assert_same_state, corrupt, largest_file, losses, saved_state, tiny_config
 from tensorboardX.proto.event_pb2 import Event
 
-from alexnet_jax import data, train
+from alexnet_jax import data, report, train
 from alexnet_jax.config import ConfigError
 from alexnet_jax.configs import cifar10, fashion_mnist_224
 from alexnet_jax.train import DivergedError, train_and_evaluate
@@ -77,20 +78,39 @@ def test_finished_folder_reports_its_result(learned, caplog):
     assert before == sorted((p, p.stat().st_mtime_ns) for p in folder.rglob("*"))
 
 
-def test_pictures_that_cannot_be_drawn_and_a_torn_line_cost_no_result(synthetic, tmp_path, monkeypatch, caplog):
+def test_pictures_that_cannot_be_drawn_and_an_incomplete_line_cost_no_result(synthetic, tmp_path, monkeypatch, caplog):
     config = tiny_config(num_train_steps=2, log_every=1)
-    monkeypatch.setattr(train, "_test", lambda *arguments: None)  # interrupted after the last checkpoint
+    monkeypatch.setattr(train, "final_test", lambda *arguments: None)  # interrupted after the last checkpoint
     train_and_evaluate(config, tmp_path)
     monkeypatch.undo()
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 3, "train_lo')
-    monkeypatch.setattr(train.plots, "plot_filters", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(report.plots, "plot_filters", lambda *arguments: 1 / 0)
     with caplog.at_level(logging.WARNING):
         result = train_and_evaluate(config, tmp_path)
     assert json.loads((tmp_path / "result.json").read_text()) == result
     assert "filters.png cannot be drawn (division by zero)" in caplog.text
-    assert "metrics.jsonl is torn; dropped" in caplog.text
+    assert "metrics.jsonl is incomplete; dropped" in caplog.text
     assert (tmp_path / "curves.png").exists() and (tmp_path / "confusion.png").exists()
+
+
+def test_images_per_s_is_the_speed_of_the_steps_alone(synthetic, tmp_path, monkeypatch):
+    config, validate = tiny_config(num_train_steps=5, eval_every=2, log_every=1), train._validate
+
+    def slow_validation(*arguments):
+        time.sleep(1)
+        return validate(*arguments)
+
+    monkeypatch.setattr(train, "_validate", slow_validation)
+    result = train_and_evaluate(config, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rates = {line["step"]: line["images_per_s"] for line in lines if "images_per_s" in line}
+    steps = np.diff([0, *rates])
+    seconds = sum(n * config.batch_size / rate for n, rate in zip(steps, rates.values(), strict=True))
+    assert sum(steps) == 5
+    assert 5 * config.batch_size / result["images_per_s"] == pytest.approx(seconds, rel=0.01)
+    assert result["seconds"] > seconds + 3  # three validations
+    assert "images/s in training" in report.result_table(result)
 
 
 @pytest.mark.parametrize("fails_at", [3, 4])  # between two lines of metrics, at the end
@@ -121,7 +141,7 @@ def test_parameters_that_were_killed_in_their_validation_and_are_corrupt_fall_ba
     config = tiny_config(num_train_steps=2, eval_every=1)
     train_and_evaluate(config, tmp_path / "uninterrupted")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "_test", lambda *arguments: None)
+        patch.setattr(train, "final_test", lambda *arguments: None)
         patch.setattr(train.shutil, "rmtree", lambda *arguments, **options: None)
         train_and_evaluate(config, tmp_path / "stopped")
     shutil.rmtree(tmp_path / "stopped" / "checkpoints" / "2")

@@ -54,7 +54,7 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog,
 
 @pytest.mark.parametrize("error,words,advice", [
     (lambda folder: OSError(errno.EMFILE, "Too many open files", "/data/shard"), "/data/shard", "ulimit -n"),
-    (lambda folder: PermissionError(errno.EACCES, "Permission denied", "/data/shard"), "/data/shard", "mend that file"),
+    (lambda folder: PermissionError(errno.EACCES, "Permission denied", "/data/shard"), "/data/shard", "repair that"),
     (lambda folder: OSError(errno.ENOSPC, "No space left", str(folder / "metrics.jsonl")), "--workdir=", "free some"),
     (lambda folder: OSError(errno.ENOSPC, "No space left"), "--workdir=", "free some space"),
 ])  # fmt: skip

@@ -35,7 +35,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.ten_crop = True  # test on ten-crops; False: on the center crop
 
     # The network (section 3.5).
-    c.variant = "paper"  # "source2012", "caffe", "torchvision": the layers; imagenet2012.py:NAME sets all of it
+    c.variant = "paper"  # or "source2012", "caffe", "torchvision": the layers; imagenet2012:NAME sets the rest too
     c.dtype = "float32"  # of the activations; or "bfloat16". Parameters are float32
     c.stem = (11, 4, 0)  # kernel, stride and padding of conv1
     c.widths = (96, 256, 384, 384, 256, 4096, 4096)  # conv1 … conv5, fc6, fc7; with one tower, 0 leaves a layer out
@@ -70,5 +70,5 @@ def get_config() -> ml_collections.ConfigDict:
 
     # How often, in steps.
     c.log_every = 100
-    c.eval_every = 0  # validate and save; 0: once an epoch
+    c.eval_every = 0  # validate and save; 0: once per epoch
     return c

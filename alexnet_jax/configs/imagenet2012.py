@@ -1,4 +1,4 @@
-"""The paper's network and training on ImageNet as `alexnet_jax.prepare` stores it; `imagenet2012.py:NAME`: a variant's.
+"""The paper's network and training on ImageNet as `alexnet_jax.prepare` stores it; `imagenet2012:NAME`: a variant's.
 
 The learning rate decays on a plateau of the validation error, as the authors did with ILSVRC-2012, whose test labels
 are not public.

@@ -10,3 +10,8 @@ class Batch(NamedTuple):
 
     images: jax.Array  # uint8 [B, H, W, C]
     labels: jax.Array  # int32 [B]; −1 for the padding of the last batch of a split
+
+
+def steps_per_epoch(size: int, batch_size: int) -> int:
+    """Return the number of full batches of a training set; the remainder is dropped, other examples each epoch."""
+    return size // batch_size

@@ -76,15 +76,15 @@ class Dataset:
         """Return a split in batches, each epoch in another order; raises DataError."""
         if self.streaming:
             return streaming.StreamedData(self.builder, split, batch_size, mesh, self.workers)
-        return DeviceData(self._labelled(split), batch_size, mesh)
+        return DeviceData(self._labeled(split), batch_size, mesh)
 
     def batches(self, split: str, batch_size: int, mesh: Mesh) -> Batches:
         """Return a split in its order, each example once; raises DataError."""
         if self.streaming:
             return streaming.StreamedBatches(self.builder, split, batch_size, mesh, self.workers)
-        return DeviceBatches(self._labelled(split), batch_size, mesh)
+        return DeviceBatches(self._labeled(split), batch_size, mesh)
 
-    def _labelled(self, split: str) -> Examples:
+    def _labeled(self, split: str) -> Examples:
         examples = self.load(split)
         check_labels(examples.labels, self.num_classes, self.builder.name, split)
         return examples

@@ -11,9 +11,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from alexnet_jax import sharding
-from alexnet_jax.data.batch import Batch
+from alexnet_jax.data.batch import Batch, steps_per_epoch
 from alexnet_jax.data.images import decode
 from alexnet_jax.data.source import DataError, open_source, split_size, unreadable
+from alexnet_jax.runtime.imports import unchanged_logging
 
 
 class Examples(NamedTuple):
@@ -23,6 +24,7 @@ class Examples(NamedTuple):
     labels: np.ndarray  # int32 [N]
 
 
+@unchanged_logging()
 def load(builder: tfds.core.DatasetBuilder, split: str) -> Examples:
     """Return a split, in TFDS's notation ("train[:1000]"), read into memory.
 
@@ -77,7 +79,7 @@ class DeviceData:
         replicated = NamedSharding(mesh, sharding.REPLICATED)
         self._permutation = jax.jit(_permutation, static_argnums=2, out_shardings=replicated)
         self.batch_size, self.size, self.image_shape = batch_size, len(examples.labels), examples.images.shape[1:]
-        self.steps_per_epoch = self.size // batch_size  # the remainder is dropped, other examples each epoch
+        self.steps_per_epoch = steps_per_epoch(self.size, batch_size)
         self._epoch, self._order = -1, None
 
     def batch(self, key: jax.Array, step: int) -> Batch:

@@ -14,7 +14,9 @@ import tensorflow_datasets as tfds
 from alexnet_jax.data import fashion_mnist
 from alexnet_jax.errors import UserError, one_line
 from alexnet_jax.runtime.files import lock, raise_open_files_limit, user_path
+from alexnet_jax.runtime.imports import unchanged_logging
 
+TFDS_BUILD = "tensorflow apache-beam mlcroissant"  # what `tfds build` imports
 STATISTICS = "statistics.npz"  # the mean image and the RGB covariance, which `prepare` writes into a data set's folder
 
 log = logging.getLogger(__name__)
@@ -36,13 +38,13 @@ def _lock(folder: Path) -> Iterator[None]:
 def how_to_build(name: str, data_dir: Path) -> tuple[str, str]:
     """Return the command with which TFDS prepares one of its own data sets, and TFDS's note on manual downloads.
 
-    The command needs TensorFlow. ARCHIVES in it is the folder of the files that only the data set's owner gives out.
+    The command needs TensorFlow. ARCHIVES in it is the folder of the files that must be downloaded by hand.
 
     Raises:
       tfds.core.registered.DatasetNotFoundError: TFDS has no such data set.
     """
     instructions = " ".join((tfds.builder_cls(name).MANUAL_DOWNLOAD_INSTRUCTIONS or "").split())
-    command = f'pip install -e ".[tfds]" && tfds build {name} --file_format=array_record --data_dir={data_dir}'
+    command = f"pip install {TFDS_BUILD} && tfds build {name} --file_format=array_record --data_dir={data_dir}"
     return (f"{command} --manual_dir=ARCHIVES", f" ({instructions})") if instructions else (command, "")
 
 
@@ -63,6 +65,7 @@ def _how_to_prepare(name: str, folder: Path) -> str:
     return " && ".join(commands) + note
 
 
+@unchanged_logging()
 def open_builder(name: str, data_dir: str = "", source_dir: str = "") -> tfds.core.DatasetBuilder:
     """Return the TFDS builder of a prepared data set; Fashion-MNIST is prepared first if necessary.
 
@@ -118,7 +121,7 @@ def split_size(builder: tfds.core.DatasetBuilder, split: str) -> int:
 
 
 def check_features(builder: tfds.core.DatasetBuilder, prepared: bool = True) -> None:
-    """Check that a data set has one image and one class an example.
+    """Check that a data set has one image and one class per example.
 
     Args:
       prepared: whether the images must be uint8 of one or three channels, as training reads them.
@@ -140,17 +143,17 @@ def check_features(builder: tfds.core.DatasetBuilder, prepared: bool = True) -> 
     if prepared and (dtype != np.uint8 or channels not in (1, 3)):
         raise DataError(
             f"{name}: images of {dtype} with {channels} channels; expected uint8 with 1 or 3; python -m "
-            f"alexnet_jax.prepare --dataset {name} makes such a data set from it"
+            f"alexnet_jax.prepare --dataset {name} converts it"
         )
 
 
 def check_labels(labels: np.ndarray, classes: int, name: str, split: str) -> None:
-    """Raise DataError unless every label is one of the classes; TFDS gives unlabelled images the label −1."""
+    """Raise DataError unless every label is one of the classes; TFDS gives unlabeled images the label −1."""
     if wrong := {int(label) for label in (labels.min(), labels.max()) if not 0 <= label < classes}:
         if min(wrong) == -1:
             raise DataError(
                 f"split {split!r} of {name} has images without a label; training and testing need labels: name "
-                "another split (python -m alexnet_jax.predict classifies unlabelled image files)"
+                "another split (python -m alexnet_jax.predict classifies unlabeled image files)"
             )
         raise DataError(f"split {split!r} of {name} has the label {min(wrong)}; expected 0 to {classes - 1}")
 
@@ -171,8 +174,8 @@ def image_shape(builder: tfds.core.DatasetBuilder) -> tuple[int, int, int]:
     shape = builder.info.features["image"].shape
     if None in shape:
         raise DataError(
-            f"{builder.name}: images of several sizes; python -m alexnet_jax.prepare --dataset {builder.name} makes a "
-            "data set of one size from it"
+            f"{builder.name}: images of several sizes; expected one; python -m alexnet_jax.prepare --dataset "
+            f"{builder.name} converts it"
         )
     return shape
 
@@ -183,7 +186,7 @@ def unreadable(folder: Path | str, split: str, position: int | str, error: Excep
     if "Too many open files" in reason:
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         return DataError(
-            f"{where}: too many open files; raise the limit of {limit:,} (ulimit -n), one a shard is needed"
+            f"{where}: too many open files; raise the limit of {limit:,} (ulimit -n), one per shard is needed"
         )
     advice = "restore its file, or delete the folder and prepare the data set again"
     return DataError(f"{where} ({reason}); {advice}")

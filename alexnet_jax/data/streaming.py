@@ -28,7 +28,7 @@ from jax.sharding import Mesh, NamedSharding
 from tensorflow_datasets.proto import tf_example_pb2
 
 from alexnet_jax import sharding
-from alexnet_jax.data.batch import Batch
+from alexnet_jax.data.batch import Batch, steps_per_epoch
 from alexnet_jax.data.images import decode
 from alexnet_jax.data.source import (
     DataError,
@@ -148,7 +148,7 @@ class Shuffled:
         self.size, self.batch_size, self.seed, self.epoch = size, batch_size, seed, -1
 
     def __call__(self, step: int) -> np.ndarray:
-        epoch, batch = divmod(step, self.size // self.batch_size)
+        epoch, batch = divmod(step, steps_per_epoch(self.size, self.batch_size))
         if epoch != self.epoch:  # Grain's own shuffle is slow
             self.epoch, self.order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.size)
         return self.order[batch * self.batch_size : (batch + 1) * self.batch_size]
@@ -161,12 +161,12 @@ def _in_order(batch_size: int, step: int) -> np.ndarray:
 class Decoder:
     """Reads and decodes parts of batches; each worker has a copy of this object."""
 
-    def __init__(self, builder: tfds.core.DatasetBuilder, split: str, rows: np.ndarray | slice, labelled: bool = True):
-        """Open a split; `rows` are those of each batch, and `labelled` whether an image without a label is an error."""
-        if labelled:
+    def __init__(self, builder: tfds.core.DatasetBuilder, split: str, rows: np.ndarray | slice, labeled: bool = True):
+        """Open a split; `rows` are those of each batch, and `labeled` whether an image without a label is an error."""
+        if labeled:
             check_first_label(builder, split)
         self.records = open_source(builder, split).data_source  # without TFDS's parser, which is slow
-        self.classes = builder.info.features["label"].num_classes if labelled else None
+        self.classes = builder.info.features["label"].num_classes if labeled else None
         self.name, self.folder, self.split = builder.name, str(builder.data_path), split
         self.shape, self.rows = image_shape(builder), rows
         self.part_size = max(1, PART_BYTES // math.prod(self.shape))  # rows
@@ -361,7 +361,7 @@ class StreamedData:
         """Open a split; `workers` are the processes that decode, 0 for one per core and at most `MAX_WORKERS`."""
         self.builder, self.split, self.workers = builder, split, workers
         self.size, self.batch_size, self.mesh = split_size(builder, split), batch_size, mesh
-        self.steps_per_epoch = self.size // batch_size  # the remainder is dropped, other examples each epoch
+        self.steps_per_epoch = steps_per_epoch(self.size, batch_size)
         self.image_shape = image_shape(builder)
         self._decoder = Decoder(builder, split, _rows(mesh, batch_size))
         self._next = -1
@@ -410,7 +410,7 @@ class StreamedBatches:
 
 def images(builder: tfds.core.DatasetBuilder, split: str, workers: int = 0) -> Iterator[np.ndarray]:
     """Yield all images of a split in their order, in arrays uint8 [N, H, W, C]."""
-    decoder, size = Decoder(builder, split, slice(None), labelled=False), split_size(builder, split)
+    decoder, size = Decoder(builder, split, slice(None), labeled=False), split_size(builder, split)
     batches = decoded_batches(range(-(-size // 128)), partial(_in_order, 128), decoder, workers)
     for start, (part, _) in zip(range(0, size, 128), batches, strict=True):
         yield part[: size - start].copy()

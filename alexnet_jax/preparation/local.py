@@ -69,7 +69,7 @@ def prepare(
         _check_prepared(folder, max_undecodable)
         return folder
     if folder.exists():
-        raise PrepareError(f"{folder} is incomplete and was not made by this command; remove it")
+        raise PrepareError(f"{folder} is incomplete and was not written by this command; remove it")
     parts, label = find_parts(dataset, data_dir, shard_size)
     check_apart(parts["train"][0], data_dir.resolve(), folder.parent.resolve())
     work = folder.with_name(f"incomplete.{VERSION}")
@@ -89,11 +89,11 @@ def prepare(
 
 
 def check_values(dataset: str, max_undecodable: int, workers: int = 0) -> None:
-    """Raise PrepareError for values that are wrong with every data set."""
+    """Raise PrepareError for an invalid value, whatever the data set."""
     if not re.fullmatch(r"[a-z][a-z0-9_]*", dataset):
         raise PrepareError(
             f"--dataset={dataset!r}: expected a name of lower-case letters, digits and _ that begins with a letter, as "
-            f"TFDS needs it; {_similar_name(dataset)} would do"
+            f"TFDS needs it; for example {_similar_name(dataset)}"
         )
     for flag, value in (("max_undecodable", max_undecodable), ("workers", workers)):
         if value < 0:

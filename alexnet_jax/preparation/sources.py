@@ -154,7 +154,7 @@ def folder_parts(
     if train and (unknown := sorted("/".join(place) for place in places if place[1] not in train)):
         raise PrepareError(
             f"{_some(unknown)}: no images of this class in train/, so that each would count as an error; add some, or "
-            "move the folder elsewhere (python -m alexnet_jax.predict classifies unlabelled images)"
+            "move the folder elsewhere (python -m alexnet_jax.predict classifies unlabeled images)"
         )
     for images in paths.values():
         images.sort(key=lambda path: hashlib.sha256(os.fsencode(path)).digest())

@@ -69,7 +69,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a file with one a line; a line that a power failure truncated is dropped with a warning.
+    """Return the objects of a file with one per line; a line that a power failure truncated is dropped with a warning.
 
     Raises:
       OSError: the file cannot be read.
@@ -79,7 +79,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         try:
             objects.append(json.loads(line))
         except ValueError:
-            log.warning("Warning: line %d of %s is torn; dropped", number, path)
+            log.warning("Warning: line %d of %s is incomplete; dropped", number, path)
     return objects
 
 

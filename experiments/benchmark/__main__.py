@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtypes", help="float32, bfloat16 or both (default: float32 on a CPU, both elsewhere)")
     parser.add_argument("--quick", action="store_true", help="a small network and few steps, to see that it works")
     parser.add_argument("--torch-python", default=sys.executable, help="a Python that has PyTorch (default: this one)")
-    parser.epilog = "--config=FILE and --config.FIELD=VALUE, as for alexnet_jax.main, set the training loop's config."
+    parser.epilog = "--config=NAME and --config.FIELD=VALUE, as for alexnet_jax.main, set the training loop's config."
     flags, config = parser.parse_known_args(argv)
     arguments = sys.argv[1:] if argv is None else argv
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # ends the part's process too

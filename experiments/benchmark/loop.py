@@ -17,7 +17,7 @@ from ml_collections import config_flags
 from PIL import Image
 
 from alexnet_jax.errors import UserError
-from alexnet_jax.flags import FLAG_ERRORS, flag_error
+from alexnet_jax.flags import FLAG_ERRORS, config_file, flag_error, with_config_file
 from alexnet_jax.runtime.compilation_cache import use_compilation_cache
 from alexnet_jax.setup import setup
 from alexnet_jax.train import train_and_evaluate
@@ -25,27 +25,25 @@ from alexnet_jax.train_step import create_state, make_train_step
 from experiments import measure
 from experiments.benchmark.setting import ROOT, Setting
 
-CONFIGS = ROOT / "alexnet_jax" / "configs"
 # A part of the default config's data: each round reads it again.
 DATA = ("train_split=train[:12800]", "validation_split=train[55000:56000]", "test_split=test[:1000]")
 
 
 def config_of(flags: Sequence[str]) -> ml_collections.ConfigDict:
-    """Return the config of the flags --config=FILE and --config.FIELD=VALUE; without FILE the default on `DATA`.
+    """Return the config of the flags --config=NAME and --config.FIELD=VALUE; without NAME the default on `DATA`.
 
     Raises:
       UserError: flags that `alexnet_jax.main` does not accept.
     """
-    values, argv = absl_flags.FlagValues(), ["benchmark", *flags]
+    values, argv = absl_flags.FlagValues(), ["benchmark", *with_config_file(flags)]
     if not any(flag.startswith("--config=") for flag in flags):
         argv[1:1] = [f"--config.{field}" for field in DATA]
     try:
-        default = str(CONFIGS / "fashion_mnist.py")
-        config_flags.DEFINE_config_file("config", default, flag_values=values, sys_argv=argv)
+        config_flags.DEFINE_config_file("config", config_file("fashion_mnist"), flag_values=values, sys_argv=argv)
         values(argv)
         values.config.to_dict()  # raises here if the file cannot be read
     except FLAG_ERRORS as error:
-        raise UserError(flag_error(error, argv)) from None
+        raise UserError(flag_error(error, [*flags])) from None
     return values.config
 
 
@@ -68,7 +66,7 @@ def run_streaming(setting: Setting) -> dict[str, Any]:
         }  # fmt: skip
         if setting.quick:
             fields["widths"] = "8,16,16,16,16,32,32"
-        flags = [f"--config={CONFIGS / 'imagenet2012.py'}", *(f"--config.{k}={v}" for k, v in fields.items())]
+        flags = ["--config=imagenet2012", *(f"--config.{k}={v}" for k, v in fields.items())]
         return _measure(config_of(flags), window, rounds)
 
 

@@ -31,7 +31,7 @@ def run(setting: Setting) -> dict[str, Any]:
 def _time_to_first_step(config: str, folder: Path, name: str) -> float:
     command = [
         sys.executable, "-m", "alexnet_jax.main", f"--workdir={folder / name}",
-        f"--config=alexnet_jax/configs/{config}.py", f"--compile_cache={folder / 'programs'}",
+        f"--config={config}", f"--compile_cache={folder / 'programs'}",
         *(f"--config.{field}" for field in DATA), "--config.num_train_steps=3", "--config.log_every=1",
         "--config.batch_size=32", "--config.ten_crop=False",
     ]  # fmt: skip

@@ -22,7 +22,6 @@ import jax
 from alexnet_jax.runtime.files import write_json
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = ROOT / "alexnet_jax" / "configs"
 GRACE_S = 8  # between SIGTERM, at which a training saves a checkpoint, and SIGKILL
 
 
@@ -36,7 +35,7 @@ class Step(NamedTuple):
 
 
 def training(config: str, *flags: str) -> tuple[str, ...]:
-    return ("alexnet_jax.main", f"--config={CONFIGS / config}.py", "--config.data_dir={data_dir}", *flags)
+    return ("alexnet_jax.main", f"--config={config}", "--config.data_dir={data_dir}", *flags)
 
 
 TINY = (
@@ -149,7 +148,7 @@ def main() -> None:
     print("\n" + json.dumps({name: step["outcome"] for name, step in record["steps"].items()}), flush=True)
     failed = [name for name, step in record["steps"].items() if step.get("exit_code", 1) not in (0, -15, 143)]
     if failed:
-        sys.exit(f"Error: failed or skipped: {', '.join(failed)}; {flags.workdir / 'on_gpu.json'} says why")
+        sys.exit(f"Error: failed or skipped: {', '.join(failed)}; see {flags.workdir / 'on_gpu.json'}")
 
 
 if __name__ == "__main__":

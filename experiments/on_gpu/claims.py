@@ -96,7 +96,7 @@ class Results:
         finals = ", ".join(f"{100 * run['test_top1_error']:.2f}" for run in record["runs"])
         print(
             f"{experiment} / {name}: {len(pairs)} runs, {record['trained_epochs']} of {epochs} epochs, compiled in "
-            f"{record['compile_s']} s, {1e3 * record['step_s']:.3f} ms a step, test error {finals} %", flush=True,
+            f"{record['compile_s']} s, {1e3 * record['step_s']:.3f} ms per step, test error {finals} %", flush=True,
         )  # fmt: skip
         self.write()
         if record["trained_epochs"] < epochs:

@@ -112,7 +112,7 @@ def measure_case(
 
 def line(case: Case, record: dict[str, Any], matmul: float) -> str:
     """Return a record as a line of text."""
-    text = f"{case}: {record['images_per_s']:,.0f} images/s ({1e3 * record['seconds']:.2f} ms a step)"
+    text = f"{case}: {record['images_per_s']:,.0f} images/s ({1e3 * record['seconds']:.2f} ms per step)"
     text += f", {record['flops'] / record['seconds'] / matmul:.0%} of the matrix product's rate"
     if "ratio" in record:
         text += f", {record['ratio']:.2f} × PyTorch's {record['torch_images_per_s']:,.0f}"

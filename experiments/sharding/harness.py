@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from alexnet_jax import AlexNet, paper_sgd, sharding
 from alexnet_jax.errors import UserError
 from alexnet_jax.ops import PLAIN, ops_for
+from alexnet_jax.report import device_name
 from alexnet_jax.sharding import DATA, TOWER
-from alexnet_jax.train import device_name
 from alexnet_jax.train_step import create_state, make_train_step
 from experiments.measure import flops, random_batch
 from experiments.sharding.collectives import collectives
