@@ -11,7 +11,7 @@ from pathlib import Path
 
 from alexnet_jax.errors import UserError, one_line
 from alexnet_jax.runtime.files import user_path
-from alexnet_jax.runtime.output import escape_output, escaped
+from alexnet_jax.runtime.output import command_name, escape_output, escaped
 from alexnet_jax.summary import layer_summary
 from alexnet_jax.weights import Weights, load_weights, write_native
 
@@ -38,7 +38,7 @@ def description(weights: Weights) -> str:
 
 def main() -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(prog="python -m alexnet_jax.convert", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog=command_name("alexnet_jax.convert"), description=__doc__.splitlines()[0])
     parser.add_argument("input", metavar="IN", help="a file of weights, or a run's workdir")
     parser.add_argument("out", metavar="OUT", help="the .safetensors file to write")
     parser.add_argument("--mean", help="Caffe's imagenet_mean.binaryproto, for a file of Caffe's network")

@@ -17,7 +17,7 @@ from alexnet_jax.run import Run, RunError, open_named_dataset, open_run, output_
 from alexnet_jax.runtime.compilation_cache import use_compilation_cache
 from alexnet_jax.runtime.files import user_path, write_json
 from alexnet_jax.runtime.jax_settings import run_settings
-from alexnet_jax.runtime.output import escape_output
+from alexnet_jax.runtime.output import command_name, escape_output
 from alexnet_jax.runtime.signals import exit_at_signals
 from alexnet_jax.tables import table
 
@@ -139,7 +139,7 @@ def evaluate_workdirs(
 
 def main() -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(prog="python -m alexnet_jax.evaluate", description="Test trained networks.")
+    parser = argparse.ArgumentParser(prog=command_name("alexnet_jax.evaluate"), description="Test trained networks.")
     parser.add_argument(
         "--workdir", required=True, nargs="+", action="extend", help="a run's workdir, or a file of weights"
     )

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from alexnet_jax.checkpoint import silence_orbax
 from alexnet_jax.errors import UserError, one_line
 from alexnet_jax.runtime.files import user_path
-from alexnet_jax.runtime.output import escape_output
+from alexnet_jax.runtime.output import command_name, escape_output
 from alexnet_jax.weights import Weights, WeightsError, load_weights, write_native
 from alexnet_jax.weights.to_onnx import write_onnx
 from alexnet_jax.weights.to_stablehlo import write_stablehlo
@@ -59,7 +59,7 @@ def export(weights: Weights, out: Path, keys: str = "", with_preprocessing: bool
 
 def main() -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(prog="python -m alexnet_jax.export", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog=command_name("alexnet_jax.export"), description=__doc__.splitlines()[0])
     parser.add_argument("weights", metavar="RUN_OR_FILE", help="a run's workdir, or a file of weights")
     parser.add_argument(
         "out", metavar="OUT", help="the file to write; its suffix is its format: " + ", ".join(SUFFIXES)

@@ -17,7 +17,7 @@ from alexnet_jax.plots import plot_predictions
 from alexnet_jax.run import Run, open_run, output_path
 from alexnet_jax.runtime.compilation_cache import use_compilation_cache
 from alexnet_jax.runtime.files import user_path
-from alexnet_jax.runtime.output import escape_output, escaped
+from alexnet_jax.runtime.output import command_name, escape_output, escaped
 from alexnet_jax.runtime.signals import exit_at_signals
 from alexnet_jax.tables import table
 
@@ -54,7 +54,7 @@ def read_images(paths: Sequence[str], run: Run, invert: bool) -> list[tuple[str,
 
 def main() -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(prog="python -m alexnet_jax.predict", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog=command_name("alexnet_jax.predict"), description=__doc__.splitlines()[0])
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
     parser.add_argument("--workdir", required=True, help="a run's workdir, or a file of weights")
     parser.add_argument(

@@ -30,7 +30,7 @@ from alexnet_jax.run import Run, open_named_dataset, open_run
 from alexnet_jax.runtime.compilation_cache import use_compilation_cache
 from alexnet_jax.runtime.files import user_path
 from alexnet_jax.runtime.jax_settings import run_settings
-from alexnet_jax.runtime.output import escape_output, escaped
+from alexnet_jax.runtime.output import command_name, escape_output, escaped
 from alexnet_jax.runtime.workers import available_cores
 
 __all__ = ["FeaturesError", "features", "main", "write_features"]
@@ -205,7 +205,7 @@ def _read_ahead(images: Images, starts: range, size: int) -> Iterator[tuple[int,
 def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(
-        prog="python -m alexnet_jax.features", description="Write the outputs of a network's layers on many images."
+        prog=command_name("alexnet_jax.features"), description="Write the outputs of a network's layers on many images."
     )
     parser.add_argument("network", metavar="RUN_OR_FILE", help="a run's workdir, or a file of weights")
     parser.add_argument(
