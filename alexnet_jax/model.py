@@ -228,7 +228,8 @@ class AlexNet(nn.Module):
         if fused:
             return x
         self._record(name, x)
-        return self._apply_in_order(name, then, x)
+        with jax.named_scope(name):
+            return self._apply_in_order(name, then, x)
 
     @nn.nowrap
     def _apply_in_order(self, name, order, towers):
@@ -284,7 +285,9 @@ class AlexNet(nn.Module):
         fields = self._fields(name)
         if not fields["features"]:
             return x
-        x = ACTIVATIONS[self.activation](Dense(**fields)(x))
+        x = Dense(**fields)(x)
+        with jax.named_scope(name):
+            x = ACTIVATIONS[self.activation](x)
         self._record(name, [x])
         # Section 4.2: half of the outputs in training, half of each output in testing.
         keep_rate = 1 - self.dropout
