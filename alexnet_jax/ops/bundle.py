@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax
 
-from alexnet_jax.ops import convolution, lrn, plain, pooling, relu_lrn_pool
+from alexnet_jax.ops import convolution, lrn, plain, pooling, relu_lrn_pool, relu_lrn_pool_tpu
 from alexnet_jax.ops.dropout import dropout
 
 
@@ -40,6 +40,12 @@ PLAIN = Ops(plain.conv, plain.max_pool, plain.local_response_norm, plain.spatial
 CUDA = OPS._replace(relu_lrn_pool=relu_lrn_pool.relu_lrn_pool)
 
 
+# The same on a TPU, whose own gradient of max pooling, select-and-scatter, moves least.
+TPU = OPS._replace(relu_lrn_pool=relu_lrn_pool_tpu.relu_lrn_pool, max_pool=plain.max_pool)
+
+
 def ops_for(device: jax.Device) -> Ops:
-    """Return the fastest operations for a device: `CUDA` for an NVIDIA GPU, `OPS` for any other."""
-    return CUDA if device.platform == "gpu" and "NVIDIA" in device.device_kind else OPS
+    """Return the fastest operations for a device: `CUDA` for an NVIDIA GPU, `TPU` for a TPU, `OPS` for any other."""
+    if device.platform == "tpu":
+        return TPU
+    return CUDA if device.platform in ("gpu", "cuda") and "NVIDIA" in device.device_kind else OPS
