@@ -40,7 +40,11 @@ def all_gather_towers(towers: Sequence[jax.Array], tower_axis: str | None = None
       tower_axis: the mesh axis that shares the towers, under `jax.shard_map`; None: this device holds them all.
     """
     x = jnp.concatenate(towers, axis=-1)
-    return lax.all_gather(x, tower_axis, axis=-1, tiled=True) if tower_devices(tower_axis) > 1 else x
+    if tower_devices(tower_axis) == 1:
+        return x
+    # Along an axis of its own: a TPU scatters the gradient along the channels as an all-reduce of twice the bytes.
+    devices = lax.all_gather(x, tower_axis)
+    return jnp.moveaxis(devices, 0, -2).reshape(*x.shape[:-1], -1)
 
 
 def tower_devices(tower_axis: str | None) -> int:

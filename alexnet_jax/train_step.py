@@ -100,7 +100,8 @@ def make_update(
         image_key, dropout_key = jax.random.split(key)
         first = lax.axis_index(sharding.DATA) * labels.shape[0]
         with jax.named_scope("preprocess"):
-            images = lax.pcast(preprocess.train(image_key, images, first), sharding.TOWER, to="varying")
+            images = preprocess.train(image_key, images, first, model.dtype)
+            images = lax.pcast(images, sharding.TOWER, to="varying")
 
         def loss_fn(params):
             # The one place where the gradients are summed over `data`: the transpose of this cast.
