@@ -242,10 +242,10 @@ class AlexNet(nn.Module):
         Activation, LRN and pooling are applied here, or by the one function of `_fused`. `towers` are those of this
         device.
         """
-        variant, number, activate = VARIANTS[self.variant], name.removeprefix("conv"), ACTIVATIONS[self.activation]
+        variant, number = VARIANTS[self.variant], name.removeprefix("conv")
         for operation in order.split():
             if operation == "relu":  # section 3.1
-                towers = [activate(x) for x in towers]
+                towers = [self._activate(x) for x in towers]
             elif operation == "lrn":  # section 3.3
                 name = f"norm{number}"
                 towers = self._lrn(towers) if self.lrn else towers
@@ -260,6 +260,10 @@ class AlexNet(nn.Module):
     @property
     def _ops(self):
         return self.ops or ops_for(jax.devices()[0])
+
+    @nn.nowrap
+    def _activate(self, x):
+        return self._ops.relu(x) if self.activation == "relu" else ACTIVATIONS[self.activation](x)
 
     @nn.nowrap
     def _fused(self, order):
@@ -291,7 +295,7 @@ class AlexNet(nn.Module):
             return x
         x = Dense(**fields)(x)
         with jax.named_scope(name):
-            x = ACTIVATIONS[self.activation](x)
+            x = self._activate(x)
         self._record(name, [x])
         # Section 4.2: half of the outputs in training, half of each output in testing.
         keep_rate = 1 - self.dropout

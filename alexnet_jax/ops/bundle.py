@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 import jax
 
-from alexnet_jax.ops import convolution, lrn, plain, pooling, relu_lrn_pool, relu_lrn_pool_tpu
+from alexnet_jax.ops import convolution, lrn, plain, pooling, relu, relu_lrn_pool, relu_lrn_pool_tpu
 from alexnet_jax.ops.dropout import dropout
+from alexnet_jax.ops.dropout_gpu import gpu_dropout
 
 
 class Ops(NamedTuple):
@@ -17,6 +18,7 @@ class Ops(NamedTuple):
       max_pool: (x, window, stride) to the maxima, as `ops.max_pool`.
       local_response_norm: (x, k, n, alpha, beta) to the normalized activations, as `ops.local_response_norm`.
       spatial_response_norm: (x, size, scale, power, min_div) likewise, as `ops.spatial_response_norm`.
+      relu: x to max(x, 0), as `jax.nn.relu`.
       dropout: (key, x, rate, towers, first_example, first_tower) to the kept activations, as `ops.dropout`.
       relu_lrn_pool: (x, bias, towers, k, n, alpha, beta, window, stride) to the maxima: a convolution's bias, ReLU, LRN
         and max pooling in one function, as `relu_lrn_pool.relu_lrn_pool`; None: one operation after the other.
@@ -26,6 +28,7 @@ class Ops(NamedTuple):
     max_pool: Callable[..., jax.Array] = pooling.max_pool
     local_response_norm: Callable[..., jax.Array] = lrn.local_response_norm
     spatial_response_norm: Callable[..., jax.Array] = lrn.spatial_response_norm
+    relu: Callable[..., jax.Array] = jax.nn.relu
     dropout: Callable[..., jax.Array] = dropout
     relu_lrn_pool: Callable[..., jax.Array] | None = None
 
@@ -37,11 +40,11 @@ OPS = Ops()
 PLAIN = Ops(plain.conv, plain.max_pool, plain.local_response_norm, plain.spatial_response_norm)
 
 # One kernel forward and one backward for the operations between two convolutions: most of the memory traffic on a GPU.
-CUDA = OPS._replace(relu_lrn_pool=relu_lrn_pool.relu_lrn_pool)
+CUDA = OPS._replace(relu_lrn_pool=relu_lrn_pool.relu_lrn_pool, relu=relu.relu, dropout=gpu_dropout)
 
 
 # The same on a TPU, whose own gradient of max pooling, select-and-scatter, moves least.
-TPU = OPS._replace(relu_lrn_pool=relu_lrn_pool_tpu.relu_lrn_pool, max_pool=plain.max_pool)
+TPU = OPS._replace(relu_lrn_pool=relu_lrn_pool_tpu.relu_lrn_pool, relu=relu.relu, max_pool=plain.max_pool)
 
 
 def ops_for(device: jax.Device) -> Ops:

@@ -7,6 +7,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 
@@ -53,10 +54,22 @@ def _max_pool_backward(window, stride, residuals, g):
     dx = jnp.zeros((), x.dtype)
     for a, b in itertools.product(range(extra + 1), repeat=2):
         i, j = r + stride * a, c + stride * b
-        is_maximum = (at_pixels(argmax, a, b) == i * window + j) & (j < window)
+        is_maximum = lax.platform_dependent(
+            at_pixels(argmax, a, b),
+            cuda=lambda argmax, table=_positions(window, stride, a, b): argmax == table,
+            default=lambda argmax, i=i, j=j: (argmax == i * window + j) & (j < window),
+        )
         dx += jnp.where(is_maximum, at_pixels(g, a, b), 0)
     dx = dx.reshape(batch, shape[1] * stride, shape[3] * stride, channels)[:, :height, :width]
     return (jnp.pad(dx, ((0, 0), (0, height - dx.shape[1]), (0, width - dx.shape[2]), (0, 0))),)
+
+
+def _positions(window, stride, a, b):
+    """Return the position in window (m − a, n − b) of pixel (stride · m + r, stride · n + c): [r, 1, c, 1], or −2."""
+    # A table: for an iota each a GPU has operations of their own.
+    i, j = np.ix_(np.arange(stride) + stride * a, np.arange(stride) + stride * b)
+    table = np.where((i < window) & (j < window), i * window + j, -2)
+    return table.astype(np.int32)[:, None, :, None]
 
 
 _max_pool.defvjp(_max_pool_forward, _max_pool_backward)

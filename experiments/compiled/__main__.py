@@ -2,16 +2,19 @@
 
 Compiles the train step or the inference of a config for described GPUs or TPU slices, counts what the operations of
 each layer read and write, and compares it with the minimum. Every time is an estimate from the chip's stated figures.
+DIR/compiled.json keeps the cases of earlier calls; one that is compiled again is replaced.
 """
 
 import argparse
 import itertools
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 
-from alexnet_jax.errors import UserError
+from alexnet_jax.errors import UserError, one_line
 from alexnet_jax.runtime.files import write_json
 from experiments.command import errors_on_one_line, make_workdir, write_text
 from experiments.compiled.cases import MODES, Case, build, largest_batch, load_config, measure
@@ -51,6 +54,14 @@ def cases(flags: argparse.Namespace) -> list[Case]:
     return fitting
 
 
+def read_records(path: Path) -> dict[str, dict[str, Any]]:
+    """Return the records of an earlier call by the names of their cases; raises UserError if they cannot be read."""
+    try:
+        return {record["name"]: record for record in json.loads(path.read_text())} if path.exists() else {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is corrupt ({one_line(error)}); delete it and compile its cases again") from None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.compiled", description=__doc__.splitlines()[0])
     layouts = ", ".join(layout.name for layout in LAYOUTS)
@@ -68,17 +79,17 @@ def main() -> None:
     jax.config.update("jax_enable_compilation_cache", False)  # the time to compile is one of the figures
     with errors_on_one_line():
         make_workdir(flags.workdir)
-        records = []
+        records = read_records(flags.workdir / "compiled.json")
         for case in cases(flags):
             record = measure(case, flags.workdir)
             if flags.largest_batch:
                 record["largest_batch"] = largest_batch(case)
-            records.append(record)
-            write_json(flags.workdir / "compiled.json", records)
+            records[case.name] = record
+            write_json(flags.workdir / "compiled.json", list(records.values()))
             print(f"{case.name}: {record['bytes'] / 1e9:.2f} GB, {record['operations']} operations", file=sys.stderr)
-        write_text(flags.workdir / "compiled.md", markdown(records))
-        plot(records, flags.workdir / "compiled.png")
-    print(f"{cases_table(records)}\n\nWritten to {flags.workdir}")
+        write_text(flags.workdir / "compiled.md", markdown(list(records.values())))
+        plot(list(records.values()), flags.workdir / "compiled.png")
+    print(f"{cases_table(list(records.values()))}\n\nWritten to {flags.workdir}")
 
 
 if __name__ == "__main__":

@@ -176,7 +176,8 @@ def measure(case: Case, workdir: Path) -> dict[str, Any]:
     floors = floor(model, program.stored, side, case.batch, data, tower, case.mode == "train")
     rows = by_layer(found, floors, chip.bandwidth, chip.flops)
     record = {
-        "target": case.target.name, "chip": chip.name, "config": case.config, "mode": case.mode, "batch": case.batch,
+        "name": case.name, "target": case.target.name, "chip": chip.name, "config": case.config, "mode": case.mode,
+        "batch": case.batch,
         "dtype": case.dtype, "layout": case.layout, "mesh": {"data": data, "tower": tower},
         "versions": _versions(case.target), "operations": len(found),
         "bytes": sum(x.bytes for x in found), "floor": sum(x.bytes for x in floors.values()),

@@ -147,7 +147,8 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
             alone = len(instruction.operands) == 1  # a combined collective has the name of one of its parts
             op_name = own if _named_layer(own) and alone else producer
             layer = _named_layer(op_name) or "metrics"
-            if "[]" in instructions[operand].shape:  # the loss and the error are the only scalars
+            scalar = "[]" in instructions[operand].shape  # the loss and the error are the only ones
+            if scalar or "metrics" in re.findall(r"\w+", own):
                 layer, op_name, own = "metrics", "", ""
             size = _bytes(instructions[operand].shape) * (parts if kind == "all-gather" else 1)
             backward = "transpose(" in own or "transpose(" in op_name
