@@ -91,7 +91,7 @@ def _forward_kernel(x_ref, bias_ref, y_ref, carry_ref, *, layer):
 
     def column_of_windows(j, left):
         pixels = [[normalized(row, STRIDE * j + i) for i in (1, 2)] for row in range(STRIDE)]
-        top, bottom = (jnp.maximum(l, jnp.maximum(*p)) for l, p in zip(left, pixels, strict=True))
+        top, bottom = (jnp.maximum(first, jnp.maximum(*p)) for first, p in zip(left, pixels, strict=True))
         y_ref[0, j] = jnp.maximum(carry_ref[j], top).astype(y_ref.dtype)  # of the windows that end in this pair
         carry_ref[j] = jnp.maximum(top, bottom)
         return tuple(p[-1] for p in pixels)

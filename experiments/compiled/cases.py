@@ -56,7 +56,8 @@ class Case(NamedTuple):
     @property
     def name(self) -> str:
         config = self.config.replace(":", "-").replace("/", "-").removesuffix(".py")
-        return "_".join((self.target.name.replace(":", "-"), config, self.mode, str(self.batch), self.dtype, self.layout))
+        target = self.target.name.replace(":", "-")
+        return f"{target}_{config}_{self.mode}_{self.batch}_{self.dtype}_{self.layout}"
 
 
 def load_config(name: str) -> ml_collections.ConfigDict:
@@ -150,9 +151,7 @@ def build(case: Case) -> Program:
 def memory_bytes(compiled: jax.stages.Compiled) -> dict[str, int]:
     """Return the memory that a program needs on a device, and its parts, in bytes."""
     sizes = compiled.memory_analysis()
-    parts = {
-        name: getattr(sizes, f"{name}_size_in_bytes") for name in ("argument", "output", "temp", "alias")
-    }  # fmt: skip
+    parts = {name: getattr(sizes, f"{name}_size_in_bytes") for name in ("argument", "output", "temp", "alias")}
     return parts | {"total": parts["argument"] + parts["output"] + parts["temp"] - parts["alias"]}
 
 

@@ -22,7 +22,6 @@ import jax.numpy as jnp
 
 from alexnet_jax import AlexNet, activations
 from alexnet_jax.model import LAYERS
-from alexnet_jax.variants import VARIANTS
 from experiments.compiled.traffic import INPUT, UPDATE
 
 
@@ -50,14 +49,20 @@ def floor(
     pixels = side * side * stored[-1]
     floors[INPUT, False] = Floor(images * (pixels + itemsize * pixels), 0)
     x, gathered, weights = images * pixels * itemsize, 0, 0  # the bytes of a layer's inputs
-    for layer in filter(params.__contains__, LAYERS):
+    for layer in LAYERS:
         convolution, number = layer.startswith("conv"), layer.removeprefix("conv")
+        after = [outputs[name].size for name in (f"norm{number}", f"pool{number}") if name in outputs]
+        if layer not in params:  # it is left out; LRN and pooling remain
+            y = images * after[-1] * itemsize // tower if after else x
+            floors[layer, False] = Floor((x + y) * bool(after), 0)
+            floors[layer, True] = Floor((y + 2 * x) * bool(after) * train, 0)
+            x = y
+            continue
         kernel, bias = params[layer]["kernel"], params[layer]["bias"]
         inputs = x * tower if layer in ("conv3", "fc6", "fc7", "fc8") and tower > 1 else x
         gathered = inputs + x if inputs > x else 0  # what the all-gather writes and reads
         own = (kernel.size + bias.size) // tower
         z = images * outputs[layer].size * itemsize // tower
-        after = [outputs[name].size for name in (f"norm{number}", f"pool{number}") if name in outputs]
         y = images * after[-1] * itemsize // tower if after else z
         rows = outputs[layer].size // outputs[layer].shape[-1]  # positions, each with a product by the kernel
         flops = 2 * images * rows * kernel.size // tower

@@ -11,10 +11,11 @@ from experiments.command import save_figure
 from experiments.sharding import layer_table
 
 RULE = (
-    "GB and MB are those of one device. The floor is the minimum of bytes by the shapes (`experiments/compiled/floor.py` "
-    "has the rule). ms are an **estimate**, not a measurement: the sum over the parts of the longer of the bytes at the "
-    "chip's stated bandwidth and the FLOP at its stated rate."
-)  # fmt: skip
+    "GB and MB are those of one device, of its main memory: what a TPU keeps in its vector memory does not count, so a "
+    "ratio may be below 1. The floor is the minimum of bytes by the shapes (`experiments/compiled/floor.py` has the "
+    "rule). ms are an **estimate**, not a measurement: the sum over the parts of the longer of the bytes at the chip's "
+    "stated bandwidth and the FLOP at its stated rate."
+)
 
 
 def title(record: dict[str, Any]) -> str:
@@ -68,7 +69,9 @@ def differing(record: dict[str, Any]) -> list[tuple[str, ...]]:
 
 def layers_table(record: dict[str, Any]) -> str:
     """Return a table of the layers of a case, forward and backward."""
-    header = ("part", "pass", "operations", "read (MB)", "written (MB)", "floor (MB)", "ratio", "GFLOP", "estimate (ms)")
+    header = (
+        "part", "pass", "operations", "read (MB)", "written (MB)", "floor (MB)", "ratio", "GFLOP", "estimate (ms)",
+    )  # fmt: skip
     rows = []
     for x in record["layers"]:
         total = x["read"] + x["written"]
