@@ -48,7 +48,7 @@ def _kernel(key_ref, first_ref, keep_ref, *, rate, towers, units):
 
 
 def keep_mask(
-    key: jax.Array, shape: tuple[int, int], rate: float, towers: int, first_example: jax.Array | int,
+    key: jax.Array, shape: tuple[int, ...], rate: float, towers: int, first_example: jax.Array | int,
     first_tower: jax.Array | int, interpret: bool = False,
 ) -> jax.Array:  # fmt: skip
     """Return the mask of `ops.dropout`, int8 [B, N]: 1 where a unit is kept."""
@@ -85,7 +85,8 @@ def gpu_dropout(
     """Return what `ops.dropout` returns, the same units bit for bit; `interpret` runs without a GPU, as tests do."""
     check_dropout(x, rate, towers)
     is_threefry = jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and "threefry" in str(jax.random.key_impl(key))
-    if not is_threefry or not jax.config.jax_threefry_partitionable:  # other numbers than the kernel's
+    partitionable = jax.config.jax_threefry_partitionable  # type: ignore[attr-defined]
+    if not is_threefry or not partitionable:  # other numbers than the kernel's
         return dropout(key, x, rate, towers, first_example, first_tower)
     keep = keep_mask(key, x.shape, rate, towers, first_example, first_tower, interpret)
     return jnp.where(keep > 0, x, jnp.zeros((), x.dtype))

@@ -282,7 +282,8 @@ def fused_relu_lrn_pool(
         )
     axes = jax.typeof(x).manual_axis_type.varying - jax.typeof(bias).manual_axis_type.varying
     bias = lax.pcast(bias, tuple(axes), to="varying") if axes else bias
-    layer = _Layer(*x.shape, towers, float(k), n // 2, float(alpha), float(beta), interpret)
+    batch, height, width, channels = x.shape
+    layer = _Layer(batch, height, width, channels, towers, float(k), n // 2, float(alpha), float(beta), interpret)
     return _relu_lrn_pool(x, bias, layer)
 
 
