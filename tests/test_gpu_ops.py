@@ -23,6 +23,12 @@ def test_the_kernel_draws_the_same_units(towers, units, first_tower, rate):
     np.testing.assert_array_equal(gradient, 3.0 * (dropout(*arguments) != 0))
 
 
+def test_the_kernel_under_vmap_draws_for_each_key():
+    x, keys = jnp.ones((2, 64)), jax.random.split(jax.random.key(3), 3)
+    drawn = jax.vmap(lambda key: gpu_dropout(key, x, 0.5, 2, interpret=True))(keys)
+    np.testing.assert_array_equal(drawn, jax.vmap(lambda key: dropout(key, x, 0.5, 2))(keys))
+
+
 def test_keys_of_another_generator_draw_as_without_the_kernel():
     key, x = jax.random.key(0, impl="rbg"), jnp.ones((2, 64))
     np.testing.assert_array_equal(gpu_dropout(key, x, 0.5, 2), dropout(key, x, 0.5, 2))
