@@ -81,6 +81,7 @@ def _gpus(count: int) -> list:
     # Autotuning would run kernels.
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
     jax.config.update("jax_platforms", "cpu")
+    jax.devices()  # JAX registers its plugins now, and logs an error if one is registered already
     try:
         importlib.import_module(f"jax_plugins.xla_cuda{cuda}").initialize()
     except Exception as error:  # it is registered already, with or without a GPU
