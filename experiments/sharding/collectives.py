@@ -148,7 +148,7 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
             op_name = own if _named_layer(own) and alone else producer
             layer = _named_layer(op_name) or "metrics"
             scalar = "[]" in instructions[operand].shape  # the loss and the error are the only ones
-            if scalar or "metrics" in re.findall(r"\w+", own):
+            if scalar or alone and "metrics" in re.findall(r"\w+", own):
                 layer, op_name, own = "metrics", "", ""
             size = _bytes(instructions[operand].shape) * (parts if kind == "all-gather" else 1)
             backward = "transpose(" in own or "transpose(" in op_name
