@@ -7,13 +7,16 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from alexnet_jax import AlexNet
 from alexnet_jax.errors import UserError
 from experiments.compiled import cases, report, targets, traffic
 from experiments.compiled.__main__ import read_records
 from experiments.compiled.floor import Floor, floor
+from experiments.sharding import collectives
 
 LOOP = """
 HloModule jit_f
@@ -220,6 +223,27 @@ def test_the_largest_batch_is_found_by_bisection(here, monkeypatch):
     assert 0.95 * 2000 <= found <= 2000 and len(tried) < 15
     monkeypatch.setattr(cases, "memory_bytes", lambda compiled: {"total": 1e11})
     assert cases.largest_batch(cases.Case(here, "fashion_mnist", "train", 8, "float32", "one_device")) == 0
+
+
+def test_an_all_reduce_of_concatenated_gradients_is_counted_by_layer():
+    text = """
+%joined (p0: f32[4], p1: f32[2,3]) -> f32[10] {
+  %p0 = f32[4]{0} parameter(0)
+  %p1 = f32[2,3]{1,0} parameter(1)
+  %flat = f32[6]{0} bitcast(%p1)
+  ROOT %all = f32[10]{0} concatenate(%p0, %flat), dimensions={0}
+}
+
+ENTRY %main (a: f32[4], b: f32[2,3]) -> f32[10] {
+  %a = f32[4]{0} parameter(0), metadata={op_name="transpose(jvp(AlexNet))/conv1/reduce_sum"}
+  %b = f32[2,3]{1,0} parameter(1), metadata={op_name="transpose(jvp(AlexNet))/conv2/dot_general"}
+  %c = f32[10]{0} fusion(%a, %b), kind=kLoop, calls=%joined
+  ROOT %r = f32[10]{0} all-reduce(%c), replica_groups={{0,1}}, metadata={op_name="transpose(jvp())/psum_invariant"}
+}
+"""
+    mesh = Mesh(np.array([0, 1]).reshape(2, 1), ("data", "tower"))
+    found = {(c.layer, c.axis, c.backward): c.array_bytes for c in collectives(text, mesh)}
+    assert found == {("conv1", "data", True): 16, ("conv2", "data", True): 24}
 
 
 def test_collectives_that_differ_from_the_theory():
