@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
 
 def example_keys(key: jax.Array, count: int, first: jax.Array | int = 0, group: int = 1) -> jax.Array:
@@ -40,24 +41,63 @@ def _check_size(name: str, images: jax.Array, size: int) -> None:
         raise ValueError(f"{name}: size={size} from images of shape {images.shape}: expected 1 ≤ size ≤ H, W")
 
 
-def random_crop(key: jax.Array, images: jax.Array, size: int, last_position: bool = True) -> jax.Array:
+def random_crop(
+    key: jax.Array,
+    images: jax.Array,
+    size: int,
+    last_position: bool = True,
+    flip_key: jax.Array | None = None,
+    dtype: DTypeLike | None = None,
+) -> jax.Array:
     """Return a random size×size crop of each image (section 4.1), in the images' dtype: [B, size, size, C].
 
     Args:
       last_position: whether a crop may end at the last row and column. Of 224×224 in 256×256 that makes 33² positions;
         the paper counts 32².
+      flip_key: of `random_flip`, which then follows; None: no crop is flipped.
+      dtype: to which a TPU may round the pixels; None: the images' own.
 
     Raises:
       ValueError: images that are not 4-D, or smaller than the crop.
     """
     _check_size("random_crop", images, size)
     limits = jnp.maximum(jnp.array(images.shape[1:3]) - size + last_position, 1)
+    corners = jax.vmap(lambda key: jax.random.randint(key, (2,), 0, limits))(_each(key, images))
+    flip = None if flip_key is None else _flips(flip_key, images)
+    by_products = partial(_crop_by_products, size=size, dtype=dtype or images.dtype)
+    by_slices = partial(_crop_by_slices, size=size)
+    return lax.platform_dependent(corners, flip, images, tpu=by_products, default=by_slices)
 
-    def crop(key, image):
-        top, left = jax.random.randint(key, (2,), 0, limits)
-        return lax.dynamic_slice(image, (top, left, 0), (size, size, image.shape[-1]))
 
-    return jax.vmap(crop)(_each(key, images), images)
+def _crop_by_slices(corners, flip, images, size):
+    def crop(corner, image):
+        return lax.dynamic_slice(image, (*corner, 0), (size, size, image.shape[-1]))
+
+    crops = jax.vmap(crop)(corners, images)
+    return crops if flip is None else _flipped(flip, crops)
+
+
+def _crop_by_products(corners, flip, images, size, dtype):
+    # A TPU takes slices at places of their own in a loop, one image after the other; products with ones and zeros
+    # select the rows and columns of all images. A sum with one term that is not zero is exact.
+    def selection(first, length, backward=None):
+        place = jnp.arange(size)[:, None]
+        place = place if backward is None else jnp.where(backward[:, None, None], size - 1 - place, place)
+        return (jnp.arange(length) == first[:, None, None] + place).astype(dtype)
+
+    precision = None if dtype == jnp.bfloat16 else lax.Precision.HIGHEST
+    dot = partial(jnp.einsum, precision=precision, preferred_element_type=dtype)
+    top, left = corners.T
+    rows = dot("bih,bhwc->biwc", selection(top, images.shape[1]), images.astype(dtype))
+    return dot("bjw,biwc->bijc", selection(left, images.shape[2], flip), rows).astype(images.dtype)
+
+
+def _flips(key, images):
+    return jax.vmap(jax.random.bernoulli)(_each(key, images))
+
+
+def _flipped(flip, images):
+    return jnp.where(flip[:, None, None, None], images[:, :, ::-1], images)
 
 
 def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
@@ -67,8 +107,7 @@ def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
       ValueError: images that are not 4-D.
     """
     _check_images("random_flip", images)
-    flip = jax.vmap(jax.random.bernoulli)(_each(key, images))
-    return jnp.where(flip[:, None, None, None], images[:, :, ::-1], images)
+    return _flipped(_flips(key, images), images)
 
 
 def pca_lighting(

@@ -51,10 +51,13 @@ def jit_forward(function: Callable, **options) -> Callable:
 
 @cache
 def _predict_program():
-    return jit_forward(_predict, static_argnames=("model", "ten_crop", "mesh"))
+    return jit_forward(predict_on_mesh, static_argnames=("model", "ten_crop", "mesh"))
 
 
-def _predict(params, images, preprocess, *, model, ten_crop, mesh):
+def predict_on_mesh(
+    params: Any, images: jax.Array, preprocess: Preprocess, *, model: nn.Module, ten_crop: bool, mesh: Mesh
+) -> jax.Array:
+    """Return `predict` of whole arrays on the mesh, as `evaluate` compiles it; the batch stays split."""
     sharded_model = model.clone(data_axis=sharding.DATA, tower_axis=sharding.TOWER)
 
     def predict_part(params, images):  # on each device, its part of the batch

@@ -32,7 +32,11 @@ def all_gather_towers(towers: Sequence[jax.Array], tower_axis: str | None = None
       tower_axis: the mesh axis that shares the towers, under `jax.shard_map`; None: this device holds them all.
     """
     x = jnp.concatenate(towers, axis=-1)
-    return lax.all_gather(x, tower_axis, axis=-1, tiled=True) if tower_devices(tower_axis) > 1 else x
+    if tower_devices(tower_axis) == 1:
+        return x
+    # Along an axis of its own: a TPU scatters the gradient along the channels as an all-reduce of twice the bytes.
+    devices = lax.all_gather(x, tower_axis)
+    return jnp.moveaxis(devices, 0, -2).reshape(*x.shape[:-1], -1)
 
 
 def tower_devices(tower_axis: str | None) -> int:
@@ -232,15 +236,16 @@ class AlexNet(nn.Module):
             return x
         self._record(f"{name}{BEFORE}", x, "preactivations")
         self._record(name, x)
-        return self._apply_in_order(name, then, x)
+        with jax.named_scope(name):
+            return self._apply_in_order(name, then, x)
 
     @nn.nowrap
     def _apply_in_order(self, name, order, towers):
         """Return the activations of this device's towers after the operations of `order`, as `Variant` names them."""
-        variant, number, activate = VARIANTS[self.variant], name.removeprefix("conv"), ACTIVATIONS[self.activation]
+        variant, number = VARIANTS[self.variant], name.removeprefix("conv")
         for operation in order.split():
             if operation == "relu":  # section 3.1
-                towers = [activate(x) for x in towers]
+                towers = [self._activate(x) for x in towers]
             elif operation == "lrn":  # section 3.3
                 name = f"norm{number}"
                 towers = self._lrn(towers) if self.lrn else towers
@@ -255,6 +260,10 @@ class AlexNet(nn.Module):
     @property
     def _ops(self):
         return self.ops or ops_for(jax.devices()[0])
+
+    @nn.nowrap
+    def _activate(self, x):
+        return self._ops.relu(x) if self.activation == "relu" else ACTIVATIONS[self.activation](x)
 
     @nn.nowrap
     def _fused(self, order):
@@ -289,7 +298,8 @@ class AlexNet(nn.Module):
             x = self._dropout(name, x, train)
         x = [Dense(**fields)(x)]
         self._record(f"{name}{BEFORE}", x, "preactivations")
-        x = [ACTIVATIONS[self.activation](x[0])]
+        with jax.named_scope(name):
+            x = [self._activate(x[0])]
         self._record(name, x)
         return x if dropout_on_inputs else self._dropout(name, x, train)
 

@@ -8,6 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from alexnet_jax import augment
 
@@ -52,22 +53,25 @@ class Preprocess:
         side = self.resize or self.crop
         return side, side, self.mean.shape[-1]
 
-    def train(self, key: jax.Array, images: jax.Array, first: jax.Array | int = 0) -> jax.Array:
+    def train(
+        self, key: jax.Array, images: jax.Array, first: jax.Array | int = 0, dtype: DTypeLike | None = None
+    ) -> jax.Array:
         """Return images with random crops, flips and PCA lighting (section 4.1): [B, *image_shape].
 
         Args:
           first: the index of the first image in the whole batch.
+          dtype: that the network computes in, as in `augment.random_crop`.
         """
         groups = (self.crop_group, self.crop_group, 1)
         keys = zip(jax.random.split(key, 3), groups, strict=True)
         crop_key, flip_key, lighting_key = (augment.example_keys(k, images.shape[0], first, n) for k, n in keys)
         x = self._center_pixels(images)
         if self.random_crop:
-            x = augment.random_crop(crop_key, x, self.crop, self.crop_last_position)
+            flips = flip_key if self.flip else None
+            x = augment.random_crop(crop_key, x, self.crop, self.crop_last_position, flips, dtype)
         else:
             x = augment.center_crop(x, self.crop)
-        if self.flip:
-            x = augment.random_flip(flip_key, x)
+            x = augment.random_flip(flip_key, x) if self.flip else x
         if self.lighting is not None:
             x = augment.pca_lighting(lighting_key, x, *self.lighting) / self.lighting_divisor
         return self._resize_and_scale(x)

@@ -185,6 +185,11 @@ def build_preprocess(
             ) from None
     elif dataset.builder.name.endswith(f"_{SIDE}"):
         log.warning("%s is missing; the mean image is computed again, from %s", path, config.train_split)
+    return fit_preprocess(config, source)
+
+
+def fit_preprocess(config: ml_collections.ConfigDict, source: Statistics | Iterable[np.ndarray]) -> Preprocess:
+    """Return the preprocessing of a config, with the statistics of a training set or of its images."""
     lighting = dict(lighting=config.lighting, lighting_exponent=config.lighting_exponent)
     return fit(source, **lighting, **preprocess_fields(config))
 

@@ -73,8 +73,9 @@ def apply_gradients(
 ) -> tuple[TrainState, jax.Array]:
     """Return the state after an update by these gradients, and the learning rate of it."""
     rate = learning_rate(state.step, state.plateau)
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, learning_rate=rate)
-    params = optax.apply_updates(state.params, updates)
+    with jax.named_scope("optimizer"):
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, learning_rate=rate)
+        params = optax.apply_updates(state.params, updates)
     return state.replace(step=state.step + 1, params=params, opt_state=opt_state), rate
 
 
@@ -98,7 +99,9 @@ def make_update(
         images, labels = batch
         image_key, dropout_key = jax.random.split(key)
         first = lax.axis_index(sharding.DATA) * labels.shape[0]
-        images = lax.pcast(preprocess.train(image_key, images, first), sharding.TOWER, to="varying")
+        with jax.named_scope("preprocess"):
+            images = preprocess.train(image_key, images, first, model.dtype)
+            images = lax.pcast(images, sharding.TOWER, to="varying")
 
         def loss_fn(params):
             # The one place where the gradients are summed over `data`: the transpose of this cast.

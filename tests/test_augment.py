@@ -1,3 +1,5 @@
+from functools import partial
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -5,7 +7,7 @@ import numpy as np
 import pytest
 from absl.testing import parameterized
 
-from alexnet_jax import center_crop, pca_lighting, random_crop, random_flip, rgb_pca, ten_crop
+from alexnet_jax import augment, center_crop, pca_lighting, random_crop, random_flip, rgb_pca, ten_crop
 from alexnet_jax.augment import example_keys
 
 
@@ -35,6 +37,21 @@ class RandomCropTest(chex.TestCase):
         one = random_crop(jax.random.key(0), images, 5)
         assert one.dtype == jnp.uint8 and one.shape == (2, 5, 5, 3)
         np.testing.assert_array_equal(one, random_crop(jax.random.key(0), images, 5))
+
+    @chex.variants(with_jit=True)
+    def test_products_take_the_same_crops_as_slices_do(self):
+        images = jax.random.uniform(jax.random.key(1), (50, 9, 8, 3), minval=-255, maxval=255)
+        corners = jax.random.randint(jax.random.key(2), (50, 2), 0, jnp.array([4, 3]))
+        for flip in (None, jax.random.bernoulli(jax.random.key(3), shape=(50,))):
+            expected = augment._crop_by_slices(corners, flip, images, 6)
+            for dtype in (jnp.float32, jnp.bfloat16):
+                crops = self.variant(partial(augment._crop_by_products, size=6, dtype=dtype))(corners, flip, images)
+                np.testing.assert_array_equal(crops, expected.astype(dtype).astype(jnp.float32))
+
+    def test_crops_with_a_key_for_flips_are_those_of_both_functions(self):
+        images, (crop_key, flip_key) = coordinates(20, 8, 9), jax.random.split(jax.random.key(0))
+        both = random_crop(crop_key, images, 6, flip_key=flip_key)
+        np.testing.assert_array_equal(both, random_flip(flip_key, random_crop(crop_key, images, 6)))
 
     def test_size_that_does_not_fit(self):
         with pytest.raises(ValueError, match="size=9"):

@@ -162,7 +162,7 @@ def test_a_workdir_that_cannot_be_written(synthetic, tmp_path):
     (["--config=imagenet2012:nope"], "--config=imagenet2012:nope: expected one of paper, source2012, caffe"),
     (["--config.seed=1", "--config=cifar10"], "--config.seed is before --config; give --config"),
     (["--config.seed=1", "--config=alexnet_jax/configs/cifar10.py"], "--config.seed is before --config; give --config"),
-    (["--config=alexnet_jax/configs/imagenet2012.py:nope"], "imagenet2012:nope: expected one of paper, source2012, caffe, torch"),
+    (["--config=imagenet2012:nope"], "imagenet2012:nope: expected one of paper, source2012, caffe, torchvision"),
     (["--colour=1"], "colour"),
     (["8"], "unexpected argument '8'"),
 ])  # fmt: skip

@@ -222,7 +222,7 @@ def test_plain_operations_compute_the_same_and_have_forward_mode(name):
 
 @pytest.mark.parametrize("platform,kind,expected", [
     ("cpu", "cpu", OPS), ("gpu", "NVIDIA H100 80GB HBM3", CUDA), ("gpu", "AMD Instinct MI300X", OPS),
-    ("tpu", "TPU v5e", OPS),
+    ("tpu", "TPU v5e", ops.TPU),
 ])  # fmt: skip
 def test_the_operations_for_a_device(platform, kind, expected):
     assert ops.ops_for(SimpleNamespace(platform=platform, device_kind=kind)) is expected

@@ -1,4 +1,4 @@
-"""`relu_lrn_pool` against loops in float64, in Pallas' interpreter."""
+"""`relu_lrn_pool` of GPUs and of TPUs against loops in float64, in Pallas' interpreter."""
 
 from functools import partial
 
@@ -8,15 +8,14 @@ import numpy as np
 import pytest
 import reference
 
-from alexnet_jax.ops.relu_lrn_pool import fused_relu_lrn_pool, relu_lrn_pool
+from alexnet_jax.ops import relu_lrn_pool as gpu
+from alexnet_jax.ops import relu_lrn_pool_tpu as tpu
 
 K, N, ALPHA, BETA = 2.0, 5, 1e-4, 0.75
+on_both = pytest.mark.parametrize("platform", [gpu, tpu], ids=["gpu", "tpu"])
 
 
-interpreted = partial(fused_relu_lrn_pool, interpret=True)
-
-
-def check(x, towers, bias=None, function=interpreted, **constants):
+def check(x, towers, bias=None, function=None, **constants):
     constants = dict(k=K, n=N, alpha=ALPHA, beta=BETA) | constants
     bias = np.zeros(x.shape[-1], np.float32) if bias is None else bias
 
@@ -41,21 +40,33 @@ def images(shape, dtype, scale=50.0):
     return jnp.asarray(np.random.default_rng(0).normal(size=shape) * scale, dtype)
 
 
+def interpreted(platform):
+    return partial(platform.fused_relu_lrn_pool, interpret=True)
+
+
+@on_both
 @pytest.mark.parametrize(
     "shape, dtype, with_bias", [((1, 55, 55, 96), jnp.float32, True), ((1, 27, 27, 256), jnp.bfloat16, False)]
 )
-def test_result_and_gradient(shape, dtype, with_bias):
+def test_result_and_gradient(platform, shape, dtype, with_bias):
     bias = np.random.default_rng(2).normal(size=shape[-1]).astype(np.float32) * 30 * with_bias
-    check(images(shape, dtype), 2, bias)
+    check(images(shape, dtype), 2, bias, interpreted(platform))
 
 
-def test_one_tower_other_constants_and_edges_without_a_window():
-    check(images((2, 4, 6, 24), jnp.float32), 1, n=7, beta=1.0, k=1.0, alpha=1e-3)
+@on_both
+def test_one_tower_other_constants_and_edges_without_a_window(platform):
+    shape = (2, 4, 6, 24 if platform is gpu else 16)
+    check(images(shape, jnp.float32), 1, None, interpreted(platform), n=7, beta=1.0, k=1.0, alpha=1e-3)
 
 
-def test_first_of_equal_maxima_gets_the_gradient():
+@on_both
+def test_first_of_equal_maxima_gets_the_gradient(platform):
     values = jnp.asarray([3.0, 0.0, -1.0], jnp.bfloat16)
-    check(jnp.broadcast_to(values[:, None, None, None], (3, 9, 9, 16)), 2)
+    check(jnp.broadcast_to(values[:, None, None, None], (3, 9, 9, 32)), 2, None, interpreted(platform))
+
+
+def test_a_last_block_of_images_that_is_not_full_on_a_tpu():
+    check(images((tpu.LANES + 2, 5, 5, 16), jnp.float32), 1, np.full(16, 3.0, np.float32), interpreted(tpu))
 
 
 @pytest.mark.parametrize(
@@ -73,8 +84,27 @@ def test_first_of_equal_maxima_gets_the_gradient():
 def test_what_it_does_not_take(shape, dtype, change, message):
     arguments = dict(bias=jnp.zeros(shape[-1]), towers=1, k=K, n=N, alpha=ALPHA, beta=BETA) | change
     with pytest.raises(ValueError, match=message):
-        fused_relu_lrn_pool(jnp.zeros(shape, dtype), **arguments)
+        gpu.fused_relu_lrn_pool(jnp.zeros(shape, dtype), **arguments)
 
 
-def test_channels_that_the_kernels_do_not_take():
-    check(images((2, 9, 9, 12), jnp.float32), 2, np.full(12, 3.0, np.float32), function=relu_lrn_pool)
+@pytest.mark.parametrize(
+    "shape, dtype, change, message",
+    [
+        ((1, 9, 9, 16), jnp.float16, {}, "float16"),
+        ((1, 9, 9, 16), jnp.float32, dict(window=2), "window=2"),
+        ((1, 9, 9, 16), jnp.float32, dict(n=4), "n=4"),
+        ((1, 9, 9, 16), jnp.float32, dict(bias=jnp.zeros(8)), "bias"),
+        ((1, 9, 9, 24), jnp.float32, {}, "multiple of 16"),
+        ((1, 2, 9, 16), jnp.float32, {}, "from 3"),
+        ((128, 9, 999, 96), jnp.float32, {}, "vector memory"),
+    ],
+)
+def test_what_the_tpu_kernels_do_not_take(shape, dtype, change, message):
+    arguments = dict(bias=jnp.zeros(shape[-1]), towers=1, k=K, n=N, alpha=ALPHA, beta=BETA) | change
+    with pytest.raises(ValueError, match=message):
+        tpu.fused_relu_lrn_pool(jnp.zeros(shape, dtype), **arguments)
+
+
+@on_both
+def test_channels_that_the_kernels_do_not_take(platform):
+    check(images((2, 9, 9, 12), jnp.float32), 2, np.full(12, 3.0, np.float32), platform.relu_lrn_pool)

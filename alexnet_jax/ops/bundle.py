@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 import jax
 
-from alexnet_jax.ops import convolution, lrn, plain, pooling, relu_lrn_pool
+from alexnet_jax.ops import convolution, lrn, plain, pooling, relu, relu_lrn_pool, relu_lrn_pool_tpu
 from alexnet_jax.ops.dropout import dropout
+from alexnet_jax.ops.dropout_gpu import gpu_dropout
 
 
 class Ops(NamedTuple):
@@ -17,6 +18,7 @@ class Ops(NamedTuple):
       max_pool: (x, window, stride) to the maxima, as `ops.max_pool`.
       local_response_norm: (x, k, n, alpha, beta) to the normalized activations, as `ops.local_response_norm`.
       spatial_response_norm: (x, size, scale, power, min_div) likewise, as `ops.spatial_response_norm`.
+      relu: x to max(x, 0), as `jax.nn.relu`.
       dropout: (key, x, rate, towers, first_example, first_tower) to the kept activations, as `ops.dropout`.
       relu_lrn_pool: (x, bias, towers, k, n, alpha, beta, window, stride) to the maxima: a convolution's bias, ReLU, LRN
         and max pooling in one function, as `relu_lrn_pool.relu_lrn_pool`; None: one operation after the other.
@@ -26,6 +28,7 @@ class Ops(NamedTuple):
     max_pool: Callable[..., jax.Array] = pooling.max_pool
     local_response_norm: Callable[..., jax.Array] = lrn.local_response_norm
     spatial_response_norm: Callable[..., jax.Array] = lrn.spatial_response_norm
+    relu: Callable[..., jax.Array] = jax.nn.relu
     dropout: Callable[..., jax.Array] = dropout
     relu_lrn_pool: Callable[..., jax.Array] | None = None
 
@@ -37,9 +40,14 @@ OPS = Ops()
 PLAIN = Ops(plain.conv, plain.max_pool, plain.local_response_norm, plain.spatial_response_norm)
 
 # One kernel forward and one backward for the operations between two convolutions, which memory traffic limits on a GPU.
-CUDA = OPS._replace(relu_lrn_pool=relu_lrn_pool.relu_lrn_pool)
+CUDA = OPS._replace(relu_lrn_pool=relu_lrn_pool.relu_lrn_pool, relu=relu.relu, dropout=gpu_dropout)
+
+# The same on a TPU. XLA's gradient of max pooling there, select-and-scatter, moves the fewest bytes.
+TPU = OPS._replace(relu_lrn_pool=relu_lrn_pool_tpu.relu_lrn_pool, relu=relu.relu, max_pool=plain.max_pool)
 
 
 def ops_for(device: jax.Device) -> Ops:
-    """Return the fastest operations for a device: `CUDA` for an NVIDIA GPU, `OPS` for any other."""
-    return CUDA if device.platform == "gpu" and "NVIDIA" in device.device_kind else OPS
+    """Return the fastest operations for a device: `CUDA` for an NVIDIA GPU, `TPU` for a TPU, `OPS` for any other."""
+    if device.platform == "tpu":
+        return TPU
+    return CUDA if device.platform in ("gpu", "cuda") and "NVIDIA" in device.device_kind else OPS

@@ -28,10 +28,7 @@ def dropout(
     Raises:
       ValueError: a rate outside 0 to 1, or an x that is not 2-D or whose units do not divide among the towers.
     """
-    if not isinstance(rate, jax.core.Tracer) and not 0 <= rate <= 1:
-        raise ValueError(f"dropout: rate={rate}: expected a probability, from 0 to 1")
-    if x.ndim != 2 or towers < 1 or x.shape[1] % towers:
-        raise ValueError(f"dropout: shape {x.shape}: expected [B, N] with N divisible by towers={towers}")
+    check_dropout(x, rate, towers)
     batch, units = x.shape
 
     def mask(example, tower):
@@ -41,3 +38,11 @@ def dropout(
     examples, numbers = first_example + jnp.arange(batch), first_tower + jnp.arange(towers)
     keep = jax.vmap(jax.vmap(mask, (None, 0)), (0, None))(examples, numbers)
     return jnp.where(keep.reshape(batch, units), x, jnp.zeros((), x.dtype))
+
+
+def check_dropout(x: jax.Array, rate: float, towers: int) -> None:
+    """Raise ValueError for arguments that `dropout` does not take."""
+    if not isinstance(rate, jax.core.Tracer) and not 0 <= rate <= 1:
+        raise ValueError(f"dropout: rate={rate}: expected a probability, from 0 to 1")
+    if x.ndim != 2 or towers < 1 or x.shape[1] % towers:
+        raise ValueError(f"dropout: shape {x.shape}: expected [B, N] with N divisible by towers={towers}")

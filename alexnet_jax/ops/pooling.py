@@ -7,6 +7,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 
@@ -50,13 +51,27 @@ def _max_pool_backward(window, stride, residuals, g):
         first, end = (0, extra - a, extra - b, 0), (batch, rows + 2 * extra - a, columns + 2 * extra - b, channels)
         return lax.broadcast_in_dim(lax.slice(windows, first, end), shape, (0, 1, 3, 5))
 
+    def by_iotas(argmax, a, b):
+        i, j = r + stride * a, c + stride * b
+        return (argmax == i * window + j) & (j < window)
+
+    def by_table(argmax, a, b):  # for an iota each a GPU has operations of their own
+        return argmax == _positions(window, stride, a, b)
+
     dx = jnp.zeros((), x.dtype)
     for a, b in itertools.product(range(extra + 1), repeat=2):
-        i, j = r + stride * a, c + stride * b
-        is_maximum = (at_pixels(argmax, a, b) == i * window + j) & (j < window)
+        implementations = dict(cuda=partial(by_table, a=a, b=b), default=partial(by_iotas, a=a, b=b))
+        is_maximum = lax.platform_dependent(at_pixels(argmax, a, b), **implementations)
         dx += jnp.where(is_maximum, at_pixels(g, a, b), 0)
     dx = dx.reshape(batch, shape[1] * stride, shape[3] * stride, channels)[:, :height, :width]
     return (jnp.pad(dx, ((0, 0), (0, height - dx.shape[1]), (0, width - dx.shape[2]), (0, 0))),)
+
+
+def _positions(window, stride, a, b):
+    """Return the position in window (m − a, n − b) of pixel (stride · m + r, stride · n + c): [r, 1, c, 1], or −2."""
+    i, j = np.ix_(np.arange(stride) + stride * a, np.arange(stride) + stride * b)
+    table = np.where((i < window) & (j < window), i * window + j, -2)
+    return table.astype(np.int32)[:, None, :, None]
 
 
 _max_pool.defvjp(_max_pool_forward, _max_pool_backward)

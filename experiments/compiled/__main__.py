@@ -1,150 +1,95 @@
-"""Compile for accelerators that this machine does not have: python -m experiments.compiled --workdir DIR
+"""The programs that XLA compiles for accelerators that are not here: python -m experiments.compiled --workdir DIR
 
-The train step or the inference of the paper's network is compiled for a described GPU or TPU slice. The bytes that its
-operations read and write are counted, and its time is estimated from the data sheet of the chip.
+Compiles the train step or the inference of a config for described GPUs or TPU slices, counts what the operations of
+each layer read and write, and compares it with the minimum. Every time is an estimate from the chip's stated figures.
+DIR/compiled.json keeps the cases of earlier calls; one that is compiled again is replaced.
 """
 
 import argparse
-import time
-from functools import partial
+import itertools
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh, NamedSharding
 
-from alexnet_jax import AlexNet, paper_sgd, sharding
-from alexnet_jax.data.batch import Batch
-from alexnet_jax.errors import errors_on_one_line
-from alexnet_jax.inference import predict
-from alexnet_jax.model import LAYERS
-from alexnet_jax.ops import CUDA, OPS
-from alexnet_jax.preprocess import Preprocess
+from alexnet_jax.errors import UserError, errors_on_one_line, one_line
 from alexnet_jax.runtime.files import write_json
-from alexnet_jax.tables import table
-from alexnet_jax.train_step import create_state, make_train_step, state_specs
 from experiments.command import make_workdir, write_text
-from experiments.compiled.targets import Target, TargetError, find
-from experiments.compiled.traffic import INPUT, OTHER, UPDATE, Operation, operations
+from experiments.compiled.cases import MODES, Case, build, largest_batch, load_config, measure
+from experiments.compiled.report import cases_table, markdown, plot
+from experiments.compiled.targets import TargetError, find
+from experiments.sharding import LAYOUTS
 
-STORED, CROP = (256, 256, 3), 224  # of section 2 and section 4.1
-TOWERS = {"one_device": 1, "data": 1, "tower": 2, "data_tower": 2}
+DTYPES = ("bfloat16", "float32")
 
 
-def lower(target: Target, mode: str, batch: int, dtype: str, layout: str) -> jax.stages.Lowered:
-    """Return the lowered program: the project's train step, or the inference on center crops.
+def cases(flags: argparse.Namespace) -> list[Case]:
+    """Return the cases of the command line; of several, those that do not fit their devices are left out.
 
     Raises:
-      TargetError: devices that the layout cannot use.
+      UserError: a flag with a value that it does not take, or no case that fits.
     """
-    devices, towers = target.devices[: 1 if layout == "one_device" else None], TOWERS[layout]
-    if len(devices) % towers or (layout == "tower" and len(devices) != 2) or batch % (len(devices) // towers):
-        raise TargetError(
-            f"--layout={layout}: {target.name} has {len(target.devices)} device(s) and the batch {batch} images; "
-            "expected devices that the towers and a batch that the data axis divide"
-        )
-    mesh = Mesh(np.array(devices).reshape(-1, towers), (sharding.DATA, sharding.TOWER))
-    gpu = target.devices[0].platform in ("gpu", "cuda")
-    model = AlexNet(dtype=jnp.dtype(dtype), ops=CUDA if gpu else OPS)
-    mean = np.full((1, 1, STORED[-1]), 128, np.float32)
-    preprocess = Preprocess(mean, pad=0, crop=CROP, resize=0, flip=True, lighting=None, scale=1.0)
-    place = lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))  # noqa: E731
-    optimizer = paper_sgd()
-    state = jax.eval_shape(partial(create_state, model, optimizer, (CROP, CROP, STORED[-1]), 0))
-    state = jax.tree.map(place, state, state_specs(state))
-    images = place(jax.ShapeDtypeStruct((batch, *STORED), jnp.uint8), sharding.BATCH)
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        if mode == "inference":
-            function = partial(predict, model, preprocess=preprocess, ten_crop=False)
-            return jax.jit(lambda params, images: function(params, images)).lower(state.params, images)
-        labels = place(jax.ShapeDtypeStruct((batch,), jnp.int32), sharding.BATCH)
-        key = place(jax.eval_shape(lambda: jax.random.key(0)), sharding.REPLICATED)
-        step = make_train_step(model, optimizer, preprocess, lambda step, plateau: jnp.float32(0.01), mesh)
-        return step.trace(state, Batch(images, labels), key).lower()
+    choices = {"mode": MODES, "dtype": DTYPES, "layout": tuple(layout.name for layout in LAYOUTS)}
+    for name, known in choices.items():
+        if unknown := [value for value in getattr(flags, name).split(",") if value not in known]:
+            raise UserError(f"--{name}={unknown[0]}: expected one or more of {', '.join(known)}, with commas")
+    if not all(batch.isdecimal() and int(batch) for batch in flags.batch.split(",")):
+        raise TargetError(f"--batch={flags.batch}: expected positive numbers with commas, as in 128,512")
+    load_config(flags.config)
+    values = [getattr(flags, name).split(",") for name in ("target", "layout", "mode", "batch", "dtype")]
+    targets, fitting, reason = {name: find(name) for name in values[0]}, [], None
+    for target, layout, mode, batch, dtype in itertools.product(*values):
+        case = Case(targets[target], flags.config, mode, int(batch), dtype, layout)
+        try:
+            build(case)
+        except UserError as error:
+            reason = error
+            print(f"Skipped: {error}", file=sys.stderr)
+        else:
+            fitting.append(case)
+    if not fitting:
+        raise reason
+    return fitting
 
 
-def measure(target: Target, mode: str, batch: int, dtype: str, layout: str, workdir: Path) -> dict[str, Any]:
-    """Compile one case, write its program, and return its record; bytes and FLOP are those of one device."""
-    lowered = lower(target, mode, batch, dtype, layout)
-    start = time.perf_counter()
-    compiled = lowered.compile()
-    seconds, text = time.perf_counter() - start, compiled.as_text()
-    name = "_".join((target.name.replace(":", "-"), mode, str(batch), dtype, layout))
-    (workdir / f"{name}.hlo.txt").write_text(text)
-    program, memory = operations(text), compiled.memory_analysis()
-    total = sum(operation.bytes for operation in program)
-    held = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-    return {
-        "target": target.name, "chip": target.chip.name, "mode": mode, "batch": batch, "dtype": dtype, "layout": layout,
-        "jax": jax.__version__, "operations": len(program), "bytes": total, "compile_s": seconds,
-        "memory_bytes": held - memory.alias_size_in_bytes, "estimated_ms_of_bytes": 1e3 * total / target.chip.bandwidth,
-        "layers": by_layer(program),
-    }  # fmt: skip
-
-
-def by_layer(program: list[Operation]) -> list[dict[str, Any]]:
-    """Return the operations and bytes of each layer, forward and backward, in the order of the network."""
-    keys = [(layer, backward) for layer in (INPUT, *LAYERS, OTHER) for backward in (False, True)] + [(UPDATE, False)]
-    rows = []
-    for layer, backward in keys:
-        of_layer = [op for op in program if (op.layer, op.backward) == (layer, backward)]
-        if of_layer:
-            read, written = (sum(getattr(op, name) * op.trips for op in of_layer) for name in ("read", "written"))
-            pass_name = "backward" if backward else "forward"
-            rows.append({
-                "layer": layer, "pass": "" if layer in (INPUT, UPDATE) else pass_name, "operations": len(of_layer),
-                "read": read, "written": written,
-            })  # fmt: skip
-    return rows
-
-
-def markdown(records: list[dict[str, Any]]) -> str:
-    """Return a table of the cases, and one of the layers of each."""
-    rows = [
-        (
-            r["target"], r["layout"].replace("_", " "), r["mode"], f"{r['batch']:,}", r["dtype"],
-            f"{r['bytes'] / 1e9:.2f}", str(r["operations"]), f"{r['memory_bytes'] / 1e9:.2f}",
-            f"{r['estimated_ms_of_bytes']:.2f}", f"{r['compile_s']:.0f}",
-        )
-        for r in records
-    ]  # fmt: skip
-    header = ("target", "layout", "mode", "batch", "dtype", "GB moved", "operations", "memory (GB)",
-              "estimate, of the bytes alone (ms)", "compiled in (s)")  # fmt: skip
-    parts = [table(rows, header, markdown=True)]
-    for r in records:
-        layers = [
-            (x["layer"], x["pass"], str(x["operations"]), f"{x['read'] / 1e6:,.0f}", f"{x['written'] / 1e6:,.0f}")
-            for x in r["layers"]
-        ]
-        title = f"{r['target']}, {r['layout'].replace('_', ' ')}, {r['mode']}, batch {r['batch']:,}, {r['dtype']}"
-        layer_header = ("layer", "pass", "operations", "read (MB)", "written (MB)")
-        parts.append(f"{title}\n\n{table(layers, layer_header, markdown=True)}")
-    return "\n\n".join(parts) + "\n"
+def read_records(path: Path) -> dict[str, dict[str, Any]]:
+    """Return the records of an earlier call by the names of their cases; raises UserError if they cannot be read."""
+    try:
+        return {record["name"]: record for record in json.loads(path.read_text())} if path.exists() else {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is corrupt ({one_line(error)}); delete it and compile its cases again") from None
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.compiled", description=__doc__.splitlines()[0])
-    parser.add_argument("--workdir", type=Path, required=True, help="for compiled.json, compiled.md and the programs")
-    parser.add_argument("--target", default="h100", help="with commas: h100, h100:2, v5e:2x2, … (default: h100)")
-    parser.add_argument("--batch", default="512", help="images in a step over all devices, with commas (default: 512)")
-    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"), help="(default: bfloat16)")
-    parser.add_argument("--mode", default="train", choices=("train", "inference"), help="(default: train)")
-    parser.add_argument("--layout", default="one_device", choices=TOWERS, help="(default: one_device)")
+    layouts = ", ".join(layout.name for layout in LAYOUTS)
+    parser.add_argument(
+        "--workdir", type=Path, required=True, help="for compiled.json, compiled.md, compiled.png and the programs"
+    )
+    parser.add_argument("--target", default="h100", help="h100, h100:2, v5e:2x2, …, with commas (default: h100)")
+    parser.add_argument("--batch", default="512", help="images over all devices, with commas (default: 512)")
+    parser.add_argument("--dtype", default="bfloat16", help=f"of {', '.join(DTYPES)}, with commas (default: bfloat16)")
+    parser.add_argument("--mode", default="train", help=f"of {', '.join(MODES)}, with commas (default: train)")
+    parser.add_argument("--layout", default="one_device", help=f"of {layouts}, with commas (default: one_device)")
+    parser.add_argument("--config", default="imagenet2012", help="name or file of a config (default: imagenet2012)")
+    parser.add_argument("--largest-batch", action="store_true", help="find it by bisection: about ten compilations")
     flags = parser.parse_args()
+    jax.config.update("jax_enable_compilation_cache", False)  # the time to compile is one of the figures
     with errors_on_one_line():
-        if not all(batch.isdecimal() and int(batch) for batch in flags.batch.split(",")):
-            raise TargetError(f"--batch={flags.batch}: expected positive numbers with commas, as in 128,512")
-        targets = [find(name) for name in flags.target.split(",")]
         make_workdir(flags.workdir)
-        records = []
-        for target in targets:
-            for batch in map(int, flags.batch.split(",")):
-                records.append(measure(target, flags.mode, batch, flags.dtype, flags.layout, flags.workdir))
-                write_json(flags.workdir / "compiled.json", records)
-        write_text(flags.workdir / "compiled.md", markdown(records))
-    print(f"{markdown(records)}\nWritten to {flags.workdir}")
+        records = read_records(flags.workdir / "compiled.json")
+        for case in cases(flags):
+            record = measure(case, flags.workdir)
+            if flags.largest_batch:
+                record["largest_batch"] = largest_batch(case)
+            records[case.name] = record
+            write_json(flags.workdir / "compiled.json", list(records.values()))
+            print(f"{case.name}: {record['bytes'] / 1e9:.2f} GB, {record['operations']} operations", file=sys.stderr)
+        write_text(flags.workdir / "compiled.md", markdown(list(records.values())))
+        plot(list(records.values()), flags.workdir / "compiled.png")
+    print(f"{cases_table(list(records.values()))}\n\nWritten to {flags.workdir}")
 
 
 if __name__ == "__main__":

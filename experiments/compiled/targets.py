@@ -81,6 +81,7 @@ def _gpus(count: int) -> list:
     # Autotuning would run kernels.
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
     jax.config.update("jax_platforms", "cpu")
+    jax.devices()  # JAX registers its plugins now, and logs an error if one is registered already
     try:
         importlib.import_module(f"jax_plugins.xla_cuda{cuda}").initialize()
     except Exception as error:  # it is registered already, with or without a GPU
@@ -94,6 +95,7 @@ def _tpus(name: str) -> list:
     if not importlib.util.find_spec("libtpu"):
         raise TargetError('--target: compiling for a TPU needs libtpu: pip install -e ".[compile-tpu]"')
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     jax.config.update("jax_platforms", "cpu")
     one_chip = {"chips_per_host_bounds": [1, 1, 1]} if name.endswith(":1x1") else {}
     try:

@@ -133,6 +133,15 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
                 return op_name
         return next(filter(None, (origin(operand, depth + 1) for operand in instruction.operands)), "")
 
+    def concatenated(name: str) -> tuple[str, ...]:
+        """Return the arrays that a fusion only concatenates, as XLA does with small ones on a GPU, or the array."""
+        fusion = instructions[name]
+        opcodes = {instructions[i].opcode for i in computations.get(fusion.calls, ())}
+        parts = [part for part in fusion.operands if part in instructions]
+        only = "concatenate" in opcodes and not opcodes - {"concatenate", "parameter", "bitcast", "reshape"}
+        whole = only and sum(_bytes(instructions[part].shape) for part in parts) == _bytes(fusion.shape)
+        return tuple(parts) if whole else (name,)
+
     sums: Counter[tuple] = Counter()
     for instruction in instructions.values():
         kind = instruction.opcode.removesuffix("-start")
@@ -142,12 +151,13 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
         if max(map(len, groups)) == 1:
             continue
         axis, parts = _axis(groups, mesh)
-        for operand in instruction.operands:
+        alone = len(instruction.operands) == 1  # a combined collective has the name of one of its parts
+        for operand in (part for name in instruction.operands for part in concatenated(name)):
             own, producer = instruction.op_name, origin(operand)
-            alone = len(instruction.operands) == 1  # a combined collective has the name of one of its parts
             op_name = own if _named_layer(own) and alone else producer
             layer = _named_layer(op_name) or "metrics"
-            if "[]" in instructions[operand].shape:  # the loss and the error are the only scalars
+            scalar = "[]" in instructions[operand].shape  # the loss and the error are the only ones
+            if scalar or alone and "metrics" in re.findall(r"\w+", own):
                 layer, op_name, own = "metrics", "", ""
             size = _bytes(instructions[operand].shape) * (parts if kind == "all-gather" else 1)
             backward = "transpose(" in own or "transpose(" in op_name

@@ -17,7 +17,9 @@ INPUT_OF = {"conv3": "pool2", "fc6": "pool5", "fc7": "fc6", "fc8": "fc7"}  # of 
 def expected(
     layout: Layout, model: AlexNet, shape: tuple[int, ...], batch: int, data: int, tower: int
 ) -> list[Collective]:
-    """Return the collectives that a train step needs in this layout, in float32, in the order of `collectives()`.
+    """Return the collectives that a train step needs in this layout, in the order of `collectives()`.
+
+    Activations and their gradients are in the model's dtype, parameters and their gradients in float32.
 
     Args:
       shape: [H, W, C] of an image.
@@ -28,11 +30,11 @@ def expected(
     params = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
     outputs = jax.eval_shape(partial(activations, model), params, image)
     weight_bytes = {layer: 4 * sum(x.size for x in jax.tree.leaves(params[layer])) for layer in LAYERS}
-    needed = []
+    itemsize, needed = jnp.dtype(model.dtype).itemsize, []
 
     def gather(layer, axis, parts, images):  # the activations, and their gradient
         arrays = [INPUT_OF[layer]] + ["fc8"] * (layer == "fc8")  # the logits too
-        size = sum(4 * images * outputs[name].size for name in arrays)
+        size = sum(itemsize * images * outputs[name].size for name in arrays)
         needed.append(Collective.make("all-gather", layer, axis, False, size, parts))
         needed.append(Collective.make("reduce-scatter", layer, axis, True, size, parts))
 

@@ -1,0 +1,125 @@
+"""The records of the compiled programs as Markdown tables and as a picture."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from alexnet_jax.tables import table
+from experiments.command import save_figure
+from experiments.sharding import layer_table
+
+RULE = (
+    "GB and MB are those of one device, of its main memory: what a TPU keeps in its vector memory does not count, so a "
+    "ratio may be below 1. The floor is the minimum of bytes by the shapes (`experiments/compiled/floor.py` has the "
+    "rule). ms are an **estimate**, not a measurement: the sum over the parts of the longer of the bytes at the chip's "
+    "stated bandwidth and the FLOP at its stated rate."
+)
+
+
+def title(record: dict[str, Any]) -> str:
+    """Return what a record is of."""
+    layout = record["layout"].replace("_", " ")
+    return (
+        f"{record['target']}, {layout}, {record['config']}, {record['mode']}, batch {record['batch']:,}, "
+        f"{record['dtype']}"
+    )
+
+
+def cases_table(records: Sequence[dict[str, Any]]) -> str:
+    """Return a table of the cases, a row each."""
+    header = (
+        "target", "layout", "mode", "batch", "dtype", "GB moved", "floor (GB)", "ratio", "operations", "while",
+        "image gathers", "float32 activations", "memory (GB)", "largest batch", "collectives", "estimate (ms)",
+        "compiled in (s)",
+    )  # fmt: skip
+    return table([_case_row(r) for r in records], header, markdown=True)
+
+
+def _case_row(r: dict[str, Any]) -> tuple[str, ...]:
+    collectives = "—"
+    if r["expected"]:
+        different = differing(r)
+        collectives = "those of the theory" if not different else f"{len(different)} differ from the theory"
+    return (
+        r["target"], r["layout"].replace("_", " "), r["mode"], f"{r['batch']:,}", r["dtype"],
+        f"{r['bytes'] / 1e9:.2f}", f"{r['floor'] / 1e9:.2f}", f"{r['bytes'] / r['floor']:.2f}", str(r["operations"]),
+        str(r["while"]), str(r["image gathers"]), str(r["float32 activations"]), f"{r['memory']['total'] / 1e9:.2f}",
+        f"{r['largest_batch']:,}" if "largest_batch" in r else "—", collectives, f"{r['estimated_ms']:.2f}",
+        f"{r['compile_s']:.0f}",
+    )  # fmt: skip
+
+
+def differing(record: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Return the collectives (kind, layer, axis, pass) that the theory has not or the program has not.
+
+    One that receives more bytes than in theory counts too. Fewer do not: gradients of biases may be in bfloat16.
+    """
+
+    def received(collectives):
+        return {
+            (c["kind"], c["layer"], c["axis"], "backward" if c["backward"] else "forward"): c["received"]
+            for c in collectives
+        }
+
+    actual, minimum = received(record["collectives"]), received(record["expected"])
+    return [key for key in actual | minimum if key not in actual or actual[key] > minimum.get(key, -1)]
+
+
+def layers_table(record: dict[str, Any]) -> str:
+    """Return a table of the layers of a case, forward and backward."""
+    header = (
+        "part", "pass", "operations", "read (MB)", "written (MB)", "floor (MB)", "ratio", "GFLOP", "estimate (ms)",
+    )  # fmt: skip
+    rows = []
+    for x in record["layers"]:
+        total = x["read"] + x["written"]
+        rows.append((
+            x["layer"], x["pass"], str(x["operations"]), f"{x['read'] / 1e6:,.0f}", f"{x['written'] / 1e6:,.0f}",
+            f"{x['floor'] / 1e6:,.0f}", f"{total / x['floor']:.2f}" if x["floor"] else "—",
+            f"{x['flops'] / 1e9:,.0f}" if x["flops"] else "—", f"{x['estimated_ms']:.2f}",
+        ))  # fmt: skip
+    return table(rows, header, markdown=True)
+
+
+def overlap(record: dict[str, Any]) -> str:
+    """Return which collectives are asynchronous, and what lies between their start and their end."""
+    if not record["collectives"]:
+        return ""
+    if not record["asynchronous"]:
+        return "No collective is asynchronous."
+    parts = [f"{x['kind']} of {x['layer']} ({x['operations']})" for x in record["asynchronous"]]
+    return f"Asynchronous, with the operations between start and end: {', '.join(parts)}."
+
+
+def markdown(records: Sequence[dict[str, Any]]) -> str:
+    """Return the table of the cases, and for each case those of its layers and of its collectives."""
+    parts = [RULE, cases_table(records)]
+    for record in records:
+        parts += [f"### {title(record)}", layers_table(record)]
+        if record["collectives"] or record["expected"]:
+            parts += [layer_table(record), overlap(record)]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Plot the bytes of each part of each case, forward and backward, as bars, with the floor as a mark on each."""
+    columns = min(3, len(records))
+    rows = -(-len(records) // columns)
+    figure = Figure(figsize=(5.2 * columns, 3.6 * rows), layout="constrained")
+    for axes, record in zip(figure.subplots(rows, columns, squeeze=False).flat, records, strict=False):
+        names = list(dict.fromkeys(x["layer"] for x in record["layers"]))
+        for x in record["layers"]:
+            backward = x["pass"] == "backward"
+            at = names.index(x["layer"]) + (0.2 if backward else -0.2)
+            axes.barh(at, (x["read"] + x["written"]) / 1e9, 0.38, color="tab:orange" if backward else "tab:blue")
+            axes.plot([x["floor"] / 1e9] * 2, [at - 0.19, at + 0.19], color="black", linewidth=2)
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.set_xlabel("GB; blue forward, orange backward, black the floor")
+        ratio = record["bytes"] / record["floor"]
+        axes.set_title(f"{title(record)}\n{record['bytes'] / 1e9:.2f} GB, {ratio:.2f} × the floor", fontsize=9)
+    for axes in figure.axes[len(records) :]:
+        axes.set_visible(False)
+    save_figure(figure, path)
