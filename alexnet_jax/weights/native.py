@@ -34,7 +34,8 @@ def write_native(weights: Weights, path: Path) -> None:
     if preprocess.lighting is not None:
         tensors |= zip(LIGHTING, (np.asarray(x, np.float32) for x in preprocess.lighting), strict=True)
     contiguous = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
-    write_safetensors(path, contiguous, {"format": "np", KEY: json.dumps(describe(weights))})
+    # One entry: the library writes several in any order, and the same weights would give different files.
+    write_safetensors(path, contiguous, {KEY: json.dumps(describe(weights))})
 
 
 def describe(weights: Weights) -> dict[str, Any]:
