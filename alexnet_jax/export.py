@@ -4,8 +4,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from alexnet_jax.checkpoint import silence_orbax
 from alexnet_jax.errors import UserError, one_line
 from alexnet_jax.runtime.files import user_path
@@ -53,7 +51,7 @@ def export(weights: Weights, out: Path, keys: str = "", with_preprocessing: bool
             write_torch(weights, out)
         else:
             write_native(weights, out)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise WeightsError(f"{out} cannot be written: {one_line(error)}") from None
 
 
@@ -75,7 +73,7 @@ def main() -> None:
     try:
         path, out = user_path(flags.weights, "RUN_OR_FILE"), user_path(flags.out, "OUT")
         check_out(out, flags.keys, flags.with_preprocessing)
-        if out.exists() and out.samefile(path):
+        if out.exists() and path.exists() and out.samefile(path):
             raise WeightsError(f"{out} is the file that is read; name another")
         export(load_weights(path), out, flags.keys, flags.with_preprocessing)
     except (UserError, OSError) as error:

@@ -44,11 +44,14 @@ def test_a_mean_image_is_kept(tmp_path):
     ("absent.pth", "b.safetensors", "absent.pth: No such file"),
     ("text", "b.safetensors", "text: not a file of weights"),
     ("text", "b.onnx", "b.onnx: expected a .safetensors file in an existing folder"),
+    ("a.npy", "busy.safetensors", "busy.safetensors cannot be written: "),
     ("text", "absent/b.safetensors", "expected a .safetensors file in an existing folder"),
 ])  # fmt: skip
 def test_an_error_is_one_line(tmp_path, source, out, words):
     (tmp_path / "text").write_text("text")
+    weight_files.toronto(tmp_path / "a.npy", random_params())
+    (tmp_path / "busy.safetensors.tmp").mkdir()
     code, output, errors = convert(tmp_path / source, tmp_path / out)
-    assert code == 1 and not output and words in errors
+    assert code == 1 and words in errors and "Written" not in output
     assert errors.startswith("Error: ") and errors.count("\n") == 1
     assert not (tmp_path / out).exists()

@@ -26,6 +26,11 @@ def small_weights(**fields):
 def test_a_file_is_read_back_bit_for_bit(tmp_path):
     weights = small_weights()
     write_native(weights, tmp_path / "a.safetensors")
+    for _ in range(8):
+        write_native(weights, tmp_path / "again.safetensors")
+        assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "a.safetensors").read_bytes()
+    (tmp_path / "other").touch()
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
     other = read_native(tmp_path / "a.safetensors")
     jax.tree.map(np.testing.assert_array_equal, (other.params, other.preprocess), (weights.params, weights.preprocess))
     assert jax.tree.structure(other.preprocess) == jax.tree.structure(weights.preprocess)

@@ -170,7 +170,7 @@ def write_features(
             progress.advance(len(pixels))
             if done * 10 // total > start * 10 // total:
                 rate = (done - writer.first) / (time.monotonic() - started)
-                progress.show(done, (total - done) / rate, images_per_s=f"{rate:.0f}")
+                progress.show(done, (total - done) / rate, images_per_s=f"{rate:.1f}")
         progress.close()
     return failed
 

@@ -122,6 +122,7 @@ def _read_caffes(file: Region, head: bytes, source: Source, mean: np.ndarray | N
 
 def _sha256(file: File, name: str) -> str:
     """Return a file's SHA-256; a known file with another hash is named in a warning."""
+    file.seek(0)
     found = hashlib.file_digest(file, "sha256").hexdigest()
     kind, expected, actual = "SHA-256", None, found
     if match := re.fullmatch(r"alexnet\b.*-([0-9a-f]{8})\.pth", name):  # torch's files in circulation

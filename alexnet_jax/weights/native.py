@@ -8,14 +8,12 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
 
 from alexnet_jax.errors import one_line
 from alexnet_jax.model import AlexNet, Stem
 from alexnet_jax.preprocess import Preprocess
-from alexnet_jax.runtime.files import replaced
 from alexnet_jax.weights.description import CORRUPT, Params, Source, Weights, WeightsError
-from alexnet_jax.weights.safetensors_file import read_safetensors
+from alexnet_jax.weights.safetensors_file import read_safetensors, write_safetensors
 from alexnet_jax.weights.stored import Stored, whole
 
 KEY = "alexnet_jax"  # of the metadata
@@ -35,9 +33,9 @@ def write_native(weights: Weights, path: Path) -> None:
     tensors[MEAN] = np.asarray(preprocess.mean, np.float32)
     if preprocess.lighting is not None:
         tensors |= zip(LIGHTING, (np.asarray(x, np.float32) for x in preprocess.lighting), strict=True)
-    with replaced(path) as temporary:
-        contiguous = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
-        save_file(contiguous, temporary, metadata={"format": "np", KEY: json.dumps(describe(weights))})
+    contiguous = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
+    # One entry: the library writes several in any order, and the same weights would give different files.
+    write_safetensors(path, contiguous, {KEY: json.dumps(describe(weights))})
 
 
 def describe(weights: Weights) -> dict[str, Any]:

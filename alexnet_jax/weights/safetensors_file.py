@@ -1,13 +1,19 @@
-"""The header of a .safetensors file, and its arrays in place.
+""".safetensors files: written by the library, and read here as a header and arrays in place.
 
-The library maps the file into memory, so that its pages count next to the arrays copied from them.
+To read, the library maps the file into memory, so that its pages count next to the arrays copied from them.
 """
 
 import json
+from collections.abc import Mapping
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
+from alexnet_jax.errors import one_line
+from alexnet_jax.runtime.files import replaced
 from alexnet_jax.weights.description import WeightsError
 from alexnet_jax.weights.stored import Region, Stored, stored
 
@@ -46,3 +52,15 @@ def read_safetensors(file: Region) -> tuple[dict[str, str], dict[str, Stored]]:
 def starts_as_safetensors(file: Region) -> bool:
     """Return whether a file starts with the size of a header and a header."""
     return file.size > 8 and file.bytes(8, 1) == b"{" and int.from_bytes(file.bytes(0, 8), "little") < 1 << 32
+
+
+def write_safetensors(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Write contiguous arrays to a file, the complete file or nothing; raises OSError."""
+    with replaced(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        try:
+            save_file(dict(arrays), temporary, dict(metadata))
+            temporary.chmod(mode)  # the library gives only the owner access
+        except SafetensorError as error:  # what the library raises instead of OSError
+            raise OSError(one_line(error)) from None

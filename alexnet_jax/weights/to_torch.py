@@ -4,11 +4,10 @@ import json
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from alexnet_jax.model import AlexNet
-from alexnet_jax.runtime.files import replaced
 from alexnet_jax.weights.description import Weights, WeightsError, parameter_shapes
+from alexnet_jax.weights.safetensors_file import write_safetensors
 
 KEYS = {
     "conv1": "features.0", "conv2": "features.3", "conv3": "features.6", "conv4": "features.8", "conv5": "features.10",
@@ -32,8 +31,7 @@ def write_torch(weights: Weights, path: Path) -> None:
     metadata = {"format": "pt", "mean": json.dumps([round(x, 6) for x in mean.tolist()])}
     if weights.class_names is not None:
         metadata["class_names"] = json.dumps(weights.class_names)
-    with replaced(path) as temporary:
-        save_file(tensors, temporary, metadata)
+    write_safetensors(path, tensors, metadata)
 
 
 def state_dict(weights: Weights) -> dict[str, np.ndarray]:

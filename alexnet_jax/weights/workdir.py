@@ -73,7 +73,9 @@ def read_run(workdir: Path, data_dir: str = "") -> Checkpoint:
     try:
         config.update(json.loads((workdir / CONFIG).read_text()))
     except OSError:
-        raise RunError(f"{workdir} holds no run (no {CONFIG}); name the workdir of a training") from None
+        raise RunError(
+            f"{workdir} holds no run (no {CONFIG}); name the workdir of a training, or a file of weights"
+        ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{workdir / CONFIG} is not a config of this program ({one_line(error)})") from None
     step = newest_step(workdir / CHECKPOINTS)
