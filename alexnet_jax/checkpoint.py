@@ -19,7 +19,7 @@ from jax import lax
 from alexnet_jax.errors import UserError, one_line
 from alexnet_jax.runtime import distributed
 from alexnet_jax.runtime.imports import import_quietly, unchanged_logging
-from alexnet_jax.runtime.signals import Stopped
+from alexnet_jax.runtime.signals import Stopped, deferred_signals
 
 ocp = import_quietly("orbax.checkpoint")
 
@@ -106,13 +106,17 @@ def _abstract(like: Any) -> Any:
 
 
 def _read(path: Path, like: Any) -> tuple[Any, dict[str, Any]]:
-    """Return this process's part of a checkpoint, and its dict; does not wait for other processes: they may fail."""
+    """Return this process's part of a checkpoint, and its dict; does not wait for other processes: they may fail.
+
+    A signal is handled at the end: Orbax would raise it as an error of the file.
+    """
     process = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(primary_host=process, active_processes={process})
     handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
-    _check_arrays(path, handler.metadata(path.absolute() / "state").tree, like)
-    with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
-        tree = reader.restore(path.absolute() / "state", args=ocp.args.StandardRestore(like))
+    with deferred_signals():
+        _check_arrays(path, handler.metadata(path.absolute() / "state").tree, like)
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
+            tree = reader.restore(path.absolute() / "state", args=ocp.args.StandardRestore(like))
     return tree, json.loads((path / "extra" / "metadata").read_text())  # as JsonSave writes it
 
 

@@ -18,8 +18,6 @@ from alexnet_jax.flags import FLAG_ERRORS, config_file, config_names, flag_error
 from alexnet_jax.runtime.huge_pages import use_huge_pages
 from alexnet_jax.runtime.output import escape_output
 
-EXIT_S = 1.5  # after a signal, a compilation may take so long
-
 
 def _parse_flags(argv: list[str]) -> list[str]:
     """Define the flags and parse them; defining --config reads the command line already."""
@@ -74,7 +72,7 @@ def _run(argv: list[str]) -> None:
     from alexnet_jax.checkpoint import silence_orbax
     from alexnet_jax.runtime import distributed
     from alexnet_jax.runtime.compilation_cache import use_compilation_cache
-    from alexnet_jax.runtime.signals import exit_while_blocked
+    from alexnet_jax.runtime.signals import EXIT_S, exit_while_blocked
     from alexnet_jax.runtime.workers import kill
     from alexnet_jax.train import Interrupted, train_and_evaluate
 

@@ -1,4 +1,5 @@
 import logging
+import signal
 
 import chex
 import jax
@@ -9,7 +10,8 @@ from jax.sharding import PartitionSpec as P
 from runners import corrupt, largest_file
 
 from alexnet_jax import sharding
-from alexnet_jax.checkpoint import CheckpointError, Checkpoints, MismatchError, fingerprint, read_checkpoint
+from alexnet_jax.checkpoint import CheckpointError, Checkpoints, MismatchError, fingerprint, ocp, read_checkpoint
+from alexnet_jax.runtime.signals import Stopped, raised_signals
 
 TREE = {"step": jnp.int32(7), "params": {"kernel": jnp.arange(30_000, dtype=jnp.float32).reshape(100, 300) * 0.1}}
 
@@ -70,6 +72,26 @@ def test_other_arrays_are_no_corruption_and_nothing_is_moved(tmp_path, name, arr
             assert "\n" not in str(error.value)
     assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["1", "2"]
     assert Checkpoints(tmp_path / "c").restore(TREE)[0] == 2
+
+
+def test_a_signal_while_a_checkpoint_is_read_is_no_corruption(tmp_path, monkeypatch):
+    checkpoints, restore = Checkpoints(tmp_path), ocp.Checkpointer.restore
+    checkpoints.save(1, TREE, {})
+    checkpoints.wait()
+
+    def interrupted(*arguments, **options):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+            return restore(*arguments, **options)
+        except BaseException as error:  # as Orbax does
+            raise RuntimeError(str(error)) from None
+
+    monkeypatch.setattr(ocp.Checkpointer, "restore", interrupted)
+    for read in (lambda: checkpoints.restore(TREE), lambda: read_checkpoint(tmp_path / "1", TREE)):
+        with pytest.raises(Stopped), raised_signals():
+            read()
+    assert checkpoints.newest() == 1
+    checkpoints.close()
 
 
 def test_donated_buffers_do_not_reach_the_disk(tmp_path):

@@ -35,3 +35,19 @@ def test_a_blocked_process_exits_unless_something_is_unsaved(number, block, code
     assert process.stdout.readline() == "started\n"
     process.send_signal(number)
     assert process.wait(timeout=30) == code + number
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("block", ["compilation(200_000_000)", "compilation(1); time.sleep(60)"])
+def test_a_command_exits_at_a_signal_even_if_the_exit_of_the_interpreter_would_crash(tmp_path, number, block):
+    command = (
+        "import atexit, tempfile\nfrom alexnet_jax.runtime.signals import exit_at_signals\natexit.register(os.abort)\n"
+        f"exit_at_signals()\nwith tempfile.TemporaryDirectory(dir={str(tmp_path)!r}): {block}"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT + command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "started\n"
+    process.send_signal(number)
+    assert process.wait(timeout=10) == 128 + number and not process.stderr.read()
+    assert "sleep" not in block or not list(tmp_path.iterdir())

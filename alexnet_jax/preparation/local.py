@@ -176,6 +176,8 @@ def _make_shards(shards: Sequence[Shard], workers: int, max_undecodable: int) ->
         progress.close()
         kill(processes)  # the pool would wait until they have imported the package and made the shards that they began
         pool.shutdown(cancel_futures=True)
+        for shard in shards:  # of the shards that they were making
+            shard.temporary.unlink(missing_ok=True)
     return [future.result() for future in futures]
 
 

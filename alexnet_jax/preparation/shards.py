@@ -33,6 +33,11 @@ class Shard(NamedTuple):
         """The file next to it with its `ShardInfo` and its sums over images and pixels."""
         return self.path.with_name(f"{self.path.name}.npz")
 
+    @property
+    def temporary(self) -> Path:
+        """The file of each of the two until it is complete."""
+        return self.path.with_name(f"{self.path.name}.writing")
+
 
 def plan(name: str, parts: dict[str, list[Part]], label: tfds.features.ClassLabel, folder: Path) -> list[Shard]:
     """Return the shards of the data set `name` in a folder.
@@ -83,11 +88,9 @@ def make_shard(shard: Shard) -> ShardInfo:
         if info.fingerprint == fingerprint and info.file_bytes == shard.path.stat().st_size:
             return info
 
-    temporary = shard.path.with_name(f"{shard.path.name}.writing")
     try:
-        return _write_shard(shard, fingerprint, temporary)
+        return _write_shard(shard, fingerprint)
     except (OSError, RuntimeError) as error:  # the latter is ArrayRecord's
-        temporary.unlink(missing_ok=True)
         raise write_error(shard.path, error) from None
 
 
@@ -100,7 +103,8 @@ def write_error(path: Path, error: OSError | RuntimeError) -> PrepareError:
     )
 
 
-def _write_shard(shard: Shard, fingerprint: str, temporary: Path) -> ShardInfo:
+def _write_shard(shard: Shard, fingerprint: str) -> ShardInfo:
+    temporary = shard.temporary
     examples, undecodable = 0, []
     # Integers are exact in any order: the first holds 1,024 images, the second all of ImageNet.
     pixel_sum, products = np.zeros((SIDE, SIDE, 3), np.uint32), np.zeros((3, 3), np.int64)

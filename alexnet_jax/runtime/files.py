@@ -77,8 +77,8 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     objects = []
     for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
         try:
-            objects.append(json.loads(line))
-        except ValueError:
+            objects.append(dict(json.loads(line)))
+        except (ValueError, TypeError):
             log.warning("Warning: line %d of %s is incomplete; dropped", number, path)
     return objects
 

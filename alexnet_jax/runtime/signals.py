@@ -1,5 +1,6 @@
 """SIGINT and SIGTERM: raised where nothing is unsaved, collected while training, deferred while processes start."""
 
+import atexit
 import contextlib
 import os
 import signal
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+EXIT_S = 1.5  # after a signal, a compilation may take so long
 
 _nothing_unsaved = False  # whether this process may exit at once, see `exit_while_blocked`
 
@@ -126,13 +128,30 @@ def deferred_signals() -> Iterator[None]:
 
 
 def exit_at_signals() -> None:
-    """Exit with code 130 or 143 at SIGINT or SIGTERM, and remove temporary folders; a command calls it first."""
+    """Exit with code 130 or 143 at SIGINT or SIGTERM, and remove temporary folders; a command calls it first.
+
+    If a compilation takes longer than `EXIT_S`, the process exits in it, without removing them.
+    """
 
     def handle(number, frame):
+        global _nothing_unsaved
+        _nothing_unsaved = False  # to remove the folders may take longer
+        atexit.register(_exit, 128 + number)
         sys.exit(128 + number)
 
+    global _nothing_unsaved
+    _nothing_unsaved = True
     for stop in STOP_SIGNALS:
         signal.signal(stop, handle)
+    exit_while_blocked(EXIT_S, lambda number: os._exit(128 + number))
+
+
+def _exit(code: int) -> None:
+    """Exit without the rest of the interpreter's exit, in which threads of XLA that still compute may crash."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def exit_while_blocked(seconds: float, exit_process: Callable[[int], Any]) -> None:
