@@ -24,7 +24,7 @@ from alexnet_jax.errors import UserError, errors_on_one_line
 from alexnet_jax.model import LAYERS, activations
 from alexnet_jax.run import Run, open_run
 from alexnet_jax.runtime.compilation_cache import use_compilation_cache
-from alexnet_jax.runtime.files import write_json
+from alexnet_jax.runtime.files import read_json_lines, write_json
 from alexnet_jax.setup import build_mesh, build_model
 from alexnet_jax.tables import table
 from alexnet_jax.train import Interrupted, train_and_evaluate
@@ -148,7 +148,7 @@ class Study:
         result = train_and_evaluate(config, folder)
         self.device = result["device"]
         self.seconds += result["seconds"]  # with those before an interruption
-        lines = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+        lines = read_json_lines(folder / METRICS)
         means = [x for x in lines if "train_error" in x and x["step"] % config.log_every == 0]  # of `log_every` steps
         curve = [(x["epoch"], x["train_error"]) for x in means]
         validation = [x["validation_top1_error"] for x in lines if "validation_top1_error" in x]
