@@ -159,10 +159,9 @@ def test_a_workdir_that_cannot_be_written(synthetic, tmp_path):
     (["--config=tests"], "--config=tests: Is a directory (expected a file or one of "),
     (["--config=tests/conftest.py"], "--config=tests/conftest.py: No module named 'synthetic_data'"),
     (["--config=cifar"], "--config=cifar: No such file or directory (expected a file or one of cifar10, fashion_mnist"),
-    (["--config=imagenet2012:nope"], "--config=imagenet2012:nope: expected one of paper, source2012, caffe"),
+    (["--config=imagenet2012:nope"], "--config=imagenet2012:nope: expected one of paper, source2012, caffe, torchvision"),
     (["--config.seed=1", "--config=cifar10"], "--config.seed is before --config; give --config"),
     (["--config.seed=1", "--config=alexnet_jax/configs/cifar10.py"], "--config.seed is before --config; give --config"),
-    (["--config=imagenet2012:nope"], "imagenet2012:nope: expected one of paper, source2012, caffe, torchvision"),
     (["--colour=1"], "colour"),
     (["8"], "unexpected argument '8'"),
 ])  # fmt: skip

@@ -46,7 +46,7 @@ TRAINING = {
 def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
     """Return the config of a variant; raises ValueError for a name that is not in `VARIANTS`."""
     if variant not in VARIANTS:
-        raise ValueError(f"imagenet2012:{variant}: expected one of {', '.join(VARIANTS)}")
+        raise ValueError(f"imagenet2012.py:{variant}: expected one of {', '.join(VARIANTS)}")
     c = default.get_config()
     c.dataset = "imagenet2012_256"
     c.train_split = "train"
