@@ -191,7 +191,8 @@ class AlexNet(nn.Module):
     precision: lax.PrecisionLike = None
 
     def __post_init__(self):
-        variant = VARIANTS.get(self.variant, Variant())  # an unknown one is reported by `check_network`
+        known = isinstance(self.variant, str) and self.variant in VARIANTS  # `check_network` reports another
+        variant = VARIANTS[self.variant] if known else Variant()
         for name in ("stem", "widths", "towers"):
             if getattr(self, name) is None:
                 setattr(self, name, getattr(variant, name))

@@ -215,8 +215,8 @@ def test_a_wrong_field_is_named(model, size, words):
 
 @pytest.mark.parametrize("field,values", [
     ("num_classes", ("10", 0, -1, True, 2.0, None)), ("variant", (None, 1, ["paper"])), ("dtype", ("x", "int8", None)),
-    ("param_dtype", ("x", "uint8")), ("stem", (None, 3, (3, 1), (3, 1, 1.0), (True, 1, 1))),
-    ("widths", (None, 64, "6464646", (8,) * 6, (8.0,) * 7, ("8",) * 7)), ("towers", ("2", 2.0, True, 0, None)),
+    ("param_dtype", ("x", "uint8")), ("stem", (3, (3, 1), (3, 1, 1.0), (True, 1, 1))),
+    ("widths", (64, "6464646", (8,) * 6, (8.0,) * 7, ("8",) * 7)), ("towers", ("2", 2.0, True, 0)),
     ("activation", (None, ["relu"])), ("lrn", (None, 1, "yes")), ("lrn_alpha", ("x", -1.0, np.inf, np.nan, True)),
     ("pool_window", (2.5, "3", True, None)), ("dropout", ("x", None, -0.1, np.nan, True)),
     ("kernel_std", ("x", 0.1, (0.1,) * 7, (0.0,) * 8, ("x",) * 8)), ("bias", (0.0, (None,) * 8, (np.nan,) * 8)),
