@@ -159,7 +159,7 @@ def test_a_workdir_that_cannot_be_written(synthetic, tmp_path):
     (["--config=tests"], "--config=tests: Is a directory (expected a file or one of "),
     (["--config=tests/conftest.py"], "--config=tests/conftest.py: No module named 'synthetic_data'"),
     (["--config=cifar"], "--config=cifar: No such file or directory (expected a file or one of cifar10, fashion_mnist"),
-    (["--config=imagenet2012:nope"], "--config=imagenet2012:nope: expected one of paper, source2012, caffe, torchvision"),
+    (["--config=imagenet2012:nope"], "--config=imagenet2012:nope: expected one of paper, source2012, caffe, torch"),
     (["--config.seed=1", "--config=cifar10"], "--config.seed is before --config; give --config"),
     (["--config.seed=1", "--config=alexnet_jax/configs/cifar10.py"], "--config.seed is before --config; give --config"),
     (["--colour=1"], "colour"),

@@ -293,7 +293,7 @@ def test_a_prepared_tfds_data_set_as_the_source_and_the_command_line(prepared, t
 
 
 @pytest.mark.parametrize("dataset,words", [
-    ("imagenet2012", r"\.\[tfds\]. && tfds build imagenet2012 .*--manual_dir=ARCHIVES .*ILSVRC2012_img_train.tar"),
+    ("imagenet2012", r"mlcroissant && tfds build imagenet2012 .*--manual_dir=ARCHIVES .*ILSVRC2012_img_train.tar"),
     ("cifar10", "tfds build cifar10 --file_format=array_record --data_dir="),
     ("mine", "no data set 'mine'"),
 ])  # fmt: skip
