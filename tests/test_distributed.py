@@ -71,7 +71,7 @@ def test_two_processes_of_two_devices_train_as_one_device_does(one_process, tmp_
 def test_a_tower_in_each_process(one_process, uninterrupted):
     folder, (first, second) = uninterrupted
     assert_same_training(folder, one_process)
-    assert "test top1 error" in first and second == ""
+    assert "test top-1 error" in first and second == ""
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["15", "30"]
     assert len(list((folder / "tensorboard").iterdir())) == 1
     assert {"config.json", "result.json", "filters.png"} < {p.name for p in folder.iterdir()}

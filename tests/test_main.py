@@ -24,7 +24,7 @@ def uninterrupted(synthetic, tmp_path_factory):
 def test_the_output(uninterrupted):
     _, output = uninterrupted
     for text in ("device ", "1,000 to train, 200 to validate, 200 to test", "conv1", "fc8", "step 20/40",
-                 "validation error", "time left", "test top1 error", "test top5 error"):  # fmt: skip
+                 "validation error", "time left", "test top-1 error", "test top-5 error"):  # fmt: skip
         assert text in output, text
 
 
@@ -92,7 +92,7 @@ def test_another_config_is_refused_and_a_finished_run_reports(uninterrupted):
     code, output = run_main(folder, *TINY, "--config.momentum=0.8")
     assert code == 1 and "momentum: 0.9 in the workdir, 0.8 given" in output and output.count("\n") == 1
     code, output = run_main(folder, *TINY)
-    assert code == 0 and "is finished" in output and "test top1 error" in output
+    assert code == 0 and "is finished" in output and "test top-1 error" in output
 
 
 def test_a_second_ctrl_c_exits_immediately_and_a_second_run_is_refused(uninterrupted, tmp_path):
