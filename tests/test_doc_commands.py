@@ -13,9 +13,11 @@ from PIL import Image
 from runners import ROOT, TINY
 from synthetic_data import photograph
 
-# What the docs mark a block with that needs more than this machine; `test_imagenet.py` runs the last two.
+# What the docs mark a block with that needs more than this machine. `test_imagenet.py` and `test_compiled.py`
+# run the last three, where they can.
 ELSEWHERE = {
-    "cluster", "GPU", "an environment with PyTorch", "Apache Beam and ImageNet", "ImageNet", "photographs"
+    "cluster", "GPU", "an environment with PyTorch", "Apache Beam and ImageNet", "ImageNet", "photographs",
+    "the extras compile-gpu and compile-tpu",
 }  # fmt: skip
 LESS = {  # flags that are added to each command of a module
     "alexnet_jax.main": (*TINY, "--config.num_train_steps=4", "--config.eval_every=2"),
