@@ -21,7 +21,7 @@ def as_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def check_config(config: ml_collections.ConfigDict) -> None:
-    """Raise ConfigError for an invalid value, whatever the data set."""
+    """Raise ConfigError for a value that is invalid for every data set."""
 
     def require(name, good, expected):
         if not good:

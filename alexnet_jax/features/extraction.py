@@ -29,7 +29,7 @@ def features(
 ) -> dict[str, np.ndarray]:
     """Return the outputs of some layers on images, without dropout.
 
-    One program is compiled for images of one size, whatever their number. Images of other sizes than in training are
+    One program is compiled for all images of one size. Images of other sizes than in training are
     taken as long as no fully connected layer is asked for.
 
     Args:
@@ -37,7 +37,7 @@ def features(
       images: [N, H, W, C], the network's inputs; with `preprocess`, uint8.
       layers: names as in `model.OUTPUTS`, "conv3:pre" for an output before its activation, or names of torchvision
         ("features.10") and Caffe ("relu7"), listed in `layer_names`. After its activation is what
-        `model.activations` returns; the arrays have its axes, [N, H', W', C'] and [N, units], whatever the name.
+        `model.activations` returns; the arrays have its axes, [N, H', W', C'] and [N, units].
       batch_size: images that pass through the network together; the last batch is padded to it.
       preprocess: takes the center crops of the images first.
 

@@ -89,7 +89,7 @@ def prepare(
 
 
 def check_values(dataset: str, max_undecodable: int, workers: int = 0) -> None:
-    """Raise PrepareError for an invalid value, whatever the data set."""
+    """Raise PrepareError for a value that is invalid for every data set."""
     if not re.fullmatch(r"[a-z][a-z0-9_]*", dataset):
         raise PrepareError(
             f"--dataset={dataset!r}: expected a name of lower-case letters, digits and _ that begins with a letter, as "
