@@ -108,7 +108,7 @@ def test_from_the_archives_to_the_test_errors(archives, tmp_path):
         original = to_square(next(PHOTOGRAPHS.glob(f"{name[:9]}*")).read_bytes())
         assert np.abs(examples[name]["image"].astype(int) - original).mean() < 6, name
 
-    train = documented("python -m alexnet_jax.main .*imagenet2012.py ", **paths)
+    train = documented("python -m alexnet_jax.main .*--config=imagenet2012 ", **paths)
     train += ["--config.widths=8,16,16,16,16,32,32", "--config.batch_size=8", "--config.num_train_steps=30"]
     train += ["--config.eval_every=10", "--config.log_every=1"]
     process = subprocess.Popen(
