@@ -10,48 +10,91 @@ from runners import ROOT
 from experiments import projection
 
 
-def record(layout, data, tower, received, minimum):
-    mesh = {"data": data, "tower": tower}
+def record(target, layout, data, tower, batch=1024, excess=1, **fields):
+    theory = [{"kind": "all-reduce", "axis": "data", "received": 1_000_000}] * (data > 1)
     return dict(
-        layout=layout, mesh=mesh, batch=32, flops=1e9, received_bytes=received, minimum_bytes=minimum, collectives=[]
-    )
+        target=target, layout=layout, mesh={"data": data, "tower": tower}, batch=batch, config="imagenet2012",
+        mode="train", dtype="bfloat16", memory={"total": 3e9}, expected=theory,
+        collectives=[{**c, "received": excess * c["received"]} for c in theory],
+        layers=[{"layer": "conv1", "estimated_ms": 8.0}, {"layer": "update", "estimated_ms": 1.0}],
+    ) | fields  # fmt: skip
 
 
-def test_data_parallel_sends_two_copies_of_the_gradients():
-    rows = projection.project([record("data", 8, 1, 300, 200)], link=1e9, compute=1e12, batch=512, devices=(2, 64))
+def by_cell(rows):
+    return {(r["chip"], r["layout"], r["devices"]): r for r in rows}
+
+
+def test_a_program_for_these_devices_is_taken_as_it_is():
+    (row,) = projection.project([record("v5e:2x4", "data", 8, 1)], 1024, devices=(8,), latency=1e-6)
+    assert row["compiled"] and row["memory"] == 3e9 and row["compute_s"] == pytest.approx(9e-3)
+    hops = 2 * 2 * (8**0.5 - 1)  # around the two sides of a torus, twice
+    assert row["communicate_s"] == pytest.approx(1e6 / 100e9 + hops * 1e-6)
+    assert row["epochs_s"] == pytest.approx(90 * 1_281_167 / 1024 * row["step_s"])
+
+
+def test_other_devices_are_scaled():
+    rows = by_cell(projection.project([record("v5e:2x4", "data", 8, 1, excess=1.5)], 4096, devices=(2, 64), latency=0))
     gradients = 4 * 60_965_224
-    for row, count in zip(rows, (2, 64), strict=True):
-        assert row["compute_s"] == pytest.approx(1e9 * 8 / 32 * 512 / count / 1e12)
-        # The measured program moved half as much again as it had to; 8 bytes are the loss and the error.
-        assert row["communicate_s"] == pytest.approx(1.5 * 2 * (count - 1) / count * gradients / 1e9, rel=1e-6)
+    for devices in (2, 64):
+        row = rows["v5e", "data", devices]
+        assert not row["compiled"] and row["memory"] is None
+        # The program has 128 images a device. All parameters are updated on each.
+        assert row["compute_s"] == pytest.approx(8e-3 * (4096 / devices) / 128 + 1e-3)
+        # It received half as much again as it had to; 8 bytes are the loss and the error.
+        received = 1.5 * 2 * (devices - 1) / devices * gradients
+        assert row["communicate_s"] == pytest.approx(received / 100e9, rel=1e-6)
+    (row,) = projection.project([record("v5e:2x4", "fsdp", 8, 1)], 4096, devices=(64,))
+    assert row["compute_s"] == pytest.approx(8e-3 * 64 / 128 + 1e-3 / 8)  # each device has an eighth of the parameters
+
+
+def test_gpus_communicate_within_a_node_and_between_nodes():
+    rows = by_cell(projection.project([record("h100:8", "data", 8, 1)], 4096, devices=(8, 64), latency=1e-6))
+    gradients = 4 * 60_965_224
+    inside = 2 * 7 / 8 * gradients / 450e9
+    latency = 8 * 2 * 7e-6  # eight layers
+    assert rows["h100", "data", 8]["communicate_s"] == pytest.approx(inside + latency, rel=0.05)
+    received = 2 * 63 / 64 * gradients
+    between = received / 450e9 + received / 8 / 50e9 + 8 * 2 * (7 + 7) * 1e-6
+    assert rows["h100", "data", 64]["communicate_s"] == pytest.approx(between, rel=0.05)
 
 
 def test_a_layout_stops_where_the_devices_no_longer_pay():
-    records = [record("one_device", 1, 1, 0, 0), record("tower", 1, 2, 1, 1), record("data", 8, 1, 1, 1)]
-    rows = projection.project(records, link=1e9, compute=1e12, batch=4096)
-    at = {(r["layout"], r["devices"]): r["step_s"] for r in rows}
-    assert at["one_device", 1] and at["tower", 2] and not at["tower", 64]
-    assert projection.stops_at(rows, "tower") == "1"  # 1 GB of activations at 1 GB/s: longer than one device computes
-    fast = projection.project(records, link=1e11, compute=1e12, batch=4096)
-    assert projection.stops_at(fast, "tower") == "2"  # and has no more devices
-    assert at["data", 512] > 0.9 * at["data", 64] and projection.stops_at(rows, "data") == "64"
-    assert "| data | — |" in projection.table(rows)
-    slow = projection.project(records, link=1e6, compute=1e12, batch=4096)  # one device is faster than any two
-    assert projection.stops_at(slow, "data") == projection.stops_at(slow, "one_device") == "1"
+    records = [record("h100", "one_device", 1, 1), record("h100:2", "tower", 1, 2), record("h100:8", "data", 8, 1)]
+    rows = projection.project(records, 4096)
+    assert {r["devices"] for r in rows if r["layout"] == "tower"} == {2}
+    assert {r["devices"] for r in rows if r["layout"] == "data"} == {2, 8, 64, 256, 512}
+    assert projection.stops_at(rows, "h100", "tower") == "2"  # it has no more devices
+    steps = [r["step_s"] for r in rows if r["layout"] == "data"]
+    stop = int(projection.stops_at(rows, "h100", "data"))
+    last = (2, 8, 64, 256, 512).index(stop)
+    assert steps[last] <= 0.9 * steps[last - 1] and steps[last + 1] > 0.9 * steps[last]
+    slow = projection.project(records, 4096, latency=1.0)  # one device is faster than any two
+    assert projection.stops_at(slow, "h100", "data") == projection.stops_at(slow, "h100", "one_device") == "1"
+    assert "| h100 | one device | (" in projection.table(rows)
+
+
+def test_the_records_of_the_project_are_projected(tmp_path):
+    command = [sys.executable, "-m", "experiments.projection", f"--workdir={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "projection.json").read_text())
+    assert {"h100", "v5e"} <= {r["chip"] for r in rows} and any(r["compiled"] for r in rows)
+    assert (tmp_path / "projection.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("content,flags,words", [
-    (None, ["--link=0"], "--link=0"),
-    (None, ["--link=nan"], "--link=nan"),
+    (None, ["--latency=-1"], "--latency=-1"),
+    (None, ["--latency=nan"], "--latency=nan"),
     (None, ["--batch=100"], "8 devices do not divide it"),
     (None, ["--batch=0"], "--batch=0: expected at least 1"),
-    ("[]", [], "expected what experiments.sharding writes"),
-    ("{]", [], "sharding.json"),
+    ("[]", [], "no train step of imagenet2012"),
+    ("[{}]", [], "expected what experiments.compiled writes"),
+    ("{]", [], "compiled.json"),
 ])  # fmt: skip
 def test_bad_flags_are_one_line_and_write_nothing(tmp_path, content, flags, words):
-    records = [record("data", 8, 1, 300, 200)]
-    (tmp_path / "sharding.json").write_text(json.dumps(records) if content is None else content)
-    command = [sys.executable, "-m", "experiments.projection", f"--records={tmp_path}/sharding.json"]
+    text = json.dumps([record("v5e:2x4", "data", 8, 1)]) if content is None else content
+    (tmp_path / "compiled.json").write_text(text)
+    command = [sys.executable, "-m", "experiments.projection", f"--records={tmp_path}/compiled.json"]
     done = subprocess.run([*command, f"--workdir={tmp_path}", *flags], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
-    assert [p.name for p in tmp_path.iterdir()] == ["sharding.json"]
+    assert [p.name for p in tmp_path.iterdir()] == ["compiled.json"]

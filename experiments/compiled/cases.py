@@ -22,7 +22,7 @@ from alexnet_jax.data.batch import Batch
 from alexnet_jax.errors import UserError, one_line
 from alexnet_jax.flags import CONFIGS
 from alexnet_jax.inference import predict_on_mesh
-from alexnet_jax.ops import PLAIN, ops_for
+from alexnet_jax.ops import ops_for
 from alexnet_jax.optimizer import learning_rate_at
 from alexnet_jax.preprocess import Preprocess, Statistics
 from alexnet_jax.setup import build_model, fit_preprocess
@@ -137,7 +137,6 @@ def build(case: Case) -> Program:
     key = placed(jax.eval_shape(lambda: jax.random.key(0)), sharding.REPLICATED)
     rate: Callable = partial(learning_rate_at, base=config.learning_rate, warmup_steps=config.warmup_steps)
     if layout.rules:
-        model = model.clone(ops=model.ops._replace(conv=PLAIN.conv))
         shardings = state_shardings(layout, state, mesh)
         step = make_partitioned_step(layout, model, optimizer, preprocess, rate, mesh)
         step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))

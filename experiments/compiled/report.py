@@ -67,6 +67,25 @@ def differing(record: dict[str, Any]) -> list[tuple[str, ...]]:
     return [key for key in actual | minimum if key not in actual or actual[key] > minimum.get(key, -1)]
 
 
+def slices_table(records: Sequence[dict[str, Any]]) -> str:
+    """Return a table of the train steps on several devices: their communication, memory and compilation."""
+    header = (
+        "target", "layout", "data × tower", "batch", "received (MB)", "minimum (MB)", "not of the theory",
+        "memory (GB)", "compiled in (s)", "with (GB)",
+    )  # fmt: skip
+    rows = []
+    for r in records:
+        if not r["expected"]:
+            continue
+        received, minimum = (sum(c["received"] for c in r[key]) / 1e6 for key in ("collectives", "expected"))
+        rows.append((
+            r["target"], r["layout"].replace("_", " "), f"{r['mesh']['data']} × {r['mesh']['tower']}",
+            f"{r['batch']:,}", f"{received:,.1f}", f"{minimum:,.1f}", str(len(differing(r))),
+            f"{r['memory']['total'] / 1e9:.2f}", f"{r['compile_s']:.0f}", f"{r['compile_peak_bytes'] / 1e9:.1f}",
+        ))  # fmt: skip
+    return table(rows, header, markdown=True) if rows else ""
+
+
 def layers_table(record: dict[str, Any]) -> str:
     """Return a table of the layers of a case, forward and backward."""
     header = (
@@ -95,7 +114,7 @@ def overlap(record: dict[str, Any]) -> str:
 
 def markdown(records: Sequence[dict[str, Any]]) -> str:
     """Return the table of the cases, and for each case those of its layers and of its collectives."""
-    parts = [RULE, cases_table(records)]
+    parts = [RULE, cases_table(records), slices_table(records)]
     for record in records:
         parts += [f"### {title(record)}", layers_table(record)]
         if record["collectives"] or record["expected"]:

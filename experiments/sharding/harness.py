@@ -11,7 +11,6 @@ import jax.numpy as jnp
 
 from alexnet_jax import AlexNet, paper_sgd, sharding
 from alexnet_jax.errors import UserError
-from alexnet_jax.ops import PLAIN, ops_for
 from alexnet_jax.report import device_name
 from alexnet_jax.sharding import DATA, TOWER
 from alexnet_jax.train_step import create_state, make_train_step
@@ -45,7 +44,6 @@ def measure(layout: Layout, model: AlexNet, shape: tuple[int, ...], batch: int, 
     data, preprocess = random_batch(shape, batch, model.num_classes, mesh)
     optimizer, rate, key = paper_sgd(), lambda step, plateau: jnp.float32(0.01), jax.random.key(1)
     if layout.rules:
-        model = model.clone(ops=(model.ops or ops_for(jax.devices()[0]))._replace(conv=PLAIN.conv))
         state = create_state(model, optimizer, shape, 0)
         shardings = state_shardings(layout, state, mesh)
         state = jax.device_put(state, shardings)

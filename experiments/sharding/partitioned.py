@@ -13,9 +13,12 @@ from jax.sharding import PartitionSpec as P
 
 from alexnet_jax import AlexNet, cross_entropy
 from alexnet_jax.model import LAYERS
+from alexnet_jax.ops import OPS, PLAIN
 from alexnet_jax.preprocess import Preprocess
 from alexnet_jax.train_step import Batch, TrainState, apply_gradients
 from experiments.sharding.layouts import Layout, param_specs
+
+PARTITIONABLE = OPS._replace(conv=PLAIN.conv)  # XLA's partitioner does not split the kernels of GPUs and TPUs
 
 
 def make_partitioned_step(
@@ -26,7 +29,11 @@ def make_partitioned_step(
     learning_rate: Callable,
     mesh: Mesh,
 ) -> Callable:
-    """Return the step of `train_step.make_train_step`, not jitted, whose arrays are split by the layout's rules."""
+    """Return the step of `train_step.make_train_step`, not jitted, whose arrays are split by the layout's rules.
+
+    The model computes with `PARTITIONABLE`, whatever its own operations are.
+    """
+    model = model.clone(ops=PARTITIONABLE)
     place = lambda x, *spec: lax.with_sharding_constraint(x, NamedSharding(mesh, P(*spec)))  # noqa: E731
 
     def follow_rules(layer, args, kwargs, context):
