@@ -118,7 +118,8 @@ def evaluate_workdirs(
         ],
     }
     rows = []
-    for crops, ten_crop in (("center", False), ("ten", True)):
+    several = "ten" if any(run.preprocess.flip for run in runs) else "five"
+    for crops, ten_crop in (("center", False), (several, True)):
         batches = tested.batches(split, batch_size(examples, ten_crop, mesh), mesh)
         evaluation = evaluate(networks, _with_progress(batches, crops), ten_crop, mesh)
         result[crops] = {k: v for k, v in evaluation._asdict().items() if k != "confusion"}

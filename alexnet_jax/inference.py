@@ -34,7 +34,7 @@ class Evaluation(NamedTuple):
 
 
 def predict(model: nn.Module, params: Any, images: jax.Array, preprocess: Preprocess, ten_crop: bool) -> jax.Array:
-    """Return class probabilities [B, K] of uint8 images [B, H, W, C]: of the center crop, or the mean of ten crops."""
+    """Return class probabilities [B, K] of uint8 images [B, H, W, C]: of the center crop, or the mean of ten-crops."""
     if not ten_crop:
         logits: Any = model.apply({"params": params}, preprocess.center_crop(images))
         return jax.nn.softmax(logits)
@@ -101,7 +101,7 @@ def evaluate(
 
     Args:
       batches: of one size, split over the mesh, each example once; those of label −1 are not counted.
-      ten_crop: whether to average the softmax over ten crops.
+      ten_crop: whether to average the softmax over the ten-crop, of five crops if training has no flips.
       mesh: of `sharding.make_mesh`; None for one device.
 
     Raises:

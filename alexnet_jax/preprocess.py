@@ -80,9 +80,14 @@ class Preprocess:
         """Return the center crops: [B, *image_shape]."""
         return self._resize_and_scale(augment.center_crop(self._center_pixels(images), self.crop))
 
+    @property
+    def crops(self) -> int:
+        """The crops of `ten_crop`: 10, or 5 without flips."""
+        return 10 if self.flip else 5
+
     def ten_crop(self, images: jax.Array) -> jax.Array:
-        """Return the ten-crops of section 4.1: [B, 10, *image_shape]."""
-        crops = augment.ten_crop(self._center_pixels(images), self.crop)
+        """Return the ten-crops of section 4.1: [B, crops, *image_shape], without flips if training has none."""
+        crops = augment.ten_crop(self._center_pixels(images), self.crop)[:, : self.crops]
         x = self._resize_and_scale(crops.reshape(-1, *crops.shape[2:]))
         return x.reshape(*crops.shape[:2], *self.image_shape)
 

@@ -42,7 +42,7 @@ def final_test(run: Setup, state: TrainState, workdir: Path, started: float, ima
     result = {
         "test_top1_error": tested.top1_error,
         "test_top5_error": tested.top5_error,
-        "test_crops": 10 if run.ten_crop else 1,
+        "test_crops": run.preprocess.crops if run.ten_crop else 1,
         "lowest_validation_top1_error": float(state.plateau.best_error),
         "steps": run.num_steps,
         "seconds": round(time.monotonic() - started, 1),

@@ -43,7 +43,7 @@ class Setup:
       num_steps: steps of the run.
       eval_every, log_every: steps between two validations, each with a checkpoint, and between two lines of metrics.
       plateau_patience: validations without a lower error until the learning rate decays; 0 for never.
-      ten_crop: whether to test on ten crops or on the center crop.
+      ten_crop: whether to test on the ten-crop or on the center crop.
     """
 
     mesh: Mesh

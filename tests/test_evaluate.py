@@ -97,7 +97,7 @@ def test_the_command_averages_the_softmax_of_several_runs(runs, synthetic):
     images, labels = data.load(synthetic, "test[:151]")
     training = data.load(synthetic, "train[:1000]").images
     model, preprocess = build_model(tiny_config(), 10), fit(training, 1, 28, 0, False, False, 1 / 70)
-    for crops, ten_crop in (("center", False), ("ten", True)):
+    for crops, ten_crop in (("center", False), ("five", True)):
         p = []
         for run in runs:
             state, params = saved_state(run, 6), {}
@@ -162,7 +162,7 @@ def test_files_of_weights_count_as_the_runs_that_they_are_of(runs, tmp_path, mon
     expected = evaluate_workdirs(runs, **where)
     for networks in (("a.safetensors", "b.safetensors"), ("a.safetensors", runs[1]), (runs[0], "c.safetensors")):
         result = evaluate_workdirs(networks, **where)
-        assert (result["center"], result["ten"]) == (expected["center"], expected["ten"])
+        assert (result["center"], result["five"]) == (expected["center"], expected["five"])
     assert {p.name for p in tmp_path.iterdir()} == {*(f"{x}.safetensors" for x in "abc"), "a.evaluation_averaged.json"}
     alone = evaluate_workdirs(["c.safetensors"], dataset="synthetic", **where)
     assert json.loads((tmp_path / "c.evaluation.json").read_text())["networks"] == [{"file": "c.safetensors"}]

@@ -46,6 +46,8 @@ def test_training_augments_and_testing_does_not():
     np.testing.assert_allclose(p.center_crop(images), (images - images.mean(0))[:, 1:7, 1:7], atol=1e-4)
     assert p.ten_crop(images).shape == (200, 10, 6, 6, 3)
     np.testing.assert_array_equal(p.ten_crop(images)[:, 4], p.center_crop(images))
+    without_flips = fit(images, pad=0, crop=6, resize=0, flip=False, lighting=True).ten_crop(images)
+    np.testing.assert_array_equal(without_flips, p.ten_crop(images)[:, :5])
 
 
 def test_without_random_crops_training_takes_the_center_crop():

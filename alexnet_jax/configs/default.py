@@ -32,7 +32,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.lighting_exponent = 1.0  # the power of λ in PCA lighting; 0.5: α times the standard deviation
     c.lighting_divisor = 1.0  # all pixels are divided by it after PCA lighting
     c.input_scale = 1.0  # the inputs are (pixel − mean) × this; 1: the paper's 0 to 255
-    c.ten_crop = True  # test on ten-crops; False: on the center crop
+    c.ten_crop = True  # test on ten-crops, five without flips; False: on the center crop
 
     # The network (section 3.5).
     c.variant = "paper"  # or "source2012", "caffe", "torchvision": the layers; imagenet2012:NAME sets the rest too
