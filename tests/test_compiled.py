@@ -331,3 +331,10 @@ def test_the_train_step_for_a_tpu(tmp_path):
 def test_the_collectives_are_those_of_the_theory(target, layout, tmp_path):
     (record,) = _compile(tmp_path, f"--target={target}", f"--layout={layout}")
     assert record["collectives"] and report.differing(record) == []
+
+
+@pytest.mark.parametrize("target", [pytest.param("h100:2", marks=needs_gpu), pytest.param("v5e:2x2", marks=needs_tpu)])
+def test_the_layouts_of_the_partitioner_compile(target, tmp_path):
+    (record,) = _compile(tmp_path, f"--target={target}", "--layout=one_weird_trick", "--batch=256")
+    gathered = {(c["layer"], c["axis"]) for c in record["collectives"] if c["kind"] == "all-gather"}
+    assert {("fc7", "data"), ("fc8", "data")} <= gathered
