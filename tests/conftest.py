@@ -10,7 +10,8 @@ from runners import SHARD, TRAINED, tiny_config
 from synthetic_data import encoded, photograph
 
 from alexnet_jax import data
-from alexnet_jax.data.fashion_mnist import NoSourceError, find_files
+from alexnet_jax.data.fashion_mnist import find_files
+from alexnet_jax.data.original_files import NoSourceError
 from alexnet_jax.preparation.local import prepare
 from alexnet_jax.run import open_run
 from alexnet_jax.train import train_and_evaluate
