@@ -2,6 +2,7 @@
 
 import os
 
+import downloads
 import jax
 import pytest
 import synthetic_data
@@ -97,3 +98,15 @@ def image_folder(tmp_path_factory):
 def prepared(image_folder, tmp_path_factory):
     """The data set that is prepared from `image_folder`."""
     return prepare("small", image_folder, tmp_path_factory.mktemp("out"), workers=3, shard_size=SHARD)
+
+
+@pytest.fixture(scope="session")
+def convolutions(tmp_path_factory):
+    """The real kernels, HWIO, and biases of torchvision's conv1 … conv5."""
+    return downloads.torchvision_convolutions(tmp_path_factory.mktemp("weights"))
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory):
+    """Photographs of scikit-image by name, uint8 [H, W, 3]."""
+    return downloads.scikit_image_photographs(tmp_path_factory.mktemp("photographs"))
