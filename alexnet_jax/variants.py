@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
 BEFORE = ":pre"  # after the name of a layer: its output before the activation
+IMAGENET_MEAN = (123.675, 116.28, 103.53)  # torchvision's, of 0 to 255, in RGB
 ACTIVATIONS = {"relu": jax.nn.relu, "tanh": jnp.tanh}
 
 

@@ -2,6 +2,7 @@
 
 import os
 
+import downloads
 import jax
 import pytest
 import synthetic_data
@@ -10,7 +11,8 @@ from runners import SHARD, TRAINED, tiny_config
 from synthetic_data import encoded, photograph
 
 from alexnet_jax import data
-from alexnet_jax.data.fashion_mnist import NoSourceError, find_files
+from alexnet_jax.data.fashion_mnist import find_files
+from alexnet_jax.data.original_files import NoSourceError
 from alexnet_jax.preparation.local import prepare
 from alexnet_jax.run import open_run
 from alexnet_jax.train import train_and_evaluate
@@ -96,3 +98,15 @@ def image_folder(tmp_path_factory):
 def prepared(image_folder, tmp_path_factory):
     """The data set that is prepared from `image_folder`."""
     return prepare("small", image_folder, tmp_path_factory.mktemp("out"), workers=3, shard_size=SHARD)
+
+
+@pytest.fixture(scope="session")
+def convolutions(tmp_path_factory):
+    """The real kernels, HWIO, and biases of torchvision's conv1 … conv5."""
+    return downloads.torchvision_convolutions(tmp_path_factory.mktemp("weights"))
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory):
+    """Photographs of scikit-image by name, uint8 [H, W, 3]."""
+    return downloads.scikit_image_photographs(tmp_path_factory.mktemp("photographs"))

@@ -341,3 +341,33 @@ def loss_and_gradients(params, images, labels, **how):
     """The mean cross-entropy, the logits and the gradients of all parameters; `how` as in `network`."""
     logits, backward = network(params, images, **how)
     return cross_entropy(logits, labels), logits, backward(cross_entropy_gradient(logits, labels))
+
+
+# LPIPS (Zhang et al. 2018).
+
+
+def lpips(convolutions, heads, a, b, spatial=False):
+    """LPIPS of images [B, H, W, 3] from −1 to 1, for (kernel, bias) of networks that take normalized images."""
+    shift, scale = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # those of the authors' package
+    x, y = ((image - shift) / scale for image in _float64(a, b))
+    total = 0.0
+    for i, (kernel, bias) in enumerate(convolutions):
+        padding, stride = (((2, 2), (2, 2)) if i < 2 else ((1, 1), (1, 1))), 4 if i == 0 else 1
+        x, y = (relu(conv(z, kernel, stride, padding) + bias) for z in (x, y))
+        f, g = (z / (np.linalg.norm(z, axis=-1, keepdims=True) + 1e-10) for z in (x, y))
+        distances = (f - g) ** 2 @ np.asarray(heads[i], np.float64)
+        total = total + (bilinear(distances, *np.shape(a)[1:3]) if spatial else distances.mean((1, 2)))
+        x, y = (max_pool(z) for z in (x, y)) if i < 2 else (x, y)
+    return total
+
+
+def bilinear(maps, height, width):
+    """Maps [B, h, w] resized; corners are not aligned, and the edges are repeated."""
+    for axis, size in ((1, height), (2, width)):
+        old = maps.shape[axis]
+        positions = np.clip((np.arange(size) + 0.5) * old / size - 0.5, 0, old - 1)
+        low = np.floor(positions).astype(int)
+        weight = (positions - low).reshape((-1, 1) if axis == 1 else (-1,))
+        high = np.minimum(low + 1, old - 1)
+        maps = maps.take(low, axis) * (1 - weight) + maps.take(high, axis) * weight
+    return maps

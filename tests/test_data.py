@@ -55,8 +55,8 @@ def test_missing_splits(synthetic, split, words):
 def test_unknown_and_unprepared_data_sets(tmp_path):
     with pytest.raises(DataError, match="config.dataset='fashion_mnst'"):
         data.open_builder("fashion_mnst", str(tmp_path))
-    with pytest.raises(DataError, match="config.data_dir=.*tfds build cifar10"):
-        data.open_builder("cifar10", str(tmp_path))
+    with pytest.raises(DataError, match="config.data_dir=.*tfds build cifar100"):
+        data.open_builder("cifar100", str(tmp_path))
 
 
 @pytest.mark.parametrize("dataset,words", [

@@ -55,6 +55,10 @@ def folder(tmp_path_factory, synthetic, synthetic_rgb, image_folder):
     weight_files.torch_zip(folder / "alexnet-owt-7be5be79.pth", torchvision)
     weight_files.caffe(folder / "bvlc_alexnet.caffemodel", weight_files.random_params())
     weight_files.caffe_mean(folder / "imagenet_mean.binaryproto", np.full((3, 256, 256), 100, np.float32))
+    heads = {
+        f"lin{i}.model.1.weight": np.ones((1, n, 1, 1), np.float32) for i, n in enumerate((64, 192, 384, 256, 256))
+    }
+    weight_files.torch_legacy(folder / "alex.pth", heads, keys=dict)
     (folder / "IMAGES").symlink_to(image_folder)
     (folder / "alexnet_jax").symlink_to(ROOT / "alexnet_jax")  # for `python -m`
     return folder
@@ -80,6 +84,6 @@ def test_a_command_of_the_docs(folder, words, trained):
 def test_python_examples_on_the_files_of_these_commands(folder, monkeypatch):
     monkeypatch.chdir(folder)
     blocks = [b for b in BLOCKS if b.language == "python" and b.needs in ("a download", "features.npz")]
-    assert len(blocks) == 2
+    assert len(blocks) == 4
     for block in blocks:
         exec(compile(block.text, str(block), "exec"), {})

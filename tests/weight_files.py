@@ -143,8 +143,9 @@ def with_torch_names(write):
 
 
 @with_torch_names
-def torch_zip(path, params, wrap=lambda state: state, compression=zipfile.ZIP_STORED):
-    tensors = OrderedDict((key, Saved(str(i), x)) for i, (key, x) in enumerate(torch_keys(params).items()))
+def torch_zip(path, params, wrap=lambda state: state, compression=zipfile.ZIP_STORED, keys=torch_keys):
+    """`keys` gives the arrays by their names in the file."""
+    tensors = OrderedDict((key, Saved(str(i), x)) for i, (key, x) in enumerate(keys(params).items()))
     pickled = io.BytesIO()
     TorchPickler(pickled, legacy=False).dump(wrap(tensors))
     with zipfile.ZipFile(path, "w", compression) as file:
@@ -156,8 +157,8 @@ def torch_zip(path, params, wrap=lambda state: state, compression=zipfile.ZIP_ST
 
 
 @with_torch_names
-def torch_legacy(path, params, wrap=lambda state: state, python2=False):
-    tensors = OrderedDict((key, Saved(str(i), x)) for i, (key, x) in enumerate(torch_keys(params).items()))
+def torch_legacy(path, params, wrap=lambda state: state, python2=False, keys=torch_keys):
+    tensors = OrderedDict((key, Saved(str(i), x)) for i, (key, x) in enumerate(keys(params).items()))
     with open(path, "wb") as file:
         sizes = {"short": 2, "int": 4, "long": 4}
         for value in (

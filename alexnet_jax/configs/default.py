@@ -13,7 +13,7 @@ def get_config() -> ml_collections.ConfigDict:
     # Data. Splits are in TFDS's notation. Validation sets the schedule; the test split is read once, at the end.
     c.dataset = "fashion_mnist"  # a TFDS name
     c.data_dir = ""  # where TFDS keeps prepared data sets; "": ~/tensorflow_datasets
-    c.source_dir = ""  # a folder with the four IDX files of Fashion-MNIST; "": other sources
+    c.source_dir = ""  # the original files of Fashion-MNIST (a folder) or CIFAR-10 (the archive); "": other sources
     c.train_split = "train[:55000]"
     c.validation_split = "train[55000:]"
     c.test_split = "test"

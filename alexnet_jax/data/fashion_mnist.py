@@ -1,16 +1,11 @@
 """Fashion-MNIST, prepared as a TFDS data set in ArrayRecord without TensorFlow, from the first source that has it."""
 
 import gzip
-import hashlib
-import logging
 import shutil
 import subprocess
-import sys
 import tempfile
-import urllib.request
 import zlib
-from collections.abc import Callable
-from http.client import HTTPException
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +13,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from alexnet_jax.errors import UserError, one_line
-from alexnet_jax.runtime.files import user_path
-
-log = logging.getLogger(__name__)
+from alexnet_jax.data.original_files import Files, Source, check_sha256, download, from_first_source, write
 
 # Of the uncompressed files: the gzip bytes differ from one distributor to the next.
 SHA256 = {
@@ -33,11 +25,6 @@ SHA256 = {
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 DEBIAN_PACKAGE = "dataset-fashion-mnist"
 MIRROR = "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/"
-DOWNLOAD_TIMEOUT_S = 20
-
-
-class NoSourceError(UserError):
-    """No source has the data set; the message lists the sources that were tried."""
 
 
 def _checked(name: str, content: bytes) -> bytes:
@@ -46,12 +33,11 @@ def _checked(name: str, content: bytes) -> bytes:
             content = gzip.decompress(content)
         except (OSError, EOFError, zlib.error) as error:
             raise ValueError(f"{name} cannot be unpacked: {error}") from None
-    if hashlib.sha256(content).hexdigest() != SHA256[name]:
-        raise ValueError(f"{name} is not the published file (SHA-256 differs)")
+    check_sha256(name, content, SHA256[name])
     return content
 
 
-def _from_folder(folder: Path) -> dict[str, bytes]:
+def _from_folder(folder: Path) -> Files:
     files = {}
     for name in SHA256:
         path = next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
@@ -61,17 +47,12 @@ def _from_folder(folder: Path) -> dict[str, bytes]:
     return files
 
 
-def from_url(base: str) -> dict[str, bytes]:
+def from_url(base: str) -> Files:
     """Return the four files, downloaded from the folder `base`; raises OSError, HTTPException or ValueError."""
-
-    def fetch(name):
-        with urllib.request.urlopen(f"{base}{name}.gz", timeout=DOWNLOAD_TIMEOUT_S) as response:
-            return _checked(name, response.read())
-
-    return {name: fetch(name) for name in SHA256}
+    return {name: _checked(name, download(f"{base}{name}.gz")) for name in SHA256}
 
 
-def from_apt() -> dict[str, bytes]:
+def from_apt() -> Files:
     """Return the four files of Debian's package; apt's state is in a temporary folder, so no root is needed."""
     if not shutil.which("apt-get") or not shutil.which("dpkg"):
         raise FileNotFoundError("this machine has no apt-get")
@@ -92,7 +73,7 @@ def from_apt() -> dict[str, bytes]:
         return _from_folder(Path(folder) / "unpacked" / DEBIAN_FOLDER.relative_to("/"))
 
 
-def find_files(source_dir: str = "") -> dict[str, bytes]:
+def find_files(source_dir: str = "") -> Files:
     """Return the four uncompressed IDX files by name, from the first source that has them; each attempt is logged.
 
     Args:
@@ -102,35 +83,18 @@ def find_files(source_dir: str = "") -> dict[str, bytes]:
       NoSourceError: no source had them; the message lists what was tried.
     """
     official = tfds.builder_cls("fashion_mnist").URL
-    sources: list[tuple[str, Callable[[], dict[str, bytes]]]] = [
+    sources: list[Source] = [
         (f"Debian's {DEBIAN_FOLDER}", lambda: _from_folder(DEBIAN_FOLDER)),
         (f"the official download {official}", lambda: from_url(official)),
         (f"the mirror {MIRROR}", lambda: from_url(MIRROR)),
         (f"apt-get download {DEBIAN_PACKAGE}", from_apt),
     ]
-    if source_dir:
-        folder = user_path(source_dir, "config.source_dir")
-        sources.insert(0, (f"config.source_dir={source_dir}", lambda: _from_folder(folder)))
-    tried = []
-    for name, read in sources:
-        try:
-            files = read()
-        except (OSError, HTTPException, ValueError, subprocess.TimeoutExpired) as error:
-            tried.append(f"{name}: {one_line(error, 500)}")
-            log.info("Fashion-MNIST: no files from %s", tried[-1])
-        else:
-            log.info("Fashion-MNIST: files from %s", name)
-            return files
-    raise NoSourceError(
-        "Fashion-MNIST was not found. Tried: " + "; ".join(tried) + ". Put the four IDX files (gzipped or not) into a "
-        "folder and name it: --config.source_dir=FOLDER"
-    )
+    advice = "Put the four IDX files (gzipped or not) into a folder and name it: --config.source_dir=FOLDER"
+    return from_first_source("Fashion-MNIST", sources, source_dir, _from_folder, advice)
 
 
 def prepare(data_dir: str | Path | None, source_dir: str = "") -> None:
     """Write the TFDS data set `fashion_mnist` below `data_dir`, the complete set or nothing.
-
-    TFDS writes into a folder `incomplete.…` and renames it at the end.
 
     Args:
       data_dir: None is TFDS's default.
@@ -141,24 +105,11 @@ def prepare(data_dir: str | Path | None, source_dir: str = "") -> None:
       OSError, RuntimeError: the folder cannot be written.
     """
     files = find_files(source_dir)
-    official: Any = tfds.builder_cls("fashion_mnist")
-    with tfds.core.registered.skip_registration():
 
-        class FashionMNIST(official):
-            """TFDS's builder with files in memory; its own extraction and PNG encoding need TensorFlow."""
+    def examples(prefix: str) -> Iterator[dict[str, Any]]:
+        images = np.frombuffer(files[f"{prefix}-images-idx3-ubyte"], np.uint8, offset=16).reshape(-1, 28, 28)
+        labels = np.frombuffer(files[f"{prefix}-labels-idx1-ubyte"], np.uint8, offset=8)
+        for image, label in zip(images, labels, strict=True):
+            yield {"image": Image.fromarray(image), "label": int(label)}
 
-            def _split_generators(self, dl_manager):
-                return {"train": self._generate_examples("train"), "test": self._generate_examples("t10k")}
-
-            def _generate_examples(self, prefix):
-                images = np.frombuffer(files[f"{prefix}-images-idx3-ubyte"], np.uint8, offset=16).reshape(-1, 28, 28)
-                labels = np.frombuffer(files[f"{prefix}-labels-idx1-ubyte"], np.uint8, offset=8)
-                for index, (image, label) in enumerate(zip(images, labels, strict=True)):
-                    yield index, {"image": Image.fromarray(image), "label": int(label)}
-
-    if not sys.stderr.isatty():
-        tfds.disable_progress_bar()
-    builder = FashionMNIST(data_dir=data_dir, file_format="array_record")
-    for leftover in Path(builder.data_path).parent.glob("incomplete.*"):  # of a run that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
-    builder.download_and_prepare()
+    write("fashion_mnist", data_dir, {"train": examples("train"), "test": examples("t10k")})

@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from alexnet_jax.data import fashion_mnist
+from alexnet_jax.data import cifar10, fashion_mnist
+from alexnet_jax.data.original_files import NoSourceError
 from alexnet_jax.errors import UserError, one_line
 from alexnet_jax.runtime.files import lock, raise_open_files_limit, user_path
 from alexnet_jax.runtime.imports import unchanged_logging
 
 TFDS_BUILD = "tensorflow apache-beam mlcroissant"  # what `tfds build` imports
+PREPARED_HERE = {"fashion_mnist": fashion_mnist.prepare, "cifar10": cifar10.prepare}  # without TensorFlow
 STATISTICS = "statistics.npz"  # the mean image and the RGB covariance, which `prepare` writes into a data set's folder
 
 log = logging.getLogger(__name__)
@@ -27,10 +29,10 @@ class DataError(UserError):
 
 
 @contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Hold the lock of a preparation; the system releases it when the process dies."""
+def _lock(folder: Path, name: str) -> Iterator[None]:
+    """Hold the lock of a data set's preparation; the system releases it when the process dies."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".fashion_mnist.lock", "w") as file:
+    with open(folder / f".{name}.lock", "w") as file:
         lock(file.fileno(), folder, wait=True)
         yield
 
@@ -67,31 +69,31 @@ def _how_to_prepare(name: str, folder: Path) -> str:
 
 @unchanged_logging()
 def open_builder(name: str, data_dir: str = "", source_dir: str = "") -> tfds.core.DatasetBuilder:
-    """Return the TFDS builder of a prepared data set; Fashion-MNIST is prepared first if necessary.
+    """Return the TFDS builder of a prepared data set; Fashion-MNIST and CIFAR-10 are prepared first if necessary.
 
     Args:
       name: a TFDS name.
       data_dir: where TFDS keeps prepared data sets; "" is TFDS's default, ~/tensorflow_datasets.
-      source_dir: a folder with the original files of Fashion-MNIST; "" for none.
+      source_dir: a folder with the original files of Fashion-MNIST, or with the archive of CIFAR-10; "" for none.
 
     Raises:
-      DataError: an unknown name, or a data set that is not prepared; Fashion-MNIST without its files.
+      DataError: an unknown name, or a data set that is not prepared and whose original files no source has.
     """
     folder = user_path(data_dir or tfds.core.constants.DATA_DIR, "config.data_dir").absolute()
     try:
         builder = tfds.builder(name, data_dir=folder)
-        if not builder.info.splits and name == "fashion_mnist":
-            with _lock(folder):
+        if not builder.info.splits and name in PREPARED_HERE:
+            with _lock(folder, name):
                 if not tfds.builder(name, data_dir=folder).info.splits:
                     start = time.monotonic()
-                    fashion_mnist.prepare(folder, source_dir)
+                    PREPARED_HERE[name](folder, source_dir)
                     log.info("Prepared %s in %.0f s", builder.data_path, time.monotonic() - start)
             builder = tfds.builder(name, data_dir=folder)
         if builder.info.splits:
             return builder
     except tfds.core.registered.DatasetNotFoundError:
         pass
-    except fashion_mnist.NoSourceError as error:
+    except NoSourceError as error:
         raise DataError(f"config.dataset={name!r}: {error}") from None
     except (OSError, RuntimeError) as error:  # ArrayRecord's, of a full disk
         reason = one_line(error, 300)

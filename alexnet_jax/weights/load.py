@@ -52,22 +52,22 @@ def load_weights(path: str | Path, mean: str | Path | None = None) -> Weights:
         if mean is not None:
             raise WeightsError(f"{path}: a run has its own mean image; expected no other")
         return read_workdir(path)
-    with np.errstate(all="ignore"), _opened(path) as file:  # values that are not finite are refused by Weights
+    with np.errstate(all="ignore"), opened(path, FORMATS) as file:  # values that are not finite are refused by Weights
         return _read(whole(file), Source(file=path.name, sha256=_sha256(file, path.name)), mean_image)
 
 
 def read_mean_file(path: Path) -> np.ndarray:
     """Return the mean image of a .binaryproto file in RGB, [H, W, 3]; raises WeightsError."""
-    with _opened(path) as file:
+    with opened(path, FORMATS) as file:
         return read_mean(whole(file))
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[File]:
+def opened(path: Path, expected: str) -> Iterator[File]:
     """Open a file to read; whatever a corrupt file raises in the block becomes a WeightsError that names the file."""
     try:
         if path.exists() and not path.is_file():
-            raise WeightsError("not a file; expected " + FORMATS)
+            raise WeightsError(f"not a file; expected {expected}")
         with open(path, "rb") as file:
             yield file
     except WeightsError as error:

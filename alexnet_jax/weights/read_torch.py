@@ -12,6 +12,7 @@ import numpy as np
 
 from alexnet_jax.model import AlexNet, Stem
 from alexnet_jax.preprocess import Preprocess
+from alexnet_jax.variants import IMAGENET_MEAN
 from alexnet_jax.weights.description import Source, Weights, WeightsError
 from alexnet_jax.weights.layouts import NAMES, check_names, constant_mean, params_of, widths
 from alexnet_jax.weights.pickles import as_text, read_pickle
@@ -22,7 +23,7 @@ MODULES = ("features.0", "features.3", "features.6", "features.8", "features.10"
     f"classifier.{i}" for i in (1, 4, 6)
 )
 KEYS = tuple(f"{module}.{name}" for module in MODULES for name in ("weight", "bias"))
-MEAN, DEVIATION = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of 0 to 255, in RGB
+DEVIATION = (58.395, 57.12, 57.375)  # of 0 to 255, in RGB
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 FLOATS = {"Float": "<f4", "Double": "<f8", "Half": "<f2", "BFloat16": jnp.bfloat16}
 OTHERS = {"Long": "<i8", "Int": "<i4", "Short": "<i2", "Char": "i1", "Byte": "u1", "Bool": "?"}
@@ -70,6 +71,24 @@ class Tensor(NamedTuple):
 
 def read_torch_zip(file: Region, source: Source) -> Weights:
     """Return the network of a file of torch 1.6 or later; raises as `read_pickle` does."""
+    return _network(_load_zip(file), file.size, source._replace(format="torch (zip)"))
+
+
+def read_torch_legacy(file: Region, source: Source) -> Weights:
+    """Return the network of a file of torch before 1.6; raises as `read_pickle` does."""
+    return _network(_load_legacy(file), file.size, source._replace(format="torch (legacy)"))
+
+
+def load_state_dict(file: Region) -> dict[str, Any]:
+    """Return the state dict of a file of torch, by name; raises as `read_pickle` does."""
+    if is_torch_legacy(file):
+        return _load_legacy(file)
+    if file.bytes(0, min(4, file.size)) != b"PK\3\4":
+        raise WeightsError("not a file of torch.save, or a truncated one")
+    return _load_zip(file)
+
+
+def _load_zip(file: Region) -> dict[str, Any]:
     entries = read_zip(file)
     roots = [name.removesuffix("data.pkl") for name in entries if name.endswith("/data.pkl")]
     if len(roots) != 1:
@@ -86,8 +105,8 @@ def read_torch_zip(file: Region, source: Source) -> Weights:
             raise WeightsError(f"its storage {str(key)[:80]} is missing, or has another size: it is corrupt")
         return View(storages.setdefault(key, Storage(dtype, count, region)), 0, count)
 
-    tensors, _ = read_pickle(entries[f"{roots[0]}data.pkl"], NAMES_IN_PICKLES, persistent)
-    return from_torch(_state_dict(tensors), file.size, source._replace(format="torch (zip)"))
+    value, _ = read_pickle(entries[f"{roots[0]}data.pkl"], NAMES_IN_PICKLES, persistent)
+    return _state_dict(value)
 
 
 def is_torch_legacy(file: Region) -> bool:
@@ -95,8 +114,7 @@ def is_torch_legacy(file: Region) -> bool:
     return LEGACY_MAGIC.to_bytes(10, "little") in file.bytes(0, min(20, file.size))
 
 
-def read_torch_legacy(file: Region, source: Source) -> Weights:
-    """Return the network of a file of torch before 1.6; raises as `read_pickle` does."""
+def _load_legacy(file: Region) -> dict[str, Any]:
     position, objects = 0, []
     storages: dict[str, Storage] = {}
 
@@ -120,7 +138,7 @@ def read_torch_legacy(file: Region, source: Source) -> Weights:
         position += 8 + storage.region.size
     if any(storage.region is None for storage in storages.values()):
         raise WeightsError("a storage is missing: it is truncated or corrupt")
-    return from_torch(_state_dict(objects[3]), file.size, source._replace(format="torch (legacy)"))
+    return _state_dict(objects[3])
 
 
 def read_torch_safetensors(
@@ -136,7 +154,7 @@ def read_torch_safetensors(
       WeightsError: another network.
       Exception: of several types, for corrupt metadata.
     """
-    mean = tuple(255 * float(x) for x in json.loads(metadata["mean"])) if "mean" in metadata else MEAN
+    mean = tuple(255 * float(x) for x in json.loads(metadata["mean"])) if "mean" in metadata else IMAGENET_MEAN
     names = tuple(map(str, json.loads(metadata["class_names"]))) if "class_names" in metadata else None
     return from_torch(arrays, size, source._replace(format="torch (safetensors)"), mean, names)
 
@@ -153,24 +171,38 @@ NAMES_IN_PICKLES = STORAGES | {
 }
 
 
-def _state_dict(value: Any) -> dict[str, Stored]:
-    """Return the arrays of a state dict, or of that in a dict's `state_dict`."""
+def _state_dict(value: Any) -> dict[str, Any]:
+    """Return a state dict, or that in a dict's `state_dict`, by names without `module.`."""
     if isinstance(value, dict) and isinstance(value.get("state_dict"), dict):
         value = value["state_dict"]
     if not isinstance(value, dict):
         raise WeightsError("it holds no dict; expected a state dict, as torch.save(model.state_dict(), …) writes it")
-    named = {str(key).replace("module.", ""): x for key, x in value.items()}
-    check_names(named, KEYS)
-    if not all(isinstance(x, Tensor) for x in named.values()):
+    return {str(key).replace("module.", ""): x for key, x in value.items()}
+
+
+def arrays_of(state_dict: Mapping[str, Any]) -> dict[str, Stored]:
+    """Return the arrays of a state dict; raises WeightsError if it has other values."""
+    if not all(isinstance(x, Tensor) for x in state_dict.values()):
         raise WeightsError("its state dict has other values than tensors")
-    return {key: x.stored() for key, x in named.items()}
+    return {key: x.stored() for key, x in state_dict.items()}
+
+
+def check_floats(arrays: Mapping[str, Stored]) -> None:
+    """Raise WeightsError unless all arrays have one of torch's types of floats."""
+    if not all(x.dtype in [np.dtype(dtype) for dtype in FLOATS.values()] for x in arrays.values()):
+        raise WeightsError(f"its tensors are not floats; expected {', '.join(FLOATS)}")
+
+
+def _network(state_dict: Mapping[str, Any], size: int, source: Source) -> Weights:
+    check_names(state_dict, KEYS)
+    return from_torch(arrays_of(state_dict), size, source)
 
 
 def from_torch(
     arrays: Mapping[str, Stored],
     size: int,
     source: Source,
-    mean: tuple[float, ...] = MEAN,
+    mean: tuple[float, ...] = IMAGENET_MEAN,
     class_names: tuple[str, ...] | None = None,
 ) -> Weights:
     """Return torchvision's network from arrays with torch's keys, in a file of `size` bytes; raises WeightsError.
@@ -178,8 +210,7 @@ def from_torch(
     The images' deviations go into conv1: with padding after normalization this changes nothing but the rounding.
     """
     check_names(arrays, KEYS)
-    if not all(x.dtype in [np.dtype(dtype) for dtype in FLOATS.values()] for x in arrays.values()):
-        raise WeightsError(f"its tensors are not floats; expected {', '.join(FLOATS)}")
+    check_floats(arrays)
     params = params_of(dict(zip(NAMES, map(arrays.get, KEYS), strict=True)), "OIHW", size)
     kernel = params["conv1"]["kernel"]
     if kernel.shape[:3] != (11, 11, 3):
