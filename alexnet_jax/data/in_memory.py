@@ -175,6 +175,7 @@ class DeviceData:
 
     def _own_images(self) -> Iterator[np.ndarray]:
         """Yield the images in arrays uint8 [N, H, W, C], each in one of the processes."""
+        yield np.empty((0, *self.image_shape), np.uint8)  # of a process whose images another has as well
         for shard in self._rows.images.addressable_shards:
             if shard.replica_id == 0:
                 first = shard.index[0].start or 0
