@@ -180,6 +180,14 @@ def rgb_pca(images: np.ndarray | Iterable[np.ndarray]) -> tuple[np.ndarray, np.n
     Raises:
       ValueError: an array without three channels, or fewer than two pixels in all.
     """
+    count, total, products = color_sums(images)
+    if count < 2:
+        raise ValueError("rgb_pca: a covariance needs at least two pixels")
+    return principal_components(count, total, products)[1:]
+
+
+def color_sums(images: np.ndarray | Iterable[np.ndarray]) -> tuple[int, np.ndarray, np.ndarray]:
+    """Return the number of pixels p, Σ p [3] and Σ p pᵀ [3, 3] in float64, exact below 2^53; as `rgb_pca`."""
     count, total, products = 0, np.zeros(3), np.zeros((3, 3))
     for array in [images] if isinstance(images, np.ndarray | jax.Array) else images:
         array = np.asarray(array)
@@ -191,9 +199,7 @@ def rgb_pca(images: np.ndarray | Iterable[np.ndarray]) -> tuple[np.ndarray, np.n
             count += len(block)
             total += block.sum(axis=0)
             products += block.T @ block
-    if count < 2:
-        raise ValueError("rgb_pca: a covariance needs at least two pixels")
-    return principal_components(count, total, products)[1:]
+    return count, total, products
 
 
 def principal_components(

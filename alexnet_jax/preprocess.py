@@ -1,6 +1,6 @@
 """From stored uint8 images to the network's inputs: mean subtraction, augmentation in training, crops in testing."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -109,11 +109,16 @@ class Statistics(NamedTuple):
     eigenvectors: np.ndarray | None  # [3, 3], a column each
 
 
-def measure(images: Iterable[np.ndarray], colors: bool) -> Statistics:
+def measure(
+    images: Iterable[np.ndarray], colors: bool, total_of: Callable[[tuple], tuple] = lambda sums: sums
+) -> Statistics:
     """Return the statistics of images, an iterable of arrays uint8 [N, H, W, C] that is read once.
+
+    The sums are exact, so that the order of the images changes nothing.
 
     Args:
       colors: whether to compute the RGB covariance.
+      total_of: adds the sums of other images to those of these; `distributed.total`, if each process has some.
 
     Raises:
       ValueError: `colors` of images without three channels.
@@ -127,9 +132,11 @@ def measure(images: Iterable[np.ndarray], colors: bool) -> Statistics:
             count, total = count + len(array), total + array.sum(axis=0, dtype=np.int64)
             yield array
 
-    principal = augment.rgb_pca(summed()) if colors else (None, None)
+    color: Sequence[Any] = augment.color_sums(summed()) if colors else ()
     for _ in summed():  # reads the images if no covariance was computed
         pass
+    count, total, *color = total_of((count, total, *color))
+    principal = augment.principal_components(*color)[1:] if colors else (None, None)
     return Statistics(total / count, *principal)
 
 

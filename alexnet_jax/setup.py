@@ -84,11 +84,12 @@ def setup(config: ml_collections.ConfigDict) -> Setup:
             dataset.check_labels(config[field])
         except data.DataError as error:
             raise data.DataError(f"config.{field}: {error}") from None
+    check_data(config, dataset.image_shape(config.train_split), sizes["train"], dataset.num_classes)
+    validation_batch = batch_size(sizes["validate"], False, mesh)
+    dataset.check_memory(config.train_split, config.batch_size, config.validation_split, validation_batch, mesh)
     train_data = dataset.training(config.train_split, config.batch_size, mesh)
-    check_data(config, train_data.image_shape, train_data.size, dataset.num_classes)
     steps_per_epoch = train_data.steps_per_epoch
     num_steps = config.num_train_steps or max(1, round(config.num_epochs * steps_per_epoch))
-    validation_batch = batch_size(sizes["validate"], False, mesh)
     return Setup(
         mesh=mesh,
         dataset=dataset,
@@ -96,7 +97,7 @@ def setup(config: ml_collections.ConfigDict) -> Setup:
         train_data=train_data,
         validation_data=dataset.batches(config.validation_split, validation_batch, mesh),
         test_split=config.test_split,
-        preprocess=build_preprocess(config, dataset, train_data.host_images()),
+        preprocess=build_preprocess(config, dataset, train_data.measure),
         model=build_model(config, dataset.num_classes),
         optimizer=paper_sgd(
             momentum=config.momentum,
@@ -161,31 +162,32 @@ def build_model(config: ml_collections.ConfigDict, num_classes: int) -> AlexNet:
 
 
 def build_preprocess(
-    config: ml_collections.ConfigDict, dataset: Dataset, images: Iterable[np.ndarray] | None = None
+    config: ml_collections.ConfigDict, dataset: Dataset, measure: Callable[[bool], Statistics] | None = None
 ) -> Preprocess:
     """Return the preprocessing of a config, with the statistics that `prepare` wrote next to the data set.
 
     These statistics are of the complete split `train`, even if the training set is a part of it.
 
     Args:
-      images: arrays uint8 [N, H, W, C] of the training set, used only without such statistics; None: read from the
-        data set.
+      measure: computes the statistics of the training set, with the RGB covariance or not; called only without such a
+        file. None: the training set is read.
 
     Raises:
       data.DataError: the statistics exist and cannot be read.
     """
     path = dataset.statistics
-    source: Statistics | Iterable[np.ndarray] = dataset.images(config.train_split) if images is None else images
     if path.exists():
         try:
-            source = read_statistics(path)
+            statistics = read_statistics(path)
         except Exception as error:  # any exception of a corrupt file
             raise data.DataError(
                 f"{path} is corrupt ({one_line(error)}); delete {path.parent} and prepare it again"
             ) from None
-    elif dataset.builder.name.endswith(f"_{SIDE}"):
-        log.warning("%s is missing; the mean image is computed again, from %s", path, config.train_split)
-    return fit_preprocess(config, source)
+    else:
+        if dataset.builder.name.endswith(f"_{SIDE}"):
+            log.warning("%s is missing; the mean image is computed again, from %s", path, config.train_split)
+        statistics = (measure or partial(dataset.measure, config.train_split))(config.lighting)
+    return fit_preprocess(config, statistics)
 
 
 def fit_preprocess(config: ml_collections.ConfigDict, source: Statistics | Iterable[np.ndarray]) -> Preprocess:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from alexnet_jax.errors import UserError
 from alexnet_jax.preparation.local import prepare
 from alexnet_jax.preparation.shards import SHARD_SIZE
 from alexnet_jax.preparation.sources import PrepareError, find_parts
+from alexnet_jax.preprocess import measure
 from alexnet_jax.setup import build_preprocess
 
 
@@ -162,7 +164,7 @@ def test_a_prepared_set_without_its_statistics_is_measured_with_a_warning(prepar
     (copy / "statistics.npz").unlink()
     config = imagenet2012.get_config()
     images = np.zeros((2, 256, 256, 3), np.uint8)
-    build_preprocess(config, Dataset(tfds.builder_from_directory(copy)), [images])
+    build_preprocess(config, Dataset(tfds.builder_from_directory(copy)), partial(measure, [images]))
     assert f"{copy}/statistics.npz is missing" in caplog.text and len(caplog.records) == 1
 
 

@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import numpy as np
 import pytest
@@ -6,7 +8,7 @@ import reference
 from alexnet_jax.augment import rgb_pca
 from alexnet_jax.configs import cifar10, fashion_mnist, fashion_mnist_224
 from alexnet_jax.data.dataset import Dataset
-from alexnet_jax.preprocess import Statistics, fit
+from alexnet_jax.preprocess import Statistics, fit, measure
 from alexnet_jax.setup import build_preprocess
 
 
@@ -101,7 +103,7 @@ def test_crops_of_small_images_are_shifted_equally_to_every_side(synthetic, modu
     config.resize, config.flip, config.lighting = 0, False, False  # the crop as it is
     side = 32 if module is cifar10 else 28
     images = np.zeros((count, side, side, 1), np.uint8)
-    p = build_preprocess(config, Dataset(synthetic), [images])
+    p = build_preprocess(config, Dataset(synthetic), partial(measure, [images]))
     images[:, 14, 14] = 200
 
     def position(crops):

@@ -17,8 +17,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.train_split = "train[:55000]"
     c.validation_split = "train[55000:]"
     c.test_split = "test"
-    c.streaming = False  # read from disk during training, by worker processes; False: each device holds the data set
-    c.loader_workers = 0  # processes that decode a streamed data set; 0: one per core, 16 at most
+    c.streaming = False  # read from disk during training, by worker processes; False: the devices hold the data set
+    c.loader_workers = 0  # processes that decode a streamed or large data set; 0: one per core, 16 at most
 
     # The inputs of the network (section 4.1).
     c.pad = 0  # border of mean color, in pixels, added before cropping

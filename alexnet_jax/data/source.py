@@ -182,6 +182,19 @@ def image_shape(builder: tfds.core.DatasetBuilder) -> tuple[int, int, int]:
     return shape
 
 
+def stored_shape(builder: tfds.core.DatasetBuilder, split: str) -> tuple[int, ...]:
+    """Return [H, W, C] of the first image of a split; raises DataError if it cannot be read."""
+    check_features(builder)
+    feature = builder.info.features["image"]
+    if None not in feature.shape:
+        return feature.shape
+    source = open_source(builder, split)
+    try:
+        return feature.decode_example_np(source[0]["image"]).shape
+    except Exception as error:  # any exception of a corrupt file
+        raise unreadable(builder.data_path, split, 0, error) from None
+
+
 def unreadable(folder: Path | str, split: str, position: int | str, error: Exception) -> DataError:
     """Return what to raise if an example cannot be read, for any exception of a corrupt file."""
     where, reason = f"{folder}, {split}: example {position} cannot be read", one_line(error)

@@ -39,6 +39,7 @@ from alexnet_jax.data.source import (
     split_size,
     unreadable,
 )
+from alexnet_jax.preprocess import Statistics, measure
 from alexnet_jax.runtime.files import raise_open_files_limit
 from alexnet_jax.runtime.imports import import_quietly
 from alexnet_jax.runtime.workers import MAIN_GUARD, available_cores, kill, start_worker, started_workers
@@ -49,6 +50,7 @@ AHEAD = 2  # batches on the devices beyond the one that is requested
 MAX_WORKERS = 16
 PART_BYTES = 128 * 256 * 256 * 3  # a worker decodes up to so much at a time: 128 images of 256×256
 SHARED_MEMORY = Path("/dev/shm")
+READ = 128  # images that a worker reads at a time for a split that is kept in memory
 EXIT_S = 1  # a worker that reads or decodes for longer is killed at the end
 
 log = logging.getLogger(__name__)
@@ -381,9 +383,9 @@ class StreamedData:
         self._next = step + 1
         return next(self._batches)
 
-    def host_images(self) -> Iterator[np.ndarray]:
-        """Yield all images in arrays uint8 [N, H, W, C] on the host."""
-        return images(self.builder, self.split, self.workers)
+    def measure(self, colors: bool) -> Statistics:
+        """Return the statistics of the images, which are all read; `colors` as in `preprocess.measure`."""
+        return measure(images(self.builder, self.split, self.workers), colors)
 
     def close(self) -> None:
         """End the workers."""
@@ -406,6 +408,21 @@ class StreamedBatches:
     def __iter__(self) -> Iterator[Batch]:
         batches = decoded_batches(range(len(self)), partial(_in_order, self.batch_size), self._decoder, self.workers)
         return _on_devices(batches, self.batch_size, self.mesh)
+
+
+def read(
+    builder: tfds.core.DatasetBuilder, split: str, positions: np.ndarray, workers: int = 0
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield the examples at some positions of a split, decoded by worker processes, as `in_memory.Source.read`."""
+    steps = -(-len(positions) // READ)
+    padded = np.append(positions, np.full(steps * READ - len(positions), np.iinfo(np.int64).max))
+    batches = decoded_batches(range(steps), partial(_part_of, padded), Decoder(builder, split, slice(None)), workers)
+    for start, (part, labels) in zip(range(0, len(positions), READ), batches, strict=True):
+        yield part[: len(positions) - start], labels[: len(positions) - start]
+
+
+def _part_of(positions: np.ndarray, step: int) -> np.ndarray:
+    return positions[step * READ : (step + 1) * READ]
 
 
 def images(builder: tfds.core.DatasetBuilder, split: str, workers: int = 0) -> Iterator[np.ndarray]:

@@ -18,6 +18,7 @@ from alexnet_jax.data.dataset import Dataset
 from alexnet_jax.errors import errors_on_one_line
 from alexnet_jax.optimizer import learning_rate_at, paper_sgd
 from alexnet_jax.preprocess import fit
+from alexnet_jax.preprocess import measure as statistics_of
 from alexnet_jax.runtime.compilation_cache import use_compilation_cache
 from alexnet_jax.runtime.files import write_json
 from alexnet_jax.setup import build_model, build_preprocess
@@ -117,7 +118,7 @@ def task_of(config: ml_collections.ConfigDict, dataset: Dataset, train: data.Exa
     )  # fmt: skip
     return Task(
         build_model(config, CLASSES), paper_sgd(momentum=config.momentum, weight_decay=config.weight_decay),
-        build_preprocess(config, dataset, [train.images]), schedule, train, config.batch_size,
+        build_preprocess(config, dataset, partial(statistics_of, [train.images])), schedule, train, config.batch_size,
     )  # fmt: skip
 
 
