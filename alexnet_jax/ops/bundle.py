@@ -20,8 +20,9 @@ class Ops(NamedTuple):
       spatial_response_norm: (x, size, scale, power, min_div) likewise, as `ops.spatial_response_norm`.
       relu: x to max(x, 0), as `jax.nn.relu`.
       dropout: (key, x, rate, towers, first_example, first_tower) to the kept activations, as `ops.dropout`.
-      relu_lrn_pool: (x, bias, towers, k, n, alpha, beta, window, stride) to the maxima: a convolution's bias, ReLU, LRN
-        and max pooling in one function, as `relu_lrn_pool.relu_lrn_pool`; None: one operation after the other.
+      relu_lrn_pool: (inputs, bias, towers, k, n, alpha, beta, window, stride, outputs) to the maxima: a convolution's
+        bias, ReLU, LRN and max pooling in one function, as `relu_lrn_pool.relu_lrn_pool`; None: one operation after the
+        other.
     """
 
     conv: Callable[..., jax.Array] = convolution.conv
@@ -30,7 +31,7 @@ class Ops(NamedTuple):
     spatial_response_norm: Callable[..., jax.Array] = lrn.spatial_response_norm
     relu: Callable[..., jax.Array] = jax.nn.relu
     dropout: Callable[..., jax.Array] = dropout
-    relu_lrn_pool: Callable[..., jax.Array] | None = None
+    relu_lrn_pool: Callable[..., list[jax.Array]] | None = None
 
 
 # Gradients written by hand, for reverse mode only; on a CPU also Winograd's convolution.

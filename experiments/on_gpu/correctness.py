@@ -461,8 +461,8 @@ def groups_of(setting: Setting) -> dict[str, Callable[[], list[Check]]]:
     fused = {"ReLU + LRN + pool": relu_lrn_pool}
     if (selected := ops.ops_for(jax.devices()[0])).relu_lrn_pool:
         fused["ReLU + LRN + pool, kernels"] = lambda x, towers, *c: selected.relu_lrn_pool(
-            x, jnp.zeros(x.shape[-1:], x.dtype), towers, *c
-        )
+            [x], jnp.zeros(x.shape[-1:], x.dtype), towers, *c
+        )[0]
     conv_shapes = {
         name: (shape, (kernel, kernel, shape[-1], features), stride, (edges, edges))
         for name, (shape, kernel, stride, edges, features) in layers.items()
