@@ -17,6 +17,7 @@ from jax import lax
 
 from alexnet_jax.checks import check_images, check_network, check_tower_devices
 from alexnet_jax.ops import OPS, Ops, ops_for
+from alexnet_jax.ops.convolution import updated_in_place
 from alexnet_jax.variants import ACTIVATIONS, BEFORE, LAYERS, VARIANTS, Stem, Variant
 
 OUTPUTS = (
@@ -87,7 +88,7 @@ class Conv(nn.Module):
             inputs = [all_gather_towers(inputs, self.tower_axis)]
         features, towers = (n // tower_devices(self.tower_axis) for n in (self.features, self.towers))
         shape = (self.kernel_size, self.kernel_size, inputs[0].shape[-1], features)
-        kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype).astype(self.dtype)
+        kernel = updated_in_place(self.param("kernel", self.kernel_init, shape, self.param_dtype)).astype(self.dtype)
         bias = self.param("bias", self.bias_init, (features,), self.param_dtype)
         extra_padding = [
             -(side + 2 * self.padding - self.kernel_size) % self.stride * self.ceil_mode
@@ -209,7 +210,7 @@ class AlexNet(nn.Module):
         x = self._conv("conv2", x, 5, padding=2, then=variant.conv2, join=True)  # likewise: 27×27×256 → 13×13×256
         x = self._conv("conv3", x, 3, padding=1, gather=True, then=variant.conv3)  # from both towers; ReLU: 13×13×384
         x = self._conv("conv4", x, 3, padding=1, then=variant.conv4)  # ReLU: 13×13×384
-        x = self._conv("conv5", x, 3, padding=1, then=variant.conv5)  # ReLU, pooling: 13×13×256 → 6×6×256
+        x = self._conv("conv5", x, 3, padding=1, then=variant.conv5, join=True)  # ReLU, pooling: 13×13×256 → 6×6×256
         if convolutions_only:
             return jnp.concatenate(x, axis=-1)
         x = self._dense("fc6", x, train)  # from both towers; ReLU, dropout: 4096
@@ -270,11 +271,16 @@ class AlexNet(nn.Module):
     def _fused(self, order, join):
         """Return one function of a convolution's outputs and bias that computes all of `order`, or None."""
         variant, ops = VARIANTS[self.variant], self._ops
-        applies = ops.relu_lrn_pool and order == "relu lrn pool" and self.activation == "relu" and self.lrn
-        if not applies or variant.lrn_across_towers or self.is_mutable_collection("activations"):
+        if self.activation != "relu" or self.is_mutable_collection("activations"):
             return None
+        join = join and not variant.dropout_on_inputs  # dropout needs an array per tower
         outputs = 1 if join else self.towers // tower_devices(self.tower_axis)
-        return partial(ops.relu_lrn_pool, **self._lrn_constants(), window=self.pool_window, stride=2, outputs=outputs)
+        pooling = dict(window=self.pool_window, stride=2, outputs=outputs)
+        if ops.relu_lrn_pool and order == "relu lrn pool" and self.lrn and not variant.lrn_across_towers:
+            return partial(ops.relu_lrn_pool, **self._lrn_constants(), **pooling)
+        if ops.relu_pool and (order == "relu pool" or order == "relu lrn pool" and not self.lrn):
+            return partial(ops.relu_pool, **pooling)
+        return None
 
     @nn.nowrap
     def _lrn_constants(self):
