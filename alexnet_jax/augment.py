@@ -136,8 +136,7 @@ def pca_lighting(
     if images.shape[-1] != 3:
         raise ValueError(f"pca_lighting: {images.shape[-1]} channel(s): expected 3; gray images have no color to vary")
     alpha = stddev * jax.vmap(lambda k: jax.random.normal(k, (3,)))(_each(key, images))
-    # Not a product of matrices: accelerators round its factors to fewer bits.
-    shift = ((alpha * eigenvalues)[:, None] * eigenvectors).sum(axis=-1)
+    shift = (alpha * eigenvalues) @ eigenvectors.T
     return images + shift[:, None, None, :].astype(images.dtype)
 
 

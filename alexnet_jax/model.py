@@ -103,8 +103,9 @@ class Conv(nn.Module):
         outputs = [conv(x, k) for x, k in zip(inputs, jnp.split(kernel, len(inputs), axis=-1), strict=True)]
         if self.epilogue is not None:
             return self.epilogue(outputs, bias, towers)
-        biases = jnp.split(bias.astype(self.dtype), len(outputs))
-        return _split_towers([x + b for x, b in zip(outputs, biases, strict=True)], towers)
+        split_outputs = partial(_split_towers, towers=towers)
+        biases = split_outputs([bias.astype(self.dtype)])
+        return [x + b for x, b in zip(split_outputs(outputs), biases, strict=True)]
 
 
 class Dense(nn.Module):
