@@ -325,6 +325,30 @@ def test_relu_lrn_and_pooling_in_one_function(fields, arrays):
     np.testing.assert_allclose(results[1], exact, rtol=2e-4, atol=2e-4 * np.abs(exact).max())
 
 
+@pytest.mark.parametrize("fields,arrays", [
+    (dict(lrn=False), [(1, 2, 2), (2, 2, 1), (2, 2, 1)]),  # conv3 and fc6 gather the towers
+    (dict(variant="torchvision"), [(1, 2, 2), (2, 2, 2), (2, 2, 2)]),  # dropout of the inputs takes an array per tower
+], ids=str)  # fmt: skip
+def test_relu_and_pooling_in_one_function(fields, arrays):
+    calls = []
+
+    def relu_pool(inputs, bias, towers, *, window, stride, outputs):
+        calls.append((len(inputs), towers, outputs))
+        x = nn.relu(jnp.concatenate(inputs, axis=-1) + bias)
+        return jnp.split(OPS.max_pool(x, window, stride), outputs, axis=-1)
+
+    images, model = images_of(31, batch=2) * 20, SMALL.clone(**fields)
+    params = small_params(images, model)
+    results, expected = (
+        loss_logits_and_gradients(model.clone(ops=ops), params, images)
+        for ops in (OPS._replace(relu_pool=relu_pool), OPS)
+    )
+    assert calls == arrays
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5 * np.abs(y).max()), results, expected
+    )
+
+
 def test_relu_lrn_and_pooling_in_one_function_with_a_tower_on_each_device():
     images, (ops, calls) = images_of(29, batch=2) * 20, fused_operations()
     params = small_params(images)
