@@ -115,7 +115,7 @@ def make_update(
         gradients, losses_and_errors = jax.grad(loss_fn, has_aux=True)(state.params)
         state, rate = apply_gradients(state, gradients, optimizer, learning_rate)
         with jax.named_scope("metrics"):
-            loss, error = lax.pmean(losses_and_errors.mean(axis=1), axes)
+            loss, error = (lax.pmean(mean, axes) for mean in losses_and_errors.mean(axis=1))
         return state, {"loss": loss, "error": error, "learning_rate": rate}
 
     return update
