@@ -17,6 +17,7 @@ from jax import lax
 
 from alexnet_jax.checks import check_images, check_network, check_tower_devices
 from alexnet_jax.ops import OPS, Ops, ops_for
+from alexnet_jax.ops.convolution import updated_in_place
 from alexnet_jax.variants import ACTIVATIONS, BEFORE, LAYERS, VARIANTS, Stem, Variant
 
 OUTPUTS = (
@@ -60,8 +61,8 @@ class Conv(nn.Module):
       ceil_mode: whether the output size is rounded up, by more zeros at the right and bottom edge.
       gather: whether the kernels take the channels of both towers, or of their own tower alone.
       towers, tower_axis, conv: as in `AlexNet`; `conv` is that of its operations.
-      epilogue: applied instead of adding the bias: (x, bias, towers) to the output of so many towers; None adds the
-        bias.
+      epilogue: applied instead of adding the bias: (outputs, bias, towers) to the layer's outputs, where the arguments
+        hold so many towers, and the bias is of `param_dtype`; None adds the bias.
       dtype, param_dtype, precision, kernel_init, bias_init: as in `flax.linen.Conv`.
     """
 
@@ -74,7 +75,7 @@ class Conv(nn.Module):
     towers: int = 2
     tower_axis: str | None = None
     conv: Callable[..., jax.Array] = OPS.conv
-    epilogue: Callable[[jax.Array, jax.Array, int], jax.Array] | None = None
+    epilogue: Callable[[list[jax.Array], jax.Array, int], list[jax.Array]] | None = None
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     precision: lax.PrecisionLike = None
@@ -87,8 +88,8 @@ class Conv(nn.Module):
             inputs = [all_gather_towers(inputs, self.tower_axis)]
         features, towers = (n // tower_devices(self.tower_axis) for n in (self.features, self.towers))
         shape = (self.kernel_size, self.kernel_size, inputs[0].shape[-1], features)
-        kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype).astype(self.dtype)
-        bias = self.param("bias", self.bias_init, (features,), self.param_dtype).astype(self.dtype)
+        kernel = updated_in_place(self.param("kernel", self.kernel_init, shape, self.param_dtype)).astype(self.dtype)
+        bias = self.param("bias", self.bias_init, (features,), self.param_dtype)
         extra_padding = [
             -(side + 2 * self.padding - self.kernel_size) % self.stride * self.ceil_mode
             for side in inputs[0].shape[1:3]
@@ -100,13 +101,11 @@ class Conv(nn.Module):
 
         # One convolution per tower, which is faster than a grouped one (docs/performance.md#convolution).
         outputs = [conv(x, k) for x, k in zip(inputs, jnp.split(kernel, len(inputs), axis=-1), strict=True)]
+        if self.epilogue is not None:
+            return self.epilogue(outputs, bias, towers)
         split_outputs = partial(_split_towers, towers=towers)
-        if self.epilogue is None:
-            return [x + b for x, b in zip(split_outputs(outputs), split_outputs([bias]), strict=True)]
-        biases = jnp.split(bias, len(outputs))
-        return split_outputs(
-            [self.epilogue(x, b, towers // len(outputs)) for x, b in zip(outputs, biases, strict=True)]
-        )
+        biases = split_outputs([bias.astype(self.dtype)])
+        return [x + b for x, b in zip(split_outputs(outputs), biases, strict=True)]
 
 
 class Dense(nn.Module):
@@ -209,10 +208,10 @@ class AlexNet(nn.Module):
         # sizes (summed over the towers, after the convolution → after pooling).
         x = [images.astype(self.dtype)]  # 224×224×3
         x = self._conv("conv1", x, *self.stem, then=variant.conv1)  # ReLU, LRN, pooling: 55×55×96 → 27×27×96
-        x = self._conv("conv2", x, 5, padding=2, then=variant.conv2)  # ReLU, LRN, pooling: 27×27×256 → 13×13×256
+        x = self._conv("conv2", x, 5, padding=2, then=variant.conv2, join=True)  # likewise: 27×27×256 → 13×13×256
         x = self._conv("conv3", x, 3, padding=1, gather=True, then=variant.conv3)  # from both towers; ReLU: 13×13×384
         x = self._conv("conv4", x, 3, padding=1, then=variant.conv4)  # ReLU: 13×13×384
-        x = self._conv("conv5", x, 3, padding=1, then=variant.conv5)  # ReLU, pooling: 13×13×256 → 6×6×256
+        x = self._conv("conv5", x, 3, padding=1, then=variant.conv5, join=True)  # ReLU, pooling: 13×13×256 → 6×6×256
         if convolutions_only:
             return jnp.concatenate(x, axis=-1)
         x = self._dense("fc6", x, train)  # from both towers; ReLU, dropout: 4096
@@ -223,13 +222,16 @@ class AlexNet(nn.Module):
         return logits.astype(jnp.float32)
 
     @nn.nowrap
-    def _conv(self, name, x, kernel_size, stride=1, padding=0, gather=False, *, then):
-        """Return the outputs of a convolution and of the operations that follow it, one per tower."""
+    def _conv(self, name, x, kernel_size, stride=1, padding=0, gather=False, *, then, join=False):
+        """Return the outputs of a convolution and of the operations that follow it, one per tower.
+
+        `join`: the next layer gathers the towers, so one function for all these operations returns them as one array.
+        """
         fields = self._fields(name)
         if not fields["features"]:  # the layer is omitted, with its activation
             return self._apply_in_order(name, then.replace("relu", ""), x)
         shape = dict(kernel_size=kernel_size, stride=stride, padding=padding, gather=gather)
-        ceil_mode, fused = VARIANTS[self.variant].ceil_mode, self._fused(then)
+        ceil_mode, fused = VARIANTS[self.variant].ceil_mode, self._fused(then, join)
         x = Conv(
             **fields, **shape, ceil_mode=ceil_mode, towers=self.towers, conv=self._ops.conv, epilogue=fused
         )(x)  # fmt: skip
@@ -267,13 +269,19 @@ class AlexNet(nn.Module):
         return self._ops.relu(x) if self.activation == "relu" else ACTIVATIONS[self.activation](x)
 
     @nn.nowrap
-    def _fused(self, order):
+    def _fused(self, order, join):
         """Return one function of a convolution's outputs and bias that computes all of `order`, or None."""
         variant, ops = VARIANTS[self.variant], self._ops
-        applies = ops.relu_lrn_pool and order == "relu lrn pool" and self.activation == "relu" and self.lrn
-        if not applies or variant.lrn_across_towers or self.is_mutable_collection("activations"):
+        if self.activation != "relu" or self.is_mutable_collection("activations"):
             return None
-        return partial(ops.relu_lrn_pool, **self._lrn_constants(), window=self.pool_window, stride=2)
+        join = join and not variant.dropout_on_inputs  # dropout needs an array per tower
+        outputs = 1 if join else self.towers // tower_devices(self.tower_axis)
+        pooling = dict(window=self.pool_window, stride=2, outputs=outputs)
+        if ops.relu_lrn_pool and order == "relu lrn pool" and self.lrn and not variant.lrn_across_towers:
+            return partial(ops.relu_lrn_pool, **self._lrn_constants(), **pooling)
+        if ops.relu_pool and (order == "relu pool" or order == "relu lrn pool" and not self.lrn):
+            return partial(ops.relu_pool, **pooling)
+        return None
 
     @nn.nowrap
     def _lrn_constants(self):

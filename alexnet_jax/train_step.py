@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from alexnet_jax import sharding
 from alexnet_jax.model import AlexNet
-from alexnet_jax.optimizer import Plateau, cross_entropy, plateau_init
+from alexnet_jax.optimizer import Plateau, cross_entropies, plateau_init
 from alexnet_jax.preprocess import Preprocess
 
 
@@ -108,13 +108,14 @@ def make_update(
             params = jax.tree.map(lambda w: lax.pcast(w, sharding.DATA, to="varying"), params)
             logits: Any = model.apply({"params": params}, images, train=True, rngs={"dropout": dropout_key})
             with jax.named_scope("metrics"):
+                losses = cross_entropies(logits, labels)
                 # Both towers compute the same loss; the mean over `tower` keeps its gradient from counting twice.
-                return lax.pmean(cross_entropy(logits, labels), axes), logits
+                return lax.pmean(losses.mean(), axes), jnp.stack([losses, jnp.argmax(logits, axis=-1) != labels])
 
-        (loss, logits), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        gradients, losses_and_errors = jax.grad(loss_fn, has_aux=True)(state.params)
         state, rate = apply_gradients(state, gradients, optimizer, learning_rate)
         with jax.named_scope("metrics"):
-            error = lax.pmean(jnp.mean(jnp.argmax(logits, axis=-1) != labels), axes)
+            loss, error = (lax.pmean(mean, axes) for mean in losses_and_errors.mean(axis=1))
         return state, {"loss": loss, "error": error, "learning_rate": rate}
 
     return update

@@ -276,12 +276,14 @@ def fused_operations():
     """Operations with ReLU, LRN and pooling in one function, a composition of the others, and a list of its calls."""
     calls = []
 
-    def relu_lrn_pool(x, bias, towers, *, k, n, alpha, beta, window, stride):
-        calls.append(dict(shape=x.shape, towers=towers, lrn=(k, n, alpha, beta), window=window, stride=stride))
+    def relu_lrn_pool(inputs, bias, towers, *, k, n, alpha, beta, window, stride, outputs):
+        x = jnp.concatenate(inputs, axis=-1)
+        arrays = len(inputs), towers, outputs
+        calls.append(dict(shape=x.shape, arrays=arrays, lrn=(k, n, alpha, beta), window=window, stride=stride))
         parts = [
             OPS.local_response_norm(nn.relu(part), k, n, alpha, beta) for part in jnp.split(x + bias, towers, axis=-1)
         ]
-        return OPS.max_pool(jnp.concatenate(parts, axis=-1), window, stride)
+        return jnp.split(OPS.max_pool(jnp.concatenate(parts, axis=-1), window, stride), outputs, axis=-1)
 
     return OPS._replace(relu_lrn_pool=relu_lrn_pool), calls
 
@@ -297,18 +299,18 @@ def loss_logits_and_gradients(model, params, images):
     return value, logits, gradients
 
 
-@pytest.mark.parametrize("fields,towers", [
-    (dict(), [2, 1, 1]),  # both towers of conv1 come from one convolution
-    (dict(towers=1), [1, 1]),
-    (dict(lrn_alpha=0.05, pool_window=2), [2, 1, 1]),
-    (dict(towers=1, widths=(7, 0, 6, 0, 5, 9, 0)), [1]),  # without conv2
+@pytest.mark.parametrize("fields,arrays", [
+    (dict(), [(1, 2, 2), (2, 2, 1)]),  # both towers of conv1 come from one convolution; conv3 gathers those of conv2
+    (dict(towers=1), [(1, 1, 1), (1, 1, 1)]),
+    (dict(lrn_alpha=0.05, pool_window=2), [(1, 2, 2), (2, 2, 1)]),
+    (dict(towers=1, widths=(7, 0, 6, 0, 5, 9, 0)), [(1, 1, 1)]),  # without conv2
 ])  # fmt: skip
-def test_relu_lrn_and_pooling_in_one_function(fields, towers):
+def test_relu_lrn_and_pooling_in_one_function(fields, arrays):
     images, (ops, calls) = images_of(29, batch=2) * 20, fused_operations()
     model = SMALL.clone(**fields)
     params = small_params(images, model)
     results = loss_logits_and_gradients(model.clone(ops=ops), params, images)
-    assert [call["towers"] for call in calls] == towers
+    assert [call["arrays"] for call in calls] == arrays
     alpha, window = model.lrn_alpha or 1e-4, model.pool_window
     for call in calls:
         assert (call["lrn"], call["window"], call["stride"]) == ((2.0, 5, alpha, 0.75), window, 2)
@@ -321,6 +323,30 @@ def test_relu_lrn_and_pooling_in_one_function(fields, towers):
         pool_window=window,
     )  # fmt: skip
     np.testing.assert_allclose(results[1], exact, rtol=2e-4, atol=2e-4 * np.abs(exact).max())
+
+
+@pytest.mark.parametrize("fields,arrays", [
+    (dict(lrn=False), [(1, 2, 2), (2, 2, 1), (2, 2, 1)]),  # conv3 and fc6 gather the towers
+    (dict(variant="torchvision"), [(1, 2, 2), (2, 2, 2), (2, 2, 2)]),  # dropout of the inputs takes an array per tower
+], ids=str)  # fmt: skip
+def test_relu_and_pooling_in_one_function(fields, arrays):
+    calls = []
+
+    def relu_pool(inputs, bias, towers, *, window, stride, outputs):
+        calls.append((len(inputs), towers, outputs))
+        x = nn.relu(jnp.concatenate(inputs, axis=-1) + bias)
+        return jnp.split(OPS.max_pool(x, window, stride), outputs, axis=-1)
+
+    images, model = images_of(31, batch=2) * 20, SMALL.clone(**fields)
+    params = small_params(images, model)
+    results, expected = (
+        loss_logits_and_gradients(model.clone(ops=ops), params, images)
+        for ops in (OPS._replace(relu_pool=relu_pool), OPS)
+    )
+    assert calls == arrays
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5 * np.abs(y).max()), results, expected
+    )
 
 
 def test_relu_lrn_and_pooling_in_one_function_with_a_tower_on_each_device():
@@ -345,7 +371,8 @@ def test_relu_lrn_and_pooling_in_one_function_with_a_tower_on_each_device():
         ))(params, images)  # fmt: skip
 
     results = on_two_devices(ops)
-    assert [(call["towers"], call["shape"][-1]) for call in calls] == [(1, 4), (1, 6)]  # half of 8 and of 12 channels
+    half = [((1, 1, 1), 4), ((1, 1, 1), 6)]  # of 8 and of 12 channels
+    assert [(call["arrays"], call["shape"][-1]) for call in calls] == half
     for expected in (on_two_devices(OPS), loss_logits_and_gradients(SMALL.clone(ops=OPS), params, images)):
         jax.tree.map(
             lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5 * np.abs(y).max()), results, expected

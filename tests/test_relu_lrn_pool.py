@@ -40,8 +40,20 @@ def images(shape, dtype, scale=50.0):
     return jnp.asarray(np.random.default_rng(0).normal(size=shape) * scale, dtype)
 
 
-def interpreted(platform):
-    return partial(platform.fused_relu_lrn_pool, interpret=True)
+def interpreted(platform, inputs=1, outputs=1):
+    """Return the kernels as a function of one array, which goes in and comes out as so many."""
+    if platform is tpu:
+        return partial(tpu.fused_relu_lrn_pool, interpret=True)
+    return in_arrays(partial(gpu.fused_relu_lrn_pool, interpret=True), inputs, outputs)
+
+
+def in_arrays(function, inputs, outputs):
+    def joined(x, bias, towers, **constants):
+        y = function(jnp.split(x, inputs, axis=-1), bias, towers, outputs=outputs, **constants)
+        assert len(y) == outputs and len({part.shape for part in y}) == 1
+        return jnp.concatenate(y, axis=-1)
+
+    return joined
 
 
 @on_both
@@ -51,6 +63,18 @@ def interpreted(platform):
 def test_result_and_gradient(platform, shape, dtype, with_bias):
     bias = np.random.default_rng(2).normal(size=shape[-1]).astype(np.float32) * 30 * with_bias
     check(images(shape, dtype), 2, bias, interpreted(platform))
+
+
+@pytest.mark.parametrize("inputs, outputs", [(1, 2), (2, 1), (2, 2)])
+def test_an_array_for_each_tower_on_a_gpu(inputs, outputs):
+    bias = np.random.default_rng(2).normal(size=32).astype(np.float32) * 30
+    check(images((2, 9, 7, 32), jnp.bfloat16), 2, bias, interpreted(gpu, inputs, outputs))
+
+
+@on_both
+@pytest.mark.parametrize("inputs, outputs", [(1, 2), (2, 1)])
+def test_an_array_for_each_tower_without_the_kernels(platform, inputs, outputs):
+    check(images((2, 9, 9, 12), jnp.float32), 2, None, in_arrays(platform.relu_lrn_pool, inputs, outputs))
 
 
 @on_both
@@ -84,7 +108,7 @@ def test_a_last_block_of_images_that_is_not_full_on_a_tpu():
 def test_what_it_does_not_take(shape, dtype, change, message):
     arguments = dict(bias=jnp.zeros(shape[-1]), towers=1, k=K, n=N, alpha=ALPHA, beta=BETA) | change
     with pytest.raises(ValueError, match=message):
-        gpu.fused_relu_lrn_pool(jnp.zeros(shape, dtype), **arguments)
+        gpu.fused_relu_lrn_pool([jnp.zeros(shape, dtype)], **arguments)
 
 
 @pytest.mark.parametrize(
@@ -107,4 +131,4 @@ def test_what_the_tpu_kernels_do_not_take(shape, dtype, change, message):
 
 @on_both
 def test_channels_that_the_kernels_do_not_take(platform):
-    check(images((2, 9, 9, 12), jnp.float32), 2, np.full(12, 3.0, np.float32), platform.relu_lrn_pool)
+    check(images((2, 9, 9, 12), jnp.float32), 2, np.full(12, 3.0, np.float32), in_arrays(platform.relu_lrn_pool, 1, 1))

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax
 
-from alexnet_jax.ops import convolution, lrn, plain, pooling, relu, relu_lrn_pool, relu_lrn_pool_tpu
+from alexnet_jax.ops import convolution, lrn, plain, pooling, relu, relu_lrn_pool, relu_lrn_pool_tpu, relu_pool
 from alexnet_jax.ops.dropout import dropout
 from alexnet_jax.ops.dropout_gpu import gpu_dropout
 
@@ -20,8 +20,10 @@ class Ops(NamedTuple):
       spatial_response_norm: (x, size, scale, power, min_div) likewise, as `ops.spatial_response_norm`.
       relu: x to max(x, 0), as `jax.nn.relu`.
       dropout: (key, x, rate, towers, first_example, first_tower) to the kept activations, as `ops.dropout`.
-      relu_lrn_pool: (x, bias, towers, k, n, alpha, beta, window, stride) to the maxima: a convolution's bias, ReLU, LRN
-        and max pooling in one function, as `relu_lrn_pool.relu_lrn_pool`; None: one operation after the other.
+      relu_lrn_pool: (inputs, bias, towers, k, n, alpha, beta, window, stride, outputs) to the maxima: a convolution's
+        bias, ReLU, LRN and max pooling in one function, as `relu_lrn_pool.relu_lrn_pool`; None: one operation after the
+        other.
+      relu_pool: (inputs, bias, towers, window, stride, outputs) likewise, without LRN, as `relu_pool.relu_pool`.
     """
 
     conv: Callable[..., jax.Array] = convolution.conv
@@ -30,7 +32,8 @@ class Ops(NamedTuple):
     spatial_response_norm: Callable[..., jax.Array] = lrn.spatial_response_norm
     relu: Callable[..., jax.Array] = jax.nn.relu
     dropout: Callable[..., jax.Array] = dropout
-    relu_lrn_pool: Callable[..., jax.Array] | None = None
+    relu_lrn_pool: Callable[..., list[jax.Array]] | None = None
+    relu_pool: Callable[..., list[jax.Array]] | None = None
 
 
 # Gradients written by hand, for reverse mode only; on a CPU also Winograd's convolution.
@@ -40,7 +43,9 @@ OPS = Ops()
 PLAIN = Ops(plain.conv, plain.max_pool, plain.local_response_norm, plain.spatial_response_norm)
 
 # One kernel forward and one backward for the operations between two convolutions, which memory traffic limits on a GPU.
-CUDA = OPS._replace(relu_lrn_pool=relu_lrn_pool.relu_lrn_pool, relu=relu.relu, dropout=gpu_dropout)
+CUDA = OPS._replace(
+    relu_lrn_pool=relu_lrn_pool.relu_lrn_pool, relu_pool=relu_pool.relu_pool, relu=relu.relu, dropout=gpu_dropout
+)
 
 # The same on a TPU. XLA's gradient of max pooling there, select-and-scatter, moves the fewest bytes.
 TPU = OPS._replace(relu_lrn_pool=relu_lrn_pool_tpu.relu_lrn_pool, relu=relu.relu, max_pool=plain.max_pool)

@@ -5,6 +5,7 @@ from functools import partial
 
 import jax
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from alexnet_jax.ops import plain, winograd
 from alexnet_jax.ops.space_to_depth import space_to_depth
@@ -19,6 +20,18 @@ def _by_platform(x: jax.Array, kernel: jax.Array, stride: int, precision: lax.Pr
         "cuda": partial(_conv_over_blocks, precision=precision) if few_channels else xla,
         "default": xla,
     }
+
+
+def updated_in_place(kernel: jax.Array) -> jax.Array:
+    """Return a parameter, an HWIO kernel, whose gradient an NVIDIA GPU stores in the parameter's order.
+
+    cuDNN's gradient is OHWI. An update that also transposes it is not done in place, and copies what it returns.
+    """
+
+    def in_order(kernel):
+        return with_layout_constraint(lax.optimization_barrier(kernel), Layout((0, 1, 2, 3)))
+
+    return lax.platform_dependent(kernel, cuda=in_order, default=lambda kernel: kernel)
 
 
 def _conv_over_blocks(x, kernel, stride, padding, precision):

@@ -33,11 +33,11 @@ def _threefry(key, x0, x1):
     return x0, x1
 
 
-def _kernel(key_ref, first_ref, keep_ref, *, rate, towers, units):
+def _kernel(key_refs, example_ref, tower_ref, keep_ref, *, rate, towers, units):
     example, tower, block = (pl.program_id(axis) for axis in range(3))
     zero = jnp.uint32(0)
-    key = key_ref[0], key_ref[1]
-    for index in (first_ref[0] + example, first_ref[1] + tower):  # `jax.random.fold_in`
+    key = tuple(ref[0] for ref in key_refs)
+    for index in (example_ref[0] + example, tower_ref[0] + tower):  # `jax.random.fold_in`
         key = _threefry(key, zero, index.astype(jnp.uint32))
     unit = block * BLOCK + lax.iota(jnp.int32, BLOCK)
     high, low = _threefry(key, jnp.zeros(BLOCK, jnp.uint32), unit.astype(jnp.uint32))
@@ -53,22 +53,25 @@ def keep_mask(
 ) -> jax.Array:  # fmt: skip
     """Return the mask of `ops.dropout`, int8 [B, N]: 1 where a unit is kept."""
     batch, units = shape[0], shape[1] // towers
-    first = jnp.stack([jnp.int32(first_example), jnp.int32(first_tower)])
-    words = jax.random.key_data(key)
-    axes = jax.typeof(first).manual_axis_type.varying - jax.typeof(words).manual_axis_type.varying
-    words = lax.pcast(words, tuple(axes), to="varying") if axes else words
-    axes = jax.typeof(words).manual_axis_type.varying - jax.typeof(first).manual_axis_type.varying
-    first = lax.pcast(first, tuple(axes), to="varying") if axes else first
+    # A number each: one array of them would be an operation of its own.
+    scalars = [*jax.random.key_data(key), jnp.int32(first_example), jnp.int32(first_tower)]
+    varying = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in scalars))
+
+    def argument(x):
+        axes = tuple(varying - jax.typeof(x).manual_axis_type.varying)
+        return (lax.pcast(x, axes, to="varying") if axes else x).reshape(1)
+
+    *words, example, tower = map(argument, scalars)
     mask = pl.pallas_call(
         partial(_kernel, rate=rate, towers=towers, units=units),
         grid=(batch, towers, pl.cdiv(units, BLOCK)),
         out_shape=jax.ShapeDtypeStruct(
-            (batch * towers * units,), jnp.int8, manual_axis_type=jax.typeof(first).manual_axis_type
+            (batch * towers * units,), jnp.int8, manual_axis_type=jax.typeof(example).manual_axis_type
         ),
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="dropout",
-    )(words, first)
+    )(words, example, tower)
     return mask.reshape(shape)
 
 

@@ -5,13 +5,13 @@ which limits their speed on a GPU. Here the forward pass reads x once and writes
 writes dx. The residuals have the size of y: for each window the position of its maximum, and s^(−1/4) there, where
 s = k + α Σ a². The convolution's bias is added here, so that its gradient needs no pass of its own.
 
-A thread holds a group of channels of a pixel, its lanes, and reads the channels on both sides of it, so that sums over
-channels need neither other threads nor padding. Neighboring threads of a warp read neighboring memory. Arrays are
-[items, lanes]; only the sums split them into lanes, because Triton's compile time grows with the square of the number
-of operations.
+A thread reads the channels on both sides of its own (`pooling_gpu`), so that sums over channels need neither other
+threads nor padding.
 """
 
+from collections.abc import Sequence
 from functools import partial
+from math import prod
 from typing import NamedTuple
 
 import jax
@@ -20,52 +20,23 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from alexnet_jax.ops import pooling_gpu
 from alexnet_jax.ops.lrn import local_response_norm
 from alexnet_jax.ops.pooling import max_pool
-
-LANES = {jnp.dtype(jnp.bfloat16): 8, jnp.dtype(jnp.float32): 4}  # channels a thread: loads and stores of 16 bytes
-WINDOW, STRIDE = 3, 2
-_add = partial(jax.tree.map, jnp.add)
-
-
-class Blocks(NamedTuple):
-    """The work items, rows of windows and warps of a program; a thread has one item where items = 32 · warps."""
-
-    items: int = 128
-    rows: int = 9
-    warps: int = 4
-
+from alexnet_jax.ops.pooling_gpu import STRIDE, WINDOW, Blocks, Items
 
 FORWARD = Blocks(128, 9, 4)
 BACKWARD = Blocks(128, 7, 4)
+_add = partial(jax.tree.map, jnp.add)
 
 
-class _Layer(NamedTuple):
-    """The static arguments of a call."""
+class _Lrn(NamedTuple):
+    """The constants of section 3.3."""
 
-    batch: int
-    height: int
-    width: int
-    channels: int
-    lanes: int
-    towers: int
     k: float
     half: int  # channels on each side of the center
     alpha: float
     beta: float
-    interpret: bool
-
-    @property
-    def rows(self):
-        return (self.height - WINDOW) // STRIDE + 1
-
-    @property
-    def columns(self):
-        return (self.width - WINDOW) // STRIDE + 1
-
-    @property
-    def groups(self):
-        return self.channels // self.lanes
 
     @property
     def reach(self):  # channels loaded on each side of a group: a power of two
@@ -91,49 +62,6 @@ def _consecutive_sums(lanes, size):
     return sums if size % 2 == 0 else [a + b for a, b in zip(sums, lanes[size - 1 :], strict=False)]
 
 
-def _places(first, size):
-    return first[:, None] + lax.broadcasted_iota(jnp.int32, (first.shape[0], size), 1)
-
-
-def _load(ref, first, mask, size, other=0):
-    """Return float32 [items, size]: the elements from `first` [items] on, `other` where mask [items] is false."""
-    places = _places(first, size)
-    mask = jnp.broadcast_to(mask[:, None], places.shape)
-    return plgpu.load(ref.at[places], mask=mask, other=other).astype(jnp.float32)
-
-
-def _store(ref, first, mask, values):
-    places = _places(first, values.shape[1])
-    plgpu.store(ref.at[places], values.astype(ref.dtype), mask=jnp.broadcast_to(mask[:, None], places.shape))
-
-
-class _Items(NamedTuple):
-    """The work items [items] of a program: an image, a column (of windows or of pairs of pixels), a channel group."""
-
-    lanes: int
-    inside: jax.Array
-    image: jax.Array
-    column: jax.Array
-    group: jax.Array
-    left: jax.Array  # whether the group before is of the same tower
-    right: jax.Array
-
-    @classmethod
-    def of_program(cls, layer, columns, items):
-        item = pl.program_id(0) * items + lax.iota(jnp.int32, items)
-        group, pixel = item % layer.groups, item // layer.groups
-        in_tower = layer.groups // layer.towers
-        place = group % in_tower
-        inside = item < layer.batch * columns * layer.groups
-        return cls(layer.lanes, inside, pixel // columns, pixel % columns, group, place > 0, place < in_tower - 1)
-
-    def load_with_neighbors(self, ref, first, mask, reach, other=0):
-        """Return the `reach` channels before the group, the group's, and as many after; `other` beyond the tower."""
-        before = _load(ref, first - reach, mask & self.left, reach, other)
-        after = _load(ref, first + self.lanes, mask & self.right, reach, other)
-        return before, _load(ref, first, mask, self.lanes, other), after
-
-
 def _window_sums(parts, half):
     """Return the sums [items, lanes] over 2 · half + 1 channels, from `load_with_neighbors`' three arrays."""
     beyond = parts[0].shape[1] - half
@@ -157,27 +85,21 @@ def _power(root, beta):
     return root * root * root if beta == 0.75 else jnp.exp2(jnp.log2(root) * (4 * beta))
 
 
-def _bits(first, size):
-    """Return int32 [1, size]: where in a word the four bits of each lane from `first` on start."""
-    return 4 * (first + lax.broadcasted_iota(jnp.int32, (1, size), 1))
-
-
-def _forward_kernel(x_ref, bias_ref, y_ref, *residual_refs, layer, blocks):
+def _forward_kernel(x_refs, bias_ref, y_refs, *residual_refs, layer, lrn, blocks):
     # Squares are compared: b² = a² s^(−2β) takes one reciprocal root, and the root of b² is taken once a window.
     # s / α stands for s: α Σ a² would be a product for each pixel, and a constant factor of b² changes no comparison.
-    at = _Items.of_program(layer, layer.columns, blocks.items)
+    at = Items.of_program(layer, layer.columns, blocks.items)
     first_row = pl.program_id(1) * blocks.rows
-    bias = at.load_with_neighbors(bias_ref, at.group * layer.lanes, at.inside, layer.reach)
+    bias = at.load_with_neighbors([bias_ref], 0, at.inside, lrn.reach)
 
     def row_maxima(row):  # of the window's three pixels in a row: b², s^(−1/2), column, but for powers of α
         maxima = None
         for column in range(WINDOW):
             pixel = (at.image * layer.height + row) * layer.width + STRIDE * at.column + column
-            first = pixel * layer.channels + at.group * layer.lanes
-            x = at.load_with_neighbors(x_ref, first, at.inside & (row < layer.height), layer.reach)
+            x = at.load_with_neighbors(x_refs, pixel, at.inside & (row < layer.height), lrn.reach)
             squares = jax.tree.map(lambda x, b: lax.square(jnp.maximum(x + b, 0)), x, bias)
-            root = _reciprocal_root(layer.k / layer.alpha + _window_sums(squares, layer.half), layer.interpret)
-            found = squares[1] * _power(root, layer.beta), root, jnp.full(root.shape, column, jnp.int32)
+            root = _reciprocal_root(lrn.k / lrn.alpha + _window_sums(squares, lrn.half), layer.interpret)
+            found = squares[1] * _power(root, lrn.beta), root, jnp.full(root.shape, column, jnp.int32)
             maxima = found if maxima is None else later_maxima(maxima, found, 0)
         return maxima
 
@@ -193,37 +115,34 @@ def _forward_kernel(x_ref, bias_ref, y_ref, *residual_refs, layer, blocks):
         bottom = row_maxima(STRIDE * row + 2)
         value, root, place = later_maxima(maxima, bottom, 2 * WINDOW)
         mask = at.inside & (row < layer.rows)
-        group = ((at.image * layer.rows + row) * layer.columns + at.column) * layer.groups + at.group
-        _store(y_ref, group * layer.lanes, mask, jnp.sqrt(value) * layer.alpha**-layer.beta)
+        window = at.window(layer, row, at.column)
+        at.store(y_refs, window, mask, jnp.sqrt(value) * lrn.alpha**-lrn.beta)
         if residual_refs:
             quarter_ref, place_ref = residual_refs
-            _store(quarter_ref, group * layer.lanes, mask, jnp.sqrt(root) * layer.alpha**-0.25)
-            word = (place << _bits(0, layer.lanes)).sum(1)
-            plgpu.store(place_ref.at[group], word.astype(place_ref.dtype), mask=mask)
+            at.store([quarter_ref], window, mask, jnp.sqrt(root) * lrn.alpha**-0.25)
+            at.store_places(place_ref, window, mask, place)
         return bottom
 
     lax.fori_loop(0, blocks.rows, body, row_maxima(STRIDE * first_row))
 
 
-def _backward_kernel(x_ref, bias_ref, dy_ref, quarter_ref, place_ref, dx_ref, dbias_ref, *, layer, blocks):
+def _backward_kernel(x_refs, bias_ref, dy_refs, quarter_ref, place_ref, dx_refs, dbias_ref, *, layer, lrn, blocks):
     # With d = dy at the window's maximum: dx_i = d_i s_i^−β − 2αβ a_i Σ_j a_j d_j s_j^(−β−1). An item is a column of
     # pairs of pixels (2m, 2m + 1) × (2n, 2n + 1): they lie in the windows (m, n), (m, n − 1), (m − 1, n), …
-    at = _Items.of_program(layer, -(-layer.width // STRIDE), blocks.items)
+    at = Items.of_program(layer, layer.pairs[0], blocks.items)
     first_row = pl.program_id(1) * blocks.rows
-    bias = at.load_with_neighbors(bias_ref, at.group * layer.lanes, at.inside, layer.reach)
+    bias = at.load_with_neighbors([bias_ref], 0, at.inside, lrn.reach)
 
     def window(row, column):
-        mask = at.inside & (row >= 0) & (row < layer.rows) & (column >= 0) & (column < layer.columns)
-        group = ((at.image * layer.rows + row) * layer.columns + column) * layer.groups + at.group
-        dy = at.load_with_neighbors(dy_ref, group * layer.lanes, mask, layer.reach)
-        quarters = at.load_with_neighbors(quarter_ref, group * layer.lanes, mask, layer.reach, other=1)
-        words = [
-            plgpu.load(place_ref.at[group + step], mask=mask & in_tower, other=-1).astype(jnp.int32)[:, None]
-            for step, in_tower in ((-1, at.left), (0, at.inside), (1, at.right))
+        index, mask = at.window(layer, row, column), at.has_window(layer, row, column)
+        dy = at.load_with_neighbors(dy_refs, index, mask, lrn.reach)
+        quarters = at.load_with_neighbors([quarter_ref], index, mask, lrn.reach, other=1)
+        places = [
+            at.load_places(place_ref, index, mask & at.left, -1, layer.lanes - lrn.reach, lrn.reach),
+            at.load_places(place_ref, index, mask, 0, 0, layer.lanes),
+            at.load_places(place_ref, index, mask & at.right, 1, 0, lrn.reach),
         ]
-        bits = _bits(layer.lanes - layer.reach, layer.reach), _bits(0, layer.lanes), _bits(0, layer.reach)
-        places = [(word >> bit) & 15 for word, bit in zip(words, bits, strict=True)]
-        direct = [g * _power(quarter, layer.beta) for g, quarter in zip(dy, quarters, strict=True)]
+        direct = [g * _power(quarter, lrn.beta) for g, quarter in zip(dy, quarters, strict=True)]
         spread = [g * lax.square(lax.square(quarter)) for g, quarter in zip(direct, quarters, strict=True)]
 
         def gradients(i, j):  # for the pixel at position (i, j) of the window
@@ -238,13 +157,12 @@ def _backward_kernel(x_ref, bias_ref, dy_ref, quarter_ref, place_ref, dx_ref, db
 
     def write(row, column, gradients):
         pixel = (at.image * layer.height + row) * layer.width + column
-        first = pixel * layer.channels + at.group * layer.lanes
         mask = at.inside & (row < layer.height) & (column < layer.width)
-        x = _add(at.load_with_neighbors(x_ref, first, mask, layer.reach), bias)
+        x = _add(at.load_with_neighbors(x_refs, pixel, mask, lrn.reach), bias)
         direct, *spread = gradients
-        totals = _window_sums([jnp.maximum(a, 0) * g for a, g in zip(x, spread, strict=True)], layer.half)
-        dx = jnp.where(x[1] > 0, direct - 2 * layer.alpha * layer.beta * x[1] * totals, 0.0)
-        _store(dx_ref, first, mask, dx)
+        totals = _window_sums([jnp.maximum(a, 0) * g for a, g in zip(x, spread, strict=True)], lrn.half)
+        dx = jnp.where(x[1] > 0, direct - 2 * lrn.alpha * lrn.beta * x[1] * totals, 0.0)
+        at.store(dx_refs, pixel, mask, dx)
         return jnp.where(mask[:, None], dx, 0.0)
 
     def body(i, carry):
@@ -259,133 +177,104 @@ def _backward_kernel(x_ref, bias_ref, dy_ref, quarter_ref, place_ref, dx_ref, db
 
     dbias = jnp.zeros((blocks.items, layer.lanes), jnp.float32)
     _, dbias = lax.fori_loop(0, blocks.rows, body, (windows(first_row - 1)(2), dbias))
-    item = (at.image * -(-layer.width // STRIDE) + at.column) * layer.groups + at.group
-    size = layer.batch * -(-layer.width // STRIDE) * layer.channels
-    _store(dbias_ref, pl.program_id(1) * size + item * layer.lanes, at.inside, dbias)
+    at.store_bias_gradient(dbias_ref, layer, dbias)
 
 
-def _call(kernel, layer, blocks, columns, rows, out_shape, name):
-    grid = (pl.cdiv(layer.batch * columns * layer.groups, blocks.items), pl.cdiv(rows, blocks.rows))
-    return pl.pallas_call(
-        partial(kernel, layer=layer, blocks=blocks),
-        grid=grid,
-        out_shape=out_shape,
-        compiler_params=plgpu.CompilerParams(num_warps=blocks.warps, num_stages=1),
-        interpret=layer.interpret,
-        name=name,
-    )
-
-
-def _like(x, size, dtype):
-    """Return the type of an output [size] that varies over the mesh axes that x varies over."""
-    return jax.ShapeDtypeStruct((size,), dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
-
-
-def _forward(x, bias, layer, blocks, residuals):
-    size = layer.batch * layer.rows * layer.columns * layer.channels
-    out_shape = [_like(x, size, x.dtype)]
+def _forward(inputs, bias, layer, lrn, blocks, residuals):
+    out_shape = [pooling_gpu.outputs(layer, inputs[0])]
     if residuals:  # float16 has three bits more than bfloat16, and the range that a fourth root takes
-        dtype = jnp.float32 if x.dtype == jnp.float32 else jnp.float16
-        out_shape += [_like(x, size, dtype), _like(x, size // layer.lanes, f"int{4 * layer.lanes}")]
-    call = _call(_forward_kernel, layer, blocks, layer.columns, layer.rows, out_shape, "relu_lrn_pool")
-    y, *rest = call(x.reshape(-1), bias)
-    return y.reshape(layer.batch, layer.rows, layer.columns, layer.channels), rest
+        dtype = jnp.float32 if inputs[0].dtype == jnp.float32 else jnp.float16
+        size = prod(layer.maxima)
+        out_shape += [pooling_gpu.like(inputs[0], size, dtype), pooling_gpu.places(layer, inputs[0])]
+    kernel = partial(_forward_kernel, layer=layer, lrn=lrn, blocks=blocks)
+    call = pooling_gpu.kernel_call(kernel, layer, blocks, layer.columns, layer.rows, out_shape, "relu_lrn_pool")
+    outputs, *rest = call(pooling_gpu.flat(inputs), bias)
+    return pooling_gpu.in_shape(outputs, layer.output), rest
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _relu_lrn_pool(x, bias, layer, blocks):
-    return _forward(x, bias, layer, blocks[0], residuals=False)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _relu_lrn_pool(inputs, bias, layer, lrn, blocks):
+    return _forward(inputs, bias, layer, lrn, blocks[0], residuals=False)[0]
 
 
-def _vjp_forward(x, bias, layer, blocks):
-    y, rest = _forward(x, bias, layer, blocks[0], residuals=True)
-    return y, (x, bias, *rest)
+def _vjp_forward(inputs, bias, layer, lrn, blocks):
+    outputs, rest = _forward(inputs, bias, layer, lrn, blocks[0], residuals=True)
+    return outputs, (inputs, bias, *rest)
 
 
-def _vjp_backward(layer, blocks, residuals, dy):
-    x, bias, quarters, places = residuals
-    columns, rows = (-(-size // STRIDE) for size in (layer.width, layer.height))
-    parts = pl.cdiv(rows, blocks[1].rows) * layer.batch * columns
-    out_shape = [_like(x, x.size, x.dtype), _like(x, parts * layer.channels, jnp.float32)]
-    call = _call(_backward_kernel, layer, blocks[1], columns, rows, out_shape, "relu_lrn_pool_backward")
-    dx, sums = call(x.reshape(-1), bias, dy.reshape(-1), quarters, places)
-    return dx.reshape(x.shape), sums.reshape(-1, layer.channels).sum(0).astype(bias.dtype)
+def _vjp_backward(layer, lrn, blocks, residuals, dy):
+    inputs, bias, quarters, places = residuals
+    (columns, rows), out_shape = layer.pairs, pooling_gpu.gradients(layer, inputs, blocks[1])
+    kernel = partial(_backward_kernel, layer=layer, lrn=lrn, blocks=blocks[1])
+    call = pooling_gpu.kernel_call(kernel, layer, blocks[1], columns, rows, out_shape, "relu_lrn_pool_backward")
+    dx, sums = call(pooling_gpu.flat(inputs), bias, pooling_gpu.flat(dy), quarters, places)
+    return pooling_gpu.in_shape(dx, inputs[0].shape), pooling_gpu.bias_gradient(layer, sums, bias)
 
 
 _relu_lrn_pool.defvjp(_vjp_forward, _vjp_backward)
 
 
-def unsupported(x: jax.Array, towers: int, k: float, n: int, alpha: float, window: int = 3, stride: int = 2) -> str:
+def unsupported(
+    inputs: Sequence[jax.Array], towers: int, k: float, n: int, alpha: float, window: int = 3, stride: int = 2
+) -> str:
     """Return why the kernels do not take these arguments of `relu_lrn_pool`, or ""."""
-    if x.dtype not in LANES:
-        return f"{x.dtype}: expected float32 or bfloat16"
-    if (window, stride) != (WINDOW, STRIDE):
-        return f"window={window}, stride={stride}: expected {WINDOW} and {STRIDE}"
     if n not in (3, 5, 7, 9):
         return f"n={n}: expected 3, 5, 7 or 9"
-    if x.ndim != 4 or min(x.shape[1:3]) < WINDOW or towers < 1 or x.shape[3] % (8 * towers) or x.size >= 2**31:
-        return (
-            f"shape {x.shape}, towers={towers}: expected [B, H, W, C] with H and W from {WINDOW}, a multiple of "
-            f"8 channels in each tower, and fewer than 2^31 elements"
-        )
     if k <= 0 or alpha <= 0:
         return f"k={k}, alpha={alpha}: expected both to be above 0"
-    return ""
+    return pooling_gpu.unsupported(inputs, towers, window, stride)
 
 
 def fused_relu_lrn_pool(
-    x: jax.Array, bias: jax.Array, towers: int, k: float, n: int, alpha: float, beta: float, window: int = 3,
-    stride: int = 2, *, blocks: tuple[Blocks, Blocks] = (FORWARD, BACKWARD), interpret: bool = False,
-) -> jax.Array:  # fmt: skip
+    inputs: Sequence[jax.Array], bias: jax.Array, towers: int, k: float, n: int, alpha: float, beta: float,
+    window: int = 3, stride: int = 2, outputs: int = 1, *, blocks: tuple[Blocks, Blocks] = (FORWARD, BACKWARD),
+    interpret: bool = False,
+) -> list[jax.Array]:  # fmt: skip
     """Return `relu_lrn_pool` by the kernels, for windows of 3×3 at a stride of 2.
 
     Args:
-      x, bias, towers, k, n, alpha, beta: as in `relu_lrn_pool`; x is float32 or bfloat16, k and alpha are above 0.
+      inputs, bias, towers, k, n, alpha, beta, outputs: as in `relu_lrn_pool`; the inputs are float32 or bfloat16, k and
+        alpha are above 0.
       blocks: the layout of the forward and of the backward kernel.
       interpret: run without a GPU, slowly, as tests do.
 
     Returns:
-      [B, (H − 3) // 2 + 1, (W − 3) // 2 + 1, C], in the dtype of x; computed in float32.
+      `outputs` arrays [B, (H − 3) // 2 + 1, (W − 3) // 2 + 1, C / outputs], in the dtype of the inputs; computed in
+      float32.
 
     Raises:
       ValueError: a shape, dtype or window that the kernels do not take (`unsupported`).
     """
-    if reason := unsupported(x, towers, k, n, alpha, window, stride):
+    if reason := unsupported(inputs, towers, k, n, alpha, window, stride):
         raise ValueError(f"fused_relu_lrn_pool: {reason}")
-    if bias.shape != x.shape[3:]:
-        raise ValueError(
-            f"fused_relu_lrn_pool: bias of shape {bias.shape}: expected one number a channel, {x.shape[3:]}"
-        )
-    axes = jax.typeof(x).manual_axis_type.varying - jax.typeof(bias).manual_axis_type.varying
-    bias = lax.pcast(bias, tuple(axes), to="varying") if axes else bias
-    batch, height, width, channels = x.shape
-    layer = _Layer(
-        batch, height, width, channels, LANES[x.dtype], towers, float(k), n // 2, float(alpha), float(beta), interpret
-    )
-    return _relu_lrn_pool(x, bias, layer, blocks)
+    bias, layer = pooling_gpu.prepare("fused_relu_lrn_pool", inputs, bias, towers, outputs, interpret)
+    return _relu_lrn_pool(list(inputs), bias, layer, _Lrn(float(k), n // 2, float(alpha), float(beta)), blocks)
 
 
 def relu_lrn_pool(
-    x: jax.Array, bias: jax.Array, towers: int, k: float, n: int, alpha: float, beta: float, window: int = 3,
-    stride: int = 2,
-) -> jax.Array:  # fmt: skip
+    inputs: Sequence[jax.Array], bias: jax.Array, towers: int, k: float, n: int, alpha: float, beta: float,
+    window: int = 3, stride: int = 2, outputs: int = 1,
+) -> list[jax.Array]:  # fmt: skip
     """Return max_pool(local_response_norm(relu(x + bias))) (sections 3.1, 3.3, 3.4), on an NVIDIA GPU.
 
     The gradient is of reverse mode only, as in `ops.local_response_norm`.
 
     Args:
-      x: float [B, H, W, C], a convolution's output. Tower t has the channels from t · C / towers; LRN's sums end at
-        the borders of a tower.
+      inputs: a convolution's outputs, float [B, H, W, C / len(inputs)], each of equally many towers. The channels of
+        tower 0 come first; LRN's sums end at the borders of a tower.
       bias: [C].
       k, n, alpha, beta: the constants of section 3.3.
       window, stride: z and s of section 3.4.
+      outputs: how many arrays hold the maxima, each of equally many towers.
 
     Returns:
-      [B, (H − window) // stride + 1, (W − window) // stride + 1, C], in the dtype of x.
+      `outputs` arrays [B, (H − window) // stride + 1, (W − window) // stride + 1, C / outputs], in the inputs' dtype.
     """
-    if not unsupported(x, towers, k, n, alpha, window, stride):
-        return fused_relu_lrn_pool(x, bias, towers, k, n, alpha, beta, window, stride)
+    if not unsupported(inputs, towers, k, n, alpha, window, stride):
+        return fused_relu_lrn_pool(inputs, bias, towers, k, n, alpha, beta, window, stride, outputs)
+    x = jnp.concatenate(inputs, axis=-1)
     normalized = [
-        local_response_norm(jax.nn.relu(tower), k, n, alpha, beta) for tower in jnp.split(x + bias, towers, axis=-1)
+        local_response_norm(jax.nn.relu(tower), k, n, alpha, beta)
+        for tower in jnp.split(x + bias.astype(x.dtype), towers, axis=-1)
     ]
-    return max_pool(jnp.concatenate(normalized, axis=-1), window, stride)
+    return jnp.split(max_pool(jnp.concatenate(normalized, axis=-1), window, stride), outputs, axis=-1)

@@ -9,6 +9,7 @@ block of images, a tower, and a pair of rows; the pairs of an image come one aft
 needs of the last one stays in the vector memory.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -288,16 +289,24 @@ def fused_relu_lrn_pool(
 
 
 def relu_lrn_pool(
-    x: jax.Array, bias: jax.Array, towers: int, k: float, n: int, alpha: float, beta: float, window: int = 3,
-    stride: int = 2,
-) -> jax.Array:  # fmt: skip
+    inputs: Sequence[jax.Array], bias: jax.Array, towers: int, k: float, n: int, alpha: float, beta: float,
+    window: int = 3, stride: int = 2, outputs: int = 1,
+) -> list[jax.Array]:  # fmt: skip
     """Return max_pool(local_response_norm(relu(x + bias))) (sections 3.1, 3.3, 3.4), on a TPU.
 
-    The arguments, the result and the gradient are those of the GPU's `relu_lrn_pool.relu_lrn_pool`.
+    The arguments, the results and the gradient are those of the GPU's `relu_lrn_pool.relu_lrn_pool`.
     """
-    if not unsupported(x, towers, n, window, stride):
-        return fused_relu_lrn_pool(x, bias, towers, k, n, alpha, beta, window, stride)
-    normalized = [
-        local_response_norm(jax.nn.relu(tower), k, n, alpha, beta) for tower in jnp.split(x + bias, towers, axis=-1)
-    ]
-    return max_pool(jnp.concatenate(normalized, axis=-1), window, stride)
+    towers //= len(inputs)
+
+    def maxima(x, bias):
+        if not unsupported(x, towers, n, window, stride):
+            return fused_relu_lrn_pool(x, bias, towers, k, n, alpha, beta, window, stride)
+        normalized = [
+            local_response_norm(jax.nn.relu(tower), k, n, alpha, beta)
+            for tower in jnp.split(x + bias.astype(x.dtype), towers, axis=-1)
+        ]
+        return max_pool(jnp.concatenate(normalized, axis=-1), window, stride)
+
+    biases = jnp.split(bias, len(inputs))
+    y = jnp.concatenate([maxima(x, b) for x, b in zip(inputs, biases, strict=True)], axis=-1)
+    return jnp.split(y, outputs, axis=-1)

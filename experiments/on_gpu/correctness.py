@@ -461,7 +461,11 @@ def groups_of(setting: Setting) -> dict[str, Callable[[], list[Check]]]:
     fused = {"ReLU + LRN + pool": relu_lrn_pool}
     if (selected := ops.ops_for(jax.devices()[0])).relu_lrn_pool:
         fused["ReLU + LRN + pool, kernels"] = lambda x, towers, *c: selected.relu_lrn_pool(
-            x, jnp.zeros(x.shape[-1:], x.dtype), towers, *c
+            jnp.split(x, towers, axis=-1), jnp.zeros(x.shape[-1:]), towers, *c
+        )[0]
+    if selected.relu_pool:  # with a bias that makes all of x positive
+        pools["ReLU + pool, kernels"] = lambda x, window, stride: (
+            selected.relu_pool([x], jnp.full(x.shape[-1:], 9.0), 1, window, stride)[0] - 9
         )
     conv_shapes = {
         name: (shape, (kernel, kernel, shape[-1], features), stride, (edges, edges))
