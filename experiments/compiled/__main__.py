@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--mode", default="train", help=f"of {', '.join(MODES)}, with commas (default: train)")
     parser.add_argument("--layout", default="one_device", help=f"of {layouts}, with commas (default: one_device)")
     parser.add_argument("--config", default="imagenet2012", help="name or file of a config (default: imagenet2012)")
-    parser.add_argument("--largest-batch", action="store_true", help="find it by bisection: about ten compilations")
+    parser.add_argument("--largest-batch", action="store_true", help="find it by bisection: about five compilations")
     flags = parser.parse_args()
     jax.config.update("jax_enable_compilation_cache", False)  # the time to compile is one of the figures
     with errors_on_one_line():

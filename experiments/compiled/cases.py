@@ -1,6 +1,7 @@
 """One case: a program of the project, lowered for described devices, compiled, and counted."""
 
 import importlib.util
+import math
 import resource
 import sys
 import time
@@ -224,23 +225,30 @@ def by_layer(
 
 
 def largest_batch(case: Case, precision: float = 0.05) -> int:
-    """Return the largest batch whose program fits the device's memory, by bisection; each try compiles.
+    """Return the largest batch whose program fits the device's memory; each try compiles.
 
-    The answer is a multiple of 64 images a device, or of less by `precision`; it is 0 if 64 do not fit.
+    Memory grows nearly linearly with the batch, so the last two tries give bounds of the bisection: about five tries in
+    all. The answer is a multiple of 64 images a device, or of less by `precision`; it is 0 if 64 do not fit.
     """
     unit = 64 * (len(case.target.devices) if case.layout not in ("one_device", "tower") else 1)
+    limit = case.target.chip.memory
+    sizes: dict[int, float] = {}
 
-    def fits(units):
+    def memory(units):
         try:
-            compiled = build(case._replace(batch=units * unit)).compile()
+            return memory_bytes(build(case._replace(batch=units * unit)).compile())["total"]
         except jax.errors.JaxRuntimeError:  # XLA itself finds that it does not fit
-            return False
-        return memory_bytes(compiled)["total"] <= case.target.chip.memory
+            return math.inf
 
-    low, high = 0, 1
-    while fits(high):
-        low, high = high, 2 * high
+    low, high, units = 0, math.inf, 1
     while high - low > max(1, precision * low):
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+        sizes[units] = memory(units)
+        low, high = (units, high) if sizes[units] <= limit else (low, units)
+        units = int((low + high) // 2 if high < math.inf else 2 * low)
+        finite = sorted((n, size) for n, size in sizes.items() if size < math.inf)[-2:]
+        if len(finite) == 2 and finite[1][1] > finite[0][1]:
+            (n, size), (n2, size2) = finite
+            expected = n2 + (limit - size2) * (n2 - n) / (size2 - size)
+            bounds = (int(expected * (1 + sign * precision / 2.5)) for sign in (-1, 1))
+            units = next((bound for bound in bounds if low < bound < high), units)
     return low * unit
