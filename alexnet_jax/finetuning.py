@@ -26,7 +26,8 @@ from alexnet_jax.workdir import CONFIG
 
 # The fields of a config that are the network's that it starts from.
 NETWORK = ("variant", "stem", "widths", "towers", "activation", "lrn", "lrn_alpha", "pool_window", "dropout")
-SIZES = ("pad", "image_size", "resize")  # with images of the size that the network was trained on
+# Those of its image sizes, by their names in `Preprocess`; with images of the size that it was trained on.
+SIZES = {"pad": "pad", "image_size": "crop", "resize": "resize"}
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ def start_of(config: ml_collections.ConfigDict, workdir: Path) -> Start:
     fields = {name: getattr(model, name) for name in NETWORK}
     fields |= {"stem": tuple(model.stem), "input_scale": float(preprocess.scale), "init_sha256": sha256}
     if open_dataset(config).builder.info.features["image"].shape == preprocess.mean.shape:
-        fields |= {name: getattr(preprocess, name) for name in SIZES}
+        fields |= {name: getattr(preprocess, attribute) for name, attribute in SIZES.items()}
     changed = {k: v for k, v in fields.items() if v != config[k] and k != "init_sha256"}
     log.info("config.init=%s sets %s", config.init, ", ".join(f"{k}={v!r}" for k, v in changed.items()) or "no field")
     return Start(_updated(config, fields), preprocess.mean, weights)
