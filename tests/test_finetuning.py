@@ -208,8 +208,11 @@ def test_towers_and_data_on_devices_of_their_own_give_the_same_network(run, requ
     np.testing.assert_allclose(losses(tmp_path), losses(folder), rtol=1e-4)
 
 
-@pytest.mark.parametrize("variant,widths", [("paper", (2,) * 6 + (1000,)), ("paper", (2,) * 5 + (1000, 0)),
-                                            ("caffe", (2,) * 6 + (1000,)), ("torchvision", (2,) * 6 + (1000,))])  # fmt: skip
+@pytest.mark.parametrize(
+    "variant,widths",
+    [("paper", (2,) * 6 + (1000,)), ("paper", (2,) * 5 + (1000, 0)), ("caffe", (2,) * 6 + (1000,)),
+     ("torchvision", (2,) * 6 + (1000,))],
+)  # fmt: skip
 def test_a_probe_draws_the_dropout_between_the_features_and_fc8(variant, widths):
     head = Head(num_classes=2, variant=variant, widths=widths, towers=1)
     params = {"fc8": {"kernel": jnp.ones((1000, 2)), "bias": jnp.zeros(2)}}
