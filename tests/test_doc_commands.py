@@ -17,7 +17,7 @@ from synthetic_data import photograph
 # and `test_finetuning.py` run the last four, where they can.
 ELSEWHERE = {
     "cluster", "GPU", "an environment with PyTorch", "Apache Beam and ImageNet", "ImageNet", "photographs",
-    "the extras compile-gpu and compile-tpu", "a folder of images and a file of weights",
+    "the extras compile-gpu and compile-tpu", "a folder of images and a file of weights", "minutes and real weights",
 }  # fmt: skip
 LESS = {  # flags that are added to each command of a module
     "alexnet_jax.main": (*TINY, "--config.num_train_steps=4", "--config.eval_every=2"),
