@@ -385,7 +385,7 @@ def test_the_commands_of_the_documentation(own_images, tmp_path):
             "--config.num_train_steps=2", "--config.eval_every=2", "--config.batch_size=8", "--config.loader_workers=1",
         ),
     }  # fmt: skip
-    blocks = [b for b in SHELL if b.page.name == "finetuning.md"]
+    blocks = [b for b in SHELL if b.needs == "a folder of images and a file of weights"]
     commands = [words for block in blocks for words in commands_of(block.text)]
     modules = [words[2].removeprefix("alexnet_jax.") for words in commands]
     assert modules == ["prepare", "main", "evaluate", "predict", "main"]
