@@ -141,7 +141,7 @@ def config_of(form: str, init: Path, dataset: str, folder: Path, seed: int, epoc
     c.crop_last_position, c.ten_crop = True, False
     c.variant, c.stem, c.widths, c.towers = "torchvision", tuple(weights.model.stem), weights.model.widths, 1
     c.batch_size, c.num_epochs, c.learning_rate, c.linear_decay = 50, float(epochs), RATES[form], True
-    c.eval_every = 20 * max(1, round(epochs / 10))  # steps: ten validations
+    c.eval_every = 20 * max(1, round(epochs / 6))  # in steps: six validations
     c.log_every = 20
     c.mesh.cpu_devices = 2  # as in the config fashion_mnist
     if form == "scratch":
