@@ -47,7 +47,7 @@ from experiments.study import kernel_std
 SIDE = 95  # of the network's inputs: the smallest with 2×2 maps in pool5; with 63 a probe has 7 points more errors
 PER_CLASS, CLASSES = 100, 10
 EPOCHS = {"probe": 60, "finetuned": 12, "scratch": 12}
-RATES = {"probe": 0.0003, "finetuned": 0.001, "scratch": 0.01}
+RATES = {"probe": 0.0003, "finetuned": 0.0003, "scratch": 0.01}
 TITLES = {
     "probe": "linear probe on pool5",
     "finetuned": "fine-tuning of conv2 to fc8",
