@@ -9,6 +9,7 @@ import ml_collections
 from alexnet_jax import sharding
 from alexnet_jax.checks import check_images, check_network, check_tower_devices
 from alexnet_jax.errors import UserError
+from alexnet_jax.trained_layers import frozen_layers, layer_rates, layers_of
 
 
 class ConfigError(UserError):
@@ -42,6 +43,12 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     try:
         check_network(config)
         check_tower_devices(config, config.mesh.tower)
+    except ValueError as error:
+        raise ConfigError(f"config.{error}") from None
+    layers = layers_of(config.widths)
+    try:
+        frozen_layers(config.freeze, layers)
+        layer_rates(config.learning_rates, layers)
     except ValueError as error:
         raise ConfigError(f"config.{error}") from None
     require("dtype", config.dtype in ("float32", "bfloat16"), "float32 or bfloat16")

@@ -1,6 +1,7 @@
 """The loss, the paper's stochastic gradient descent, and its learning-rate schedule (section 5)."""
 
 import math
+from collections.abc import Mapping
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -113,6 +114,21 @@ def paper_sgd(
         return velocity, PaperSgdState(velocity)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def scale_layers(
+    optimizer: optax.GradientTransformationExtraArgs, rates: Mapping[str, float]
+) -> optax.GradientTransformationExtraArgs:
+    """Return an optimizer that updates each layer with its own factor of the learning rate, as Caffe's `lr_mult`.
+
+    The updates of `paper_sgd` are proportional to ε, weight decay included, so its updates are what is multiplied.
+
+    Args:
+      rates: the factor of each layer.
+    """
+    scales = {str(rate): optax.scale(rate) for rate in rates.values()}
+    by_layer = optax.partition(scales, lambda params: {layer: str(rates[layer]) for layer in params})
+    return optax.GradientTransformationExtraArgs(*optax.chain(optimizer, by_layer))
 
 
 def _check(name: str, value: Any, also: str = "", limit: float = math.inf) -> None:

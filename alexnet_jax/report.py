@@ -76,12 +76,16 @@ def run_summary(run: Setup, step: int) -> str:
     """Return what is printed before training: device, data, steps and layers."""
     sizes = ", ".join(f"{size:,} to {use}" for use, size in run.sizes.items())
     shape = "×".join(map(str, run.preprocess.mean.shape))
+    origin = f"init       {run.origin}\n" if run.origin else ""
+    frozen = f"frozen     {', '.join(layer for layer in run.rates if layer in run.frozen)}\n" if run.frozen else ""
+    rates = {layer: rate for layer, rate in run.rates.items() if rate != 1 and layer not in run.frozen}
+    factors = f"rates      {', '.join(f'{layer} × {rate:g}' for layer, rate in rates.items())}\n" if rates else ""
     resuming = f"; resuming from the checkpoint of step {step:,}" if step else ""
     return (
         f"device     {device_name(run.mesh)}\n"
         f"data       {run.dataset.full_name}: {sizes}; {shape}, {run.dataset.num_classes} classes\n"
         f"steps      {run.num_steps:,} of {run.batch_size} images ({run.train_data.steps_per_epoch} per epoch)"
-        f"{resuming}\n\n{layer_summary(run.model, run.preprocess.image_shape)}\n"
+        f"{resuming}\n{origin}{frozen}{factors}\n{layer_summary(run.model, run.preprocess.image_shape)}\n"
     )
 
 

@@ -1,5 +1,6 @@
 """A checked config becomes one frozen dataclass, `Setup`; below it, `config` alone reads a config."""
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -20,8 +21,9 @@ from alexnet_jax.data.images import SIDE
 from alexnet_jax.errors import one_line
 from alexnet_jax.inference import batch_size
 from alexnet_jax.model import AlexNet, Stem
-from alexnet_jax.optimizer import Plateau, learning_rate_at, paper_sgd
+from alexnet_jax.optimizer import Plateau, learning_rate_at, paper_sgd, scale_layers
 from alexnet_jax.preprocess import Preprocess, Statistics, fit, read_statistics
+from alexnet_jax.trained_layers import frozen_layers, layer_rates, layers_of
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +37,11 @@ class Setup:
       dataset: the data set.
       sizes: the number of examples of each split, by its use: `train`, `validate`, `test`.
       train_data, validation_data: the batches of the first two.
-      test_split: the split for the final test, in TFDS's notation.
+      train_split, test_split: the splits for the training and for the final test, in TFDS's notation.
       preprocess, model, optimizer: the parts of a train step.
+      frozen: the layers that are not trained.
+      rates: each layer's factor of the learning rate.
+      origin: the file or the run that the parameters come from, with its SHA-256; "" for random ones.
       learning_rate: the schedule, as a function of the step and of `optimizer.Plateau`.
       seed: the source of every random number of the run.
       batch_size: images of a step, over all devices.
@@ -51,10 +56,14 @@ class Setup:
     sizes: dict[str, int]
     train_data: TrainData
     validation_data: Batches
+    train_split: str
     test_split: str
     preprocess: Preprocess
     model: AlexNet
     optimizer: optax.GradientTransformationExtraArgs
+    frozen: frozenset[str]
+    rates: dict[str, float]
+    origin: str
     learning_rate: Callable[[jax.Array, Plateau], jax.Array]
     seed: int
     batch_size: int
@@ -65,11 +74,13 @@ class Setup:
     ten_crop: bool
 
 
-def setup(config: ml_collections.ConfigDict) -> Setup:
+def setup(config: ml_collections.ConfigDict, mean: jax.Array | np.ndarray | None = None) -> Setup:
     """Return what a config defines; its data set is opened, and the training set is read if it is not streamed.
 
     Args:
       config: of `alexnet_jax.configs`, checked with `config.check_config`.
+      mean: the mean image that the network was trained with; None: that of the training set. Its mean color is taken if
+        it has another size than the images.
 
     Raises:
       config.ConfigError: a value that does not fit the devices or the data set.
@@ -90,21 +101,24 @@ def setup(config: ml_collections.ConfigDict) -> Setup:
     train_data = dataset.training(config.train_split, config.batch_size, mesh)
     steps_per_epoch = train_data.steps_per_epoch
     num_steps = config.num_train_steps or max(1, round(config.num_epochs * steps_per_epoch))
+    preprocess = build_preprocess(config, dataset, train_data.measure)
+    if mean is not None:
+        preprocess = dataclasses.replace(preprocess, mean=_mean_image(mean, train_data.image_shape, dataset.full_name))
+    layers = layers_of(config.widths)
     return Setup(
         mesh=mesh,
         dataset=dataset,
         sizes=sizes,
         train_data=train_data,
         validation_data=dataset.batches(config.validation_split, validation_batch, mesh),
+        train_split=config.train_split,
         test_split=config.test_split,
-        preprocess=build_preprocess(config, dataset, train_data.measure),
+        preprocess=preprocess,
         model=build_model(config, dataset.num_classes),
-        optimizer=paper_sgd(
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            bias_rate=config.bias_rate,
-            bias_decay=config.bias_decay,
-        ),
+        optimizer=build_optimizer(config),
+        frozen=frozen_layers(config.freeze, layers),
+        rates=layer_rates(config.learning_rates, layers),
+        origin=f"{config.init}, SHA-256 {config.init_sha256}" if config.init else "",
         learning_rate=partial(
             learning_rate_at,
             base=config.learning_rate,
@@ -159,6 +173,33 @@ def build_model(config: ml_collections.ConfigDict, num_classes: int) -> AlexNet:
         kernel_std=config.kernel_std,
         bias=config.bias,
     )
+
+
+def build_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformationExtraArgs:
+    """Return the optimizer of a config."""
+    optimizer = paper_sgd(
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        bias_rate=config.bias_rate,
+        bias_decay=config.bias_decay,
+    )
+    rates = layer_rates(config.learning_rates, layers_of(config.widths))
+    return scale_layers(optimizer, rates) if set(rates.values()) != {1.0} else optimizer
+
+
+def _mean_image(mean: jax.Array | np.ndarray, shape: tuple[int, ...], dataset: str) -> jax.Array | np.ndarray:
+    """Return a network's mean image, of its mean color if the images [H, W, C] have another size."""
+    if mean.shape == shape:
+        return mean
+    if mean.shape[-1] != shape[-1]:
+        raise ConfigError(
+            f"config.init: its network takes images of {mean.shape[-1]} channel(s), and those of {dataset} have "
+            f"{shape[-1]}; expected a network or a data set of the same number"
+        )
+    color = np.mean(mean, axis=(0, 1), dtype=np.float64).astype(np.float32)
+    if (mean != color).any():
+        log.info("images of another size than those of config.init: its mean color replaces its mean image")
+    return np.ascontiguousarray(np.broadcast_to(color, shape))
 
 
 def build_preprocess(

@@ -21,9 +21,11 @@ from alexnet_jax.checkpoint import CheckpointError, Checkpoints, newest_step
 from alexnet_jax.config import as_json, check_config
 from alexnet_jax.data.batch import Batch
 from alexnet_jax.errors import UserError
+from alexnet_jax.finetuning import check_fits, start_of, with_weights
 from alexnet_jax.inference import Network, evaluate
 from alexnet_jax.metrics import Metrics
 from alexnet_jax.optimizer import plateau_update
+from alexnet_jax.probe import is_probe, on_features
 from alexnet_jax.progress import Progress
 from alexnet_jax.report import final_test, result_table, run_summary
 from alexnet_jax.runtime import distributed
@@ -82,15 +84,19 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path) -
       Interrupted: SIGINT or SIGTERM was received; in training, the checkpoint of the step is saved.
     """
     workdir, started = user_path(workdir, "--workdir"), time.monotonic()
-    values = as_json(config)
-    flags = {**values, "workdir": str(workdir.absolute())}
+    flags = {**as_json(config), "workdir": str(workdir.absolute())}
     distributed.require_same("flags", flags, "start every process with the same flags")
+    with _interruptible():
+        config, mean, weights = start_of(config, workdir)
+    values = as_json(config)
     check_config(config)
     check_config_matches(values, workdir)
     if (result := read_result(workdir)) is not None:
         return _report(result, workdir)
     with _interruptible():
-        run = setup(config)
+        run = setup(config, mean)
+        if weights is not None:
+            check_fits(run, weights)
         with claimed(workdir, values):
             if (result := read_result(workdir, " when it is locked")) is not None:  # another run has just finished
                 return _report(result, workdir)
@@ -98,17 +104,21 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path) -
                 write_preprocess(workdir, run.preprocess, run.dataset.class_names)
             checkpoints = Checkpoints(workdir / CHECKPOINTS)
             unvalidated = Checkpoints(workdir / UNVALIDATED, keep=1, others=(checkpoints.folder,))
-            state = create_state(run.model, run.optimizer, run.preprocess.image_shape, run.seed, run.mesh)
+            state = create_state(run.model, run.optimizer, run.preprocess.image_shape, run.seed, run.mesh, run.frozen)
             images_per_s = 0.0
             checkpoint, validated = _restore(checkpoints, unvalidated, state)
             if checkpoint:
                 _, state, extra = checkpoint
                 started, images_per_s = started - extra["seconds"], extra["images_per_s"]
+            elif config.init:
+                state = with_weights(state, run, config, weights)
+            del weights  # the state has a copy
             log.info(run_summary(run, int(state.step)))
             if state.step < run.num_steps or not validated:
+                trained = on_features(run, state.params) if is_probe(run) else run
                 with collected_signals() as signals:
                     state, images_per_s = _train(
-                        run, state, validated, checkpoints, unvalidated, workdir, started, images_per_s, signals
+                        trained, state, validated, checkpoints, unvalidated, workdir, started, images_per_s, signals
                     )
             checkpoints.close()
             unvalidated.close()
@@ -209,7 +219,7 @@ def _train(
     """
     first, total = int(state.step), run.num_steps
     alone = jax.process_count() == 1  # one of several processes may not stop at once
-    train_step = make_train_step(run.model, run.optimizer, run.preprocess, run.learning_rate, run.mesh)
+    train_step = make_train_step(run.model, run.optimizer, run.preprocess, run.learning_rate, run.mesh, run.frozen)
     order_key, step_key = jax.random.split(jax.random.wrap_key_data(state.key))
     metrics, progress = Metrics(workdir, first, validated), Progress(total, first)
     shown = _StepMetrics(run, first, metrics, progress)

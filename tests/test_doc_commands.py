@@ -13,11 +13,11 @@ from PIL import Image
 from runners import ROOT, TINY
 from synthetic_data import photograph
 
-# What the docs mark a block with that needs more than this machine. `test_imagenet.py` and `test_compiled.py`
-# run the last three, where they can.
+# What the docs mark a block with that needs more than this machine. `test_imagenet.py`, `test_compiled.py`
+# and `test_finetuning.py` run the last four, where they can.
 ELSEWHERE = {
     "cluster", "GPU", "an environment with PyTorch", "Apache Beam and ImageNet", "ImageNet", "photographs",
-    "the extras compile-gpu and compile-tpu",
+    "the extras compile-gpu and compile-tpu", "a folder of images and a file of weights", "minutes and real weights",
 }  # fmt: skip
 LESS = {  # flags that are added to each command of a module
     "alexnet_jax.main": (*TINY, "--config.num_train_steps=4", "--config.eval_every=2"),

@@ -57,7 +57,7 @@ def check_command(words, where):
                 if match := re.match(r"--([a-z_]+)(?=[= ]|$)", word):
                     assert re.search(rf"--{match[1]}\b", help_of(module)), f"{where}: {module} has no --{match[1]}"
     for word in words:
-        if match := re.match(r"--config\.([a-z_.]+)", word):
+        if match := re.match(r"--config\.([a-z0-9_.]+)", word):
             assert match[1] in set(config_fields()), f"{where}: no field config.{match[1]}"
         if match := re.search(r"\b((?:alexnet_jax|tests)/[\w/]+\.py)", word):
             assert (ROOT / match[1]).exists(), f"{where}: no file {match[1]}"
@@ -114,7 +114,7 @@ def test_commands_and_fields_in_the_text(page):
         if code.startswith("alexnet-"):
             scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"].get("scripts", {})
             assert code in scripts, f"{page.name}: no command {code}"
-        for field in re.findall(r"(?:^|--)config\.([a-z_.]+)", code):
+        for field in re.findall(r"(?:^|--)config\.([a-z0-9_.]+)", code):
             assert field in fields, f"{page.name}: no field config.{field}"
 
 

@@ -1,6 +1,7 @@
 """The experiments: what they conclude from records whose answer is known, and that they run, resume and report."""
 
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -10,16 +11,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import weight_files
 from runners import CIFAR10, ROOT
 from scipy import stats
 
-from alexnet_jax import VARIANTS, activations, load_weights
+from alexnet_jax import VARIANTS, activations, data, load_weights
 from alexnet_jax.config import as_json, check_config, check_data
+from alexnet_jax.data import Examples
+from alexnet_jax.data.in_memory import load
 from alexnet_jax.errors import UserError
 from alexnet_jax.export import export
 from alexnet_jax.setup import build_model
 from alexnet_jax.workdir import WorkdirError
-from experiments import ablations, comparison, filters, relu_vs_tanh, retrieval, study, summary, variants
+from experiments import ablations, comparison, filters, finetuning, relu_vs_tanh, retrieval, study, summary, variants
 
 STUDY = study.Study(Path("unused"), study.QUICK, "quick", 2, "")
 
@@ -275,3 +279,47 @@ def test_the_notebook_from_top_to_bottom(fashion_mnist, tmp_path, monkeypatch):
     assert opening
     exec('run = open_run(FOLDER / "network.safetensors")' + after.replace("train[:5000]", "train[:500]"), names)
     assert names["run"].step is None and names["influence"] == influence
+
+
+def test_the_convolutions_of_both_files_are_the_same_network(tmp_path):
+    params = weight_files.random_params((4, 4, 6, 4, 4, 2, 2), towers=1)
+    weight_files.torch_legacy(tmp_path / "a.pth", params)
+    layers = {
+        f"Conv_{i}": dict(zip(("kernel", "bias"), params[f"conv{i + 1}"].values(), strict=True)) for i in range(5)
+    }
+    (tmp_path / "alexnet.ckpt").write_bytes(pickle.dumps({"AlexNet_0": layers}, protocol=4))
+    weights, others = (finetuning.convolutions(tmp_path / name) for name in ("a.pth", "alexnet.ckpt"))
+    assert weights.model == others.model and weights.model.widths == (4, 4, 6, 4, 4, 0, 0)
+    for layer, arrays in weights.params.items():
+        for name, x in arrays.items():
+            np.testing.assert_array_equal(others.params[layer][name], x)
+    weight_files.caffe(tmp_path / "a.caffemodel", weight_files.random_params())
+    with pytest.raises(UserError, match="expected torchvision's alexnet"):
+        finetuning.convolutions(tmp_path / "a.caffemodel")
+
+
+def test_a_subset_has_as_many_images_of_each_class_and_none_twice(tmp_path):
+    random = np.random.default_rng(0)
+    train = Examples(random.integers(0, 256, (200, 32, 32, 3), dtype=np.uint8), random.permutation(np.arange(200) % 10))
+    names = [finetuning.write_subset(tmp_path, train, Examples(*(x[:20] for x in train)), seed, 5) for seed in (0, 1)]
+    first, second = (data.open_builder(name, str(tmp_path)) for name in names)
+    train_set, validation = (load(first, split) for split in ("train", "validation"))
+    assert np.bincount(train_set.labels).tolist() == np.bincount(validation.labels).tolist() == [5] * 10
+    images = {x.tobytes() for x in (*train_set.images, *validation.images)}
+    assert len(images) == 100 and images <= {x.tobytes() for x in train.images}
+    assert len(load(first, "test").labels) == 20
+    assert images != {x.tobytes() for x in load(second, "train").images}
+
+
+def test_fine_tuning_is_compared_with_scratch_in_pairs():
+    errors = {"probe": (0.5, 0.6, 0.7), "finetuned": (0.4, 0.5, 0.6), "scratch": (0.6, 0.7, 0.8)}
+    records = {
+        form: [dict(test_top1_error=e, seconds=2.0, device="CPU", validation=[(1, 0.5)], steps=1) for e in values]
+        for form, values in errors.items()
+    }
+    document, text = finetuning.report(records, quick=False)
+    assert document["seeds"] == 3 and document["seconds"] == 18
+    np.testing.assert_allclose(document["test_error_percent"]["probe"], [60, 10])
+    difference = document["paired_difference_from_scratch"]["finetuned"]
+    np.testing.assert_allclose([difference["difference"], difference["noise"]], [-20, 0], atol=1e-9)
+    assert "| 60.0 ± 10.0 % | −10.00 ± 0.00 |" in text

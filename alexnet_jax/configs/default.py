@@ -62,6 +62,12 @@ def get_config() -> ml_collections.ConfigDict:
     c.linear_decay = False  # the learning rate falls linearly to zero at the last step, in addition to its drops
     c.drop_at_epochs = ()  # learning rate ÷ 10 at each; with the decay on plateau the larger number of drops counts
 
+    # Fine-tuning. Layers are named as conv1 … fc8, or by how several names begin, with commas.
+    c.init = ""  # the file of weights, or the run's working directory, to start from; "": random kernels
+    c.init_sha256 = ""  # its SHA-256, which a run writes to its config.json; another file is refused; "": any
+    c.freeze = ""  # the layers that are not trained, as in "conv1,fc6"; or "all_but_fc8", a linear probe
+    c.learning_rates = ""  # factors of the learning rate, as in "fc8=10,conv=0.1"; the longest name decides
+
     # The devices (section 3.2).
     c.mesh = ml_collections.ConfigDict()
     c.mesh.data = -1  # parts of a batch; -1: the number of devices ÷ tower

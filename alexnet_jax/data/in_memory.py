@@ -51,12 +51,14 @@ class Source(NamedTuple):
       shape: [H, W, C] of every image.
       read: yields the examples at some positions [P], in their order, in arrays of any number of them that are
         valid until the next; a position beyond the end is a black image of label −1.
+      dtype: of the images; others than uint8 are features in place of images.
     """
 
     name: str
     size: int
     shape: tuple[int, ...]
     read: Callable[[np.ndarray], Iterable[Examples]]
+    dtype: np.dtype = np.dtype(np.uint8)
 
 
 def load(builder: tfds.core.DatasetBuilder, split: str) -> Examples:
@@ -131,9 +133,9 @@ class DeviceData:
           DataError: an example that cannot be read.
         """
         source, self.mesh = _source(examples), mesh or sharding.one_device()
-        self.batch_size, self.size, self.image_shape = batch_size, source.size, source.shape
+        self.batch_size, self.size, self.image_shape, self._dtype = batch_size, source.size, source.shape, source.dtype
         self.steps_per_epoch = steps_per_epoch(self.size, batch_size)
-        parts = self.mesh.shape[sharding.DATA]
+        parts, image_bytes = self.mesh.shape[sharding.DATA], math.prod(source.shape) * source.dtype.itemsize
         rows = -(-self.size // parts)
         self._rows: Batch | None = _place(source, np.arange(parts * rows).reshape(parts, rows), self.mesh)
         self._permutation = jax.jit(
@@ -141,7 +143,7 @@ class DeviceData:
         )
         self._take = _on_mesh(partial(_take, batch_size), self.mesh, sharding.BATCH, sharding.REPLICATED)
         self._slice = _slicer(self.mesh, batch_size)
-        self._share_steps, capacity = _share(self.size, math.prod(self.image_shape), batch_size, parts)
+        self._share_steps, capacity = _share(self.size, image_bytes, batch_size, parts)
         in_epoch = self.steps_per_epoch * batch_size
         fetch = partial(_fetch, batch_size, in_epoch, capacity)
         self._fetch = _on_mesh(fetch, self.mesh, sharding.BATCH, sharding.REPLICATED, sharding.BATCH, donated=2)
@@ -165,7 +167,7 @@ class DeviceData:
         size = self._share_steps * self.batch_size
 
         def empty():
-            return Batch(jnp.zeros((size, *self.image_shape), jnp.uint8), jnp.zeros(size, jnp.int32))
+            return Batch(jnp.zeros((size, *self.image_shape), self._dtype), jnp.zeros(size, jnp.int32))
 
         return jax.jit(empty, out_shardings=NamedSharding(self.mesh, sharding.BATCH))()
 
@@ -226,7 +228,7 @@ def _source(examples: Examples | Source) -> Source:
         rows = np.where(inside, positions, 0)
         yield Examples(images[rows], np.where(inside, labels[rows], -1).astype(np.int32))
 
-    return Source("", len(labels), images.shape[1:], read)
+    return Source("", len(labels), images.shape[1:], read, images.dtype)
 
 
 def _place(source: Source, positions: np.ndarray, mesh: Mesh) -> Batch:
@@ -240,7 +242,7 @@ def _place(source: Source, positions: np.ndarray, mesh: Mesh) -> Batch:
     placed: list[list[jax.Array]] = [[], []]
     done, next_line = 0, start + FIRST_PROGRESS_S
     for part in own:
-        arrays = np.empty((length, *source.shape), np.uint8), np.empty(length, np.int32)
+        arrays = np.empty((length, *source.shape), source.dtype), np.empty(length, np.int32)
         for i in range(length):
             arrays[0][i], arrays[1][i] = next(examples)
             done += 1

@@ -29,11 +29,18 @@ class WeightsError(UserError):
 
 
 class Source(NamedTuple):
-    """Where weights came from: the format, the file's name, and its SHA-256 in hex ("" for a run)."""
+    """Where weights came from.
+
+    Attributes:
+      format, file, sha256: the format, the file's name, and its SHA-256 in hex ("" for a run).
+      init, init_sha256: what a run was started from, and its SHA-256; "" for random kernels.
+    """
 
     format: str = ""
     file: str = ""
     sha256: str = ""
+    init: str = ""
+    init_sha256: str = ""
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ from alexnet_jax import sharding
 from alexnet_jax.checkpoint import newest_step, read_checkpoint
 from alexnet_jax.configs import default
 from alexnet_jax.errors import UserError, one_line
-from alexnet_jax.optimizer import paper_sgd
 from alexnet_jax.preprocess import Preprocess
 from alexnet_jax.runtime.files import replaced, user_path
 from alexnet_jax.runtime.jax_settings import run_settings
-from alexnet_jax.setup import build_model, build_preprocess, open_dataset, preprocess_fields
+from alexnet_jax.setup import build_model, build_optimizer, build_preprocess, open_dataset, preprocess_fields
 from alexnet_jax.train_step import create_state
+from alexnet_jax.trained_layers import frozen_layers, layers_of
 from alexnet_jax.weights.description import Source, Weights, WeightsError
 from alexnet_jax.workdir import CHECKPOINTS, CONFIG
 
@@ -81,9 +81,13 @@ def read_run(workdir: Path, data_dir: str = "") -> Checkpoint:
     step = newest_step(workdir / CHECKPOINTS)
     if step is None:
         raise RunError(f"{workdir} holds no checkpoint yet; the first one is written after an epoch")
-    preprocess, class_names = _read_preprocess(workdir, config, data_dir)
+    preprocess, class_names = read_preprocess(workdir, config, data_dir)
     model = build_model(config, len(class_names))
-    like = create_state(model, paper_sgd(), preprocess.image_shape, seed=0)
+    try:
+        optimizer, frozen = build_optimizer(config), frozen_layers(config.freeze, layers_of(config.widths))
+    except ValueError as error:
+        raise RunError(f"{workdir / CONFIG} is not a config of this program ({error})") from None
+    like = create_state(model, optimizer, preprocess.image_shape, seed=0, frozen=frozen)
     state, _ = read_checkpoint(workdir / CHECKPOINTS / str(step), like)
     try:
         weights = Weights(
@@ -94,16 +98,17 @@ def read_run(workdir: Path, data_dir: str = "") -> Checkpoint:
             class_names=class_names,
             dataset=config.dataset,
             test_split=config.validation_split,
-            source=Source("run", str(workdir)),
+            source=Source("run", str(workdir), init=config.init, init_sha256=config.init_sha256),
         )
     except WeightsError as error:
         raise RunError(f"{workdir}: {error}") from None
     return Checkpoint(weights, config, step)
 
 
-def _read_preprocess(
-    workdir: Path, config: ml_collections.ConfigDict, data_dir: str
+def read_preprocess(
+    workdir: Path, config: ml_collections.ConfigDict, data_dir: str = ""
 ) -> tuple[Preprocess, tuple[str, ...]]:
+    """Return a run's preprocessing and class names, from its file or its data set; raises RunError, data.DataError."""
     path = workdir / PREPROCESS
     if not path.exists():
         dataset = open_dataset(config, data_dir)
