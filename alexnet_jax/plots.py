@@ -42,13 +42,13 @@ def plot_filters(kernel: np.ndarray, path: Path, towers: int = 2) -> None:
     """Plot the first-layer kernels [h, w, C, N], tower 0 above tower 1, as in figure 3, on a blue background."""
     parts = np.split(np.asarray(kernel), towers, axis=-1)
     part = parts[0].shape[-1]
-    columns = min(part, 16)
+    columns = next((n for n in range(16, 7, -1) if part % n == 0), min(part, 16))  # full rows, if there are such
     height = towers * (8 * -(-part // columns) / columns + 0.35)  # inches: square kernels and a title a tower
     figure = Figure(figsize=(8, height), layout="constrained")
     axes = figure.subplots(towers, 1, squeeze=False)
     for tower, (axis, kernels) in enumerate(zip(axes[:, 0], parts, strict=True)):
         axis.imshow(tile(kernels, columns), interpolation="nearest")
-        axis.set_title(f"conv1, tower {tower}", fontsize=10)
+        axis.set_title(f"conv1, tower {tower}" if towers > 1 else "conv1", fontsize=10)
         axis.axis("off")
     _save(figure, path)
 
@@ -135,6 +135,7 @@ def plot_maps(
     count: int = 8,
     towers: int = 2,
     limits: tuple[float, float] | None = None,
+    image: np.ndarray | None = None,
 ) -> None:
     """Plot the first feature maps of every layer on one image, one row per layer, the towers side by side.
 
@@ -142,19 +143,30 @@ def plot_maps(
       outputs: as `alexnet_jax.activations` returns them, of one image; layers without maps are skipped.
       count: maps of each tower.
       limits: the values shown as black and white in all maps; None: the minimum and maximum of each map.
+      image: uint8 [H, W, C], shown to the left of the maps.
     """
     layers = {name: np.asarray(x[0], np.float32) for name, x in outputs.items() if x.ndim == 4}
-    figure = Figure(figsize=(8, 0.62 * len(layers) + 0.3), layout="constrained")
-    axes = figure.subplots(len(layers), towers, squeeze=False)
-    for (name, maps), row_axes in zip(layers.items(), axes, strict=True):
-        for tower, (axis, part) in enumerate(zip(row_axes, np.split(maps, towers, axis=-1), strict=True)):
-            axis.imshow(tile(part[:, :, None, :count], count, limits), interpolation="nearest")
+    margin, width = 0.0 if image is None else 1.7, 7.4 / towers  # inches: the image, the maps of a tower
+    height = len(layers) * (width / count + 0.08) + 0.3
+    figure = Figure(figsize=(margin + 0.6 + width * towers, height), layout="constrained")
+    maps: Any = figure
+    if image is not None:
+        panels: Any = figure.subfigures(1, 2, width_ratios=[margin, figure.get_figwidth() - margin])
+        left, maps = panels
+        _show(left.subplots(), image, "image")
+    axes = maps.subplots(len(layers), towers, squeeze=False)
+    for (name, x), row_axes in zip(layers.items(), axes, strict=True):
+        scale = max(1, round(64 / x.shape[0]))  # small maps are enlarged, so that all rows have the same size
+        for tower, (axis, part) in enumerate(zip(row_axes, np.split(x, towers, axis=-1), strict=True)):
+            part = part[:, :, None, :count].repeat(scale, axis=0).repeat(scale, axis=1)
+            axis.imshow(tile(part, count, limits), interpolation="nearest")
             axis.set(xticks=[], yticks=[])
             if not tower:
-                label = f"{name}\n{maps.shape[0]}×{maps.shape[1]}"
+                label = f"{name}\n{x.shape[0]}×{x.shape[1]}"
                 axis.set_ylabel(label, fontsize=8, rotation=0, ha="right", va="center")
-    for tower, axis in enumerate(axes[0]):
-        axis.set_title(f"tower {tower}", fontsize=10)
+    if towers > 1:
+        for tower, axis in enumerate(axes[0]):
+            axis.set_title(f"tower {tower}", fontsize=10)
     _save(figure, path)
 
 

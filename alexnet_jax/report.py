@@ -1,17 +1,20 @@
 """What a run reports: its device, data and layers before the training; the test and its result after it."""
 
+import itertools
 import logging
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from alexnet_jax import plots
 from alexnet_jax.errors import one_line
-from alexnet_jax.inference import Network, batch_size, evaluate
+from alexnet_jax.inference import Network, batch_size, evaluate, jit_forward
+from alexnet_jax.model import OUTPUTS
 from alexnet_jax.progress import title
 from alexnet_jax.runtime import distributed
 from alexnet_jax.runtime.files import write_json
@@ -36,9 +39,13 @@ def final_test(run: Setup, state: TrainState, workdir: Path, started: float, ima
       images_per_s: the speed in training.
     """
     size = batch_size(run.sizes["test"], run.ten_crop, run.mesh)
-    batches = run.dataset.batches(run.test_split, size, run.mesh)
+    batches = iter(run.dataset.batches(run.test_split, size, run.mesh))
+    first = next(batches)
+    image = first_image(first.images) if jax.process_index() == 0 else None
+    batches = itertools.chain([first], batches)
     tested = evaluate([Network(run.model, state.params, run.preprocess)], batches, run.ten_crop, run.mesh)
-    kernel = multihost_utils.process_allgather(state.params["conv1"]["kernel"], tiled=True)
+    convolutions = {layer: x for layer, x in state.params.items() if layer.startswith("conv")}
+    convolutions = multihost_utils.process_allgather(convolutions, tiled=True)
     result = {
         "test_top1_error": tested.top1_error,
         "test_top5_error": tested.top5_error,
@@ -52,7 +59,8 @@ def final_test(run: Setup, state: TrainState, workdir: Path, started: float, ima
     if jax.process_index() == 0:
         write_json(workdir / RESULT, result)
         for name, draw in {
-            "filters.png": lambda path: plots.plot_filters(kernel, path, run.model.towers),
+            "filters.png": lambda path: plots.plot_filters(convolutions["conv1"]["kernel"], path, run.model.towers),
+            "feature_maps.png": lambda path: plot_feature_maps(run, convolutions, image, path),
             "confusion.png": lambda path: plots.plot_confusion(tested.confusion, run.dataset.class_names, path),
             "curves.png": lambda path: plots.plot_curves(workdir / METRICS, path),
         }.items():
@@ -63,6 +71,31 @@ def final_test(run: Setup, state: TrainState, workdir: Path, started: float, ima
     distributed.barrier()  # the others exit when the result is written
     log.info("\n%s\n\nWritten to %s", result_table(result), workdir)
     return result
+
+
+def first_image(images: jax.Array) -> np.ndarray:
+    """Return the first image of a batch that is split over the mesh, [H, W, C]; a device of process 0 has it."""
+    part = next(x for x in images.addressable_shards if not x.index[0].start)
+    return np.array(part.data[0])
+
+
+def plot_feature_maps(run: Setup, convolutions: Any, image: np.ndarray, path: Path) -> None:
+    """Plot the outputs of the convolutions and their pooling on the center crop of an image, the towers side by side.
+
+    Args:
+      convolutions: the parameters of conv1 … conv5, on the host.
+      image: uint8 [H, W, C].
+    """
+
+    def outputs_of(params, preprocess, images):
+        inputs, collections = preprocess.center_crop(images), ["activations"]
+        return run.model.apply({"params": params}, inputs, convolutions_only=True, mutable=collections)[1]
+
+    arguments = jax.device_put((convolutions, run.preprocess, image[None]), jax.local_devices()[0])
+    outputs = jit_forward(outputs_of)(*arguments)["activations"]["outputs"]
+    shown = [name for name in OUTPUTS if name in outputs and not name.startswith("norm")]  # LRN changes little to see
+    maps, towers = {name: outputs[name] for name in shown}, run.model.towers
+    plots.plot_maps(maps, path, count=16 // towers, towers=towers, image=image)
 
 
 def result_table(result: dict[str, Any]) -> str:

@@ -15,12 +15,11 @@ import weight_files
 from runners import CIFAR10, ROOT
 from scipy import stats
 
-from alexnet_jax import VARIANTS, activations, data, load_weights
+from alexnet_jax import VARIANTS, activations, data
 from alexnet_jax.config import as_json, check_config, check_data
 from alexnet_jax.data import Examples
 from alexnet_jax.data.in_memory import load
 from alexnet_jax.errors import UserError
-from alexnet_jax.export import export
 from alexnet_jax.setup import build_model
 from alexnet_jax.workdir import WorkdirError
 from experiments import ablations, comparison, filters, finetuning, relu_vs_tanh, retrieval, study, summary, variants
@@ -257,28 +256,6 @@ def test_a_workdir_that_cannot_be_created_is_named(tmp_path):
 def test_the_help_of_summary():
     done = experiment("summary", "--help")
     assert done.returncode == 0 and "Write the table of experiments/README.md" in done.stdout
-
-
-def test_the_notebook_from_top_to_bottom(fashion_mnist, tmp_path, monkeypatch):
-    cells = json.loads((ROOT / "experiments" / "explore.ipynb").read_text())["cells"]
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("EXPLORE_STEPS", "20")
-    names = {"__name__": "__main__"}
-    for cell in cells:
-        if cell["cell_type"] == "code":
-            assert not cell["outputs"]
-            exec("".join(cell["source"]), names)
-    assert names["run"].step == 20 and names["result"]["steps"] == 20
-    influence = names["influence"]
-    assert influence["pool2"] == 0 and influence["conv3"] > 0
-    assert {p.stem for p in Path("explored").glob("*.png")} == {"lighting", "lrn", "maps", "neighbors", "predictions"}
-
-    export(load_weights("explored/run"), Path("explored/network.safetensors"))
-    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
-    before, opening, after = code.partition('run = open_run(FOLDER / "run")')
-    assert opening
-    exec('run = open_run(FOLDER / "network.safetensors")' + after.replace("train[:5000]", "train[:500]"), names)
-    assert names["run"].step is None and names["influence"] == influence
 
 
 def test_the_convolutions_of_both_files_are_the_same_network(tmp_path):

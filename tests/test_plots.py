@@ -52,3 +52,28 @@ def test_the_ticks_are_the_names_character_for_character(tmp_path, kept):
     plots.plot_confusion(np.eye(2, dtype=int), ["$1_$5", "$10-$20"], tmp_path / "confusion.png")
     for labels in (kept[0].axes[0].get_xticklabels(), kept[0].axes[0].get_yticklabels()):
         assert [(text.get_text(), text.get_parse_math()) for text in labels] == [("$1_$5", False), ("$10-$20", False)]
+
+
+def test_the_maps_of_the_towers_are_side_by_side(tmp_path, kept):
+    maps = np.zeros((1, 3, 3, 6))
+    maps[0, 1, 1] = [0, 1, 2, 0, 4, 5]  # the center, white if it is not the minimum
+    outputs = {"conv4": maps, "conv5": np.zeros((1, 32, 32, 4)), "fc6": np.zeros((1, 8))}
+    plots.plot_maps(outputs, tmp_path / "maps.png", count=2, image=np.full((8, 8, 3), 7, np.uint8))
+    picture, *axes = kept[0].axes
+    assert (np.asarray(picture.images[0].get_array()) == 7).all() and len(axes) == 4
+    assert [axis.get_title() for axis in axes] == ["tower 0", "tower 1", "", ""]
+    assert [axis.get_ylabel() for axis in axes] == ["conv4\n3×3", "", "conv5\n32×32", ""]
+    pixels = [np.asarray(axis.images[0].get_array()) for axis in axes]
+    assert pixels[0].shape[1] == pytest.approx(pixels[2].shape[1], rel=0.1)  # 3×3 is enlarged
+    middle = pixels[0].shape[0] // 2
+    for tower, shown in enumerate(([0, 1], [0, 1])):  # channels 0, 1 and 3, 4
+        columns = [pixels[tower].shape[1] // 4, 3 * pixels[tower].shape[1] // 4]
+        assert pixels[tower][middle, columns, 0].tolist() == shown
+
+
+@pytest.mark.parametrize("count,rows,columns", [(48, 2, 12), (96, 3, 16), (32, 1, 16), (10, 1, 5), (44, 2, 11)])
+def test_the_rows_of_filters_are_full(tmp_path, kept, count, rows, columns):
+    plots.plot_filters(np.random.default_rng(0).normal(size=(3, 3, 3, count)), tmp_path / "filters.png")
+    assert [np.asarray(axis.images[0].get_array()).shape for axis in kept[0].axes] == [
+        (4 * rows + 1, 4 * columns + 1, 3)
+    ] * 2

@@ -11,9 +11,10 @@ import synthetic_data
 from runners import assert_same_state, corrupt, largest_file, losses, saved_state, tiny_config
 from tensorboardX.proto.event_pb2 import Event
 
-from alexnet_jax import data, report, train
+from alexnet_jax import activations, data, report, train
 from alexnet_jax.config import ConfigError
 from alexnet_jax.configs import cifar10, fashion_mnist_224
+from alexnet_jax.run import open_run
 from alexnet_jax.train import DivergedError, train_and_evaluate
 
 
@@ -60,7 +61,7 @@ def test_the_output_files_of_a_run(learned):
     shown = {(e.step, v.tag): v.simple_value for e in events for v in e.summary.value}
     written = {(x["step"], k): v for x in lines for k, v in x.items() if k != "step"}
     assert shown == pytest.approx(written, rel=1e-6)  # a float32
-    for name in ("filters.png", "confusion.png", "curves.png"):
+    for name in ("filters.png", "feature_maps.png", "confusion.png", "curves.png"):
         assert (folder / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert sorted(int(p.name) for p in (folder / "checkpoints").iterdir()) == [312, 468, 600]
 
@@ -92,6 +93,24 @@ def test_pictures_that_cannot_be_drawn_and_an_incomplete_line_cost_no_result(syn
     assert "filters.png cannot be drawn (division by zero)" in caplog.text
     assert caplog.text.count("metrics.jsonl is incomplete; dropped") == 2
     assert (tmp_path / "curves.png").exists() and (tmp_path / "confusion.png").exists()
+
+
+@pytest.mark.parametrize("mesh", [dict(data=1, tower=1), dict(data=2, tower=2)])
+def test_the_feature_maps_are_those_of_the_first_test_image(synthetic, tmp_path, monkeypatch, mesh):
+    drawn = []
+    monkeypatch.setattr(report.plots, "plot_maps", lambda outputs, path, **options: drawn.append((outputs, options)))
+    config = tiny_config(num_train_steps=2)
+    config.mesh.update(mesh)
+    train_and_evaluate(config, tmp_path)
+    run = open_run(tmp_path)
+    images = run.load("test[:1]").images
+    expected = activations(run.model, run.params, run.preprocess.center_crop(images))
+    ((outputs, options),) = drawn
+    assert list(outputs) == ["conv1", "pool1", "conv2", "pool2", "conv3", "conv4", "conv5", "pool5"]
+    for name, x in outputs.items():
+        np.testing.assert_allclose(x, expected[name], rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(options.pop("image"), images[0])
+    assert options == dict(towers=2, count=8)
 
 
 def test_images_per_s_is_the_speed_of_the_steps_alone(synthetic, tmp_path, monkeypatch):
