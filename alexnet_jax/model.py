@@ -17,7 +17,6 @@ from jax import lax
 
 from alexnet_jax.checks import check_images, check_network, check_tower_devices
 from alexnet_jax.ops import OPS, Ops, ops_for
-from alexnet_jax.ops.convolution import updated_in_place
 from alexnet_jax.variants import ACTIVATIONS, BEFORE, LAYERS, VARIANTS, Stem, Variant
 
 OUTPUTS = (
@@ -88,7 +87,7 @@ class Conv(nn.Module):
             inputs = [all_gather_towers(inputs, self.tower_axis)]
         features, towers = (n // tower_devices(self.tower_axis) for n in (self.features, self.towers))
         shape = (self.kernel_size, self.kernel_size, inputs[0].shape[-1], features)
-        kernel = updated_in_place(self.param("kernel", self.kernel_init, shape, self.param_dtype)).astype(self.dtype)
+        kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype).astype(self.dtype)
         bias = self.param("bias", self.bias_init, (features,), self.param_dtype)
         extra_padding = [
             -(side + 2 * self.padding - self.kernel_size) % self.stride * self.ceil_mode

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from alexnet_jax import sharding
 from alexnet_jax.model import AlexNet
+from alexnet_jax.ops.convolution import in_kernel_order
 from alexnet_jax.optimizer import Plateau, cross_entropies, plateau_init
 from alexnet_jax.preprocess import Preprocess
 
@@ -78,6 +79,7 @@ def apply_gradients(
     trained = {layer: state.params[layer] for layer in gradients}
     rate = learning_rate(state.step, state.plateau)
     with jax.named_scope("optimizer"):
+        gradients = jax.tree.map(lambda g: in_kernel_order(g) if g.ndim == 4 else g, gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, trained, learning_rate=rate)
         trained = optax.apply_updates(trained, updates)
     return state.replace(step=state.step + 1, params=state.params | trained, opt_state=opt_state), rate

@@ -34,9 +34,10 @@ from alexnet_jax.runtime.files import read_json_lines, user_path, write_json
 from alexnet_jax.setup import build_mesh
 from alexnet_jax.tables import table
 from alexnet_jax.train import Interrupted, train_and_evaluate
+from alexnet_jax.variants import IMAGENET_MEAN
 from alexnet_jax.weights import Source, Weights, load_weights, write_native
 from alexnet_jax.weights.layouts import constant_mean
-from alexnet_jax.weights.read_torch import DEVIATION, MEAN
+from alexnet_jax.weights.read_torch import DEVIATION
 from alexnet_jax.weights.read_toronto import read_arrays
 from alexnet_jax.weights.stored import whole
 from alexnet_jax.workdir import METRICS
@@ -90,7 +91,14 @@ def _without_fc6_and_fc7(params: dict[str, Any], source: Source) -> Weights:
         model=AlexNet(num_classes=1, variant="torchvision", widths=(*widths, 0, 0)),
         params=params | {"fc8": fc8},
         preprocess=Preprocess(
-            constant_mean(MEAN), pad=0, crop=224, resize=0, flip=True, lighting=None, scale=1.0, crop_last_position=True
+            constant_mean(IMAGENET_MEAN),
+            pad=0,
+            crop=224,
+            resize=0,
+            flip=True,
+            lighting=None,
+            scale=1.0,
+            crop_last_position=True,
         ),
         source=source,
     )

@@ -22,16 +22,16 @@ def _by_platform(x: jax.Array, kernel: jax.Array, stride: int, precision: lax.Pr
     }
 
 
-def updated_in_place(kernel: jax.Array) -> jax.Array:
-    """Return a parameter, an HWIO kernel, whose gradient an NVIDIA GPU stores in the parameter's order.
+def in_kernel_order(gradient: jax.Array) -> jax.Array:
+    """Return the gradient of an HWIO kernel, which an NVIDIA GPU then stores in the order of the kernel.
 
     cuDNN's gradient is OHWI. An update that also transposes it is not done in place, and copies what it returns.
     """
 
-    def in_order(kernel):
-        return with_layout_constraint(lax.optimization_barrier(kernel), Layout((0, 1, 2, 3)))
+    def in_order(gradient):
+        return with_layout_constraint(lax.optimization_barrier(gradient), Layout((0, 1, 2, 3)))
 
-    return lax.platform_dependent(kernel, cuda=in_order, default=lambda kernel: kernel)
+    return lax.platform_dependent(gradient, cuda=in_order, default=lambda gradient: gradient)
 
 
 def _conv_over_blocks(x, kernel, stride, padding, precision):
