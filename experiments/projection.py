@@ -21,13 +21,17 @@ from alexnet_jax.errors import UserError, errors_on_one_line, one_line
 from alexnet_jax.runtime.files import write_json
 from alexnet_jax.tables import table as text_table
 from experiments.command import make_workdir, save_figure, write_text
+from experiments.compiled.floor import Floor, floor
+from experiments.compiled.targets import CHIPS
 from experiments.compiled.traffic import UPDATE
 from experiments.sharding import LAYOUTS, Layout, expected
 from experiments.sharding.layouts import title
 
 RECORDS = Path(__file__).parent / "results/compiled/compiled.json"
+MODEL = AlexNet(dtype="bfloat16")
 DEVICES = (1, 2, 8, 64, 256, 512)
 IMAGENET, EPOCHS = 1_281_167, 90  # images of the training set, and epochs of the paper
+STORED, SIDE = (256, 256, 3), 224  # of its images, and of the network's inputs
 RULES = (
     "ms of a step, and the share of communication in it. All figures are **estimates**. A figure in parentheses is "
     "scaled from a program for other devices; the others are of a program compiled for just these. A layout stops "
@@ -93,8 +97,8 @@ def project(
     """Return the estimated step of each chip, layout and number of devices.
 
     A program of as many devices and of this batch is taken as it is. Otherwise the program with the nearest number of
-    devices is scaled: the update by the parameters of a device, the other layers by the images of a device, and the
-    communication by what the layout needs (`experiments.sharding.theory`).
+    devices is scaled: each layer moves as many times its floor (`experiments.compiled.floor`) as in that program, and
+    the devices communicate as many times what the layout needs (`experiments.sharding.theory`).
 
     Args:
       records: of `experiments.compiled`, the train step of the paper's network in bfloat16.
@@ -133,6 +137,20 @@ def _fits(layout: Layout, devices: int) -> bool:
     return devices == layout.data * layout.tower
 
 
+def _scaled(record: dict[str, Any], layout: Layout, batch: int, data: int, tower: int) -> float:
+    """Return the seconds that the layers of a program would take on other devices, with another batch."""
+    chip, seconds = CHIPS[record["target"].partition(":")[0]], 0.0
+    floors = floor(MODEL, STORED, SIDE, batch, data, tower, train=True)
+    images = batch / data / (record["batch"] / record["mesh"]["data"])
+    parameters = _devices(record) / (data * tower) if layout.rules else 1.0
+    for x in record["layers"]:
+        part = floors.get((x["layer"], x["pass"] == "backward"), Floor(0, 0))
+        factor = part.bytes / x["floor"] if x["floor"] else images
+        factor *= parameters if x["layer"] == UPDATE else 1.0
+        seconds += max((x["read"] + x["written"]) * factor / chip.bandwidth, part.flops / chip.flops)
+    return seconds
+
+
 def _devices(record: dict[str, Any]) -> int:
     return record["mesh"]["data"] * record["mesh"]["tower"]
 
@@ -140,13 +158,12 @@ def _devices(record: dict[str, Any]) -> int:
 def _row(chip: str, layout: Layout, programs: list, devices: int, batch: int, latency: float) -> dict[str, Any]:
     nearest = min(programs, key=lambda r: (abs(math.log(_devices(r) / devices)), abs(math.log(r["batch"] / batch))))
     compiled = (_devices(nearest), nearest["batch"]) == (devices, batch)
-    images = batch / devices / (nearest["batch"] / _devices(nearest))
-    parameters = _devices(nearest) / devices if layout.rules else 1.0
-    compute = sum(x["estimated_ms"] / 1e3 * (parameters if x["layer"] == UPDATE else images) for x in nearest["layers"])
+    compute = sum(x["estimated_ms"] for x in nearest["layers"]) / 1e3
     data, tower = devices // layout.tower, layout.tower
     needed, excess = [(c["kind"], c["axis"], c["received"]) for c in nearest["collectives"]], 1.0
     if not compiled:
-        theory = expected(layout, AlexNet(dtype="bfloat16"), (224, 224, 3), batch, data, tower)
+        compute = _scaled(nearest, layout, batch, data, tower)
+        theory = expected(layout, MODEL, (SIDE, SIDE, 3), batch, data, tower)
         received, minimum = (sum(c["received"] for c in nearest[key]) for key in ("collectives", "expected"))
         needed, excess = [(c.kind, c.axis, c.received) for c in theory], received / minimum if minimum else 1.0
     sizes, seconds = {"data": data, "tower": tower}, partial(NETWORKS[chip].seconds, latency=latency)

@@ -16,8 +16,12 @@ def record(target, layout, data, tower, batch=1024, excess=1, **fields):
         target=target, layout=layout, mesh={"data": data, "tower": tower}, batch=batch, config="imagenet2012",
         mode="train", dtype="bfloat16", memory={"total": 3e9}, expected=theory,
         collectives=[{**c, "received": excess * c["received"]} for c in theory],
-        layers=[{"layer": "conv1", "estimated_ms": 8.0}, {"layer": "update", "estimated_ms": 1.0}],
+        layers=[layer("conv1", 2e6, floor=2e6, estimated_ms=8), layer("update", 3e6, floor=6e6, estimated_ms=1)],
     ) | fields  # fmt: skip
+
+
+def layer(name, size, **fields):
+    return {"layer": name, "pass": "forward", "read": size, "written": size, "flops": 1, **fields}
 
 
 def by_cell(rows):
@@ -38,13 +42,17 @@ def test_other_devices_are_scaled():
     for devices in (2, 64):
         row = rows["v5e", "data", devices]
         assert not row["compiled"] and row["memory"] is None
-        # The program has 128 images a device. All parameters are updated on each.
-        assert row["compute_s"] == pytest.approx(8e-3 * (4096 / devices) / 128 + 1e-3)
+        # conv1 moves twice its floor: pixels, kernel and bias, outputs for the convolution and again for the rest, and
+        # pooled outputs. All parameters, gradients and momenta are updated on each device, and the gradients reduced.
+        image = 2 * (224 * 224 * 3 + 2 * 55 * 55 * 96 + 27 * 27 * 96)
+        conv1 = 2 * (4096 / devices * image + 2 * (11 * 11 * 3 * 96 + 96))
+        update = 60_965_224 * (2 + 4 * 4 + 2 * 4)
+        assert row["compute_s"] == pytest.approx((conv1 + update) / 819e9)
         # It received half as much again as it had to; 8 bytes are the loss and the error.
         received = 1.5 * 2 * (devices - 1) / devices * gradients
         assert row["communicate_s"] == pytest.approx(received / 100e9, rel=1e-6)
-    (row,) = projection.project([record("v5e:2x4", "fsdp", 8, 1)], 4096, devices=(64,))
-    assert row["compute_s"] == pytest.approx(8e-3 * 64 / 128 + 1e-3 / 8)  # each device has an eighth of the parameters
+    (fsdp,) = projection.project([record("v5e:2x4", "fsdp", 8, 1)], 4096, devices=(64,))
+    assert rows["v5e", "data", 64]["compute_s"] - fsdp["compute_s"] == pytest.approx(update * 7 / 8 / 819e9)
 
 
 def test_gpus_communicate_within_a_node_and_between_nodes():
