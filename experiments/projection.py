@@ -30,6 +30,7 @@ from experiments.sharding.layouts import title
 RECORDS = Path(__file__).parent / "results/compiled/compiled.json"
 MODEL = AlexNet(dtype="bfloat16")
 DEVICES = (1, 2, 8, 64, 256, 512)
+FARTHEST = 64  # a program is scaled to at most so many times as many or as few devices
 IMAGENET, EPOCHS = 1_281_167, 90  # images of the training set, and epochs of the paper
 STORED, SIDE = (256, 256, 3), 224  # of its images, and of the network's inputs
 RULES = (
@@ -98,7 +99,8 @@ def project(
 
     A program of as many devices and of this batch is taken as it is. Otherwise the program with the nearest number of
     devices is scaled: each layer moves as many times its floor (`experiments.compiled.floor`) as in that program, and
-    the devices communicate as many times what the layout needs (`experiments.sharding.theory`).
+    the devices communicate as many times what the layout needs (`experiments.sharding.theory`). Without a program for
+    at least a 64th and at most 64 times of the devices there is no estimate.
 
     Args:
       records: of `experiments.compiled`, the train step of the paper's network in bfloat16.
@@ -127,7 +129,10 @@ def project(
     for chip in NETWORKS:
         for layout in LAYOUTS:
             programs = [r for r in records if (r["target"].partition(":")[0], r["layout"]) == (chip, layout.name)]
-            rows += [_row(chip, layout, programs, n, batch, latency) for n in devices if programs and _fits(layout, n)]
+            for count in devices:
+                near = [r for r in programs if max(_devices(r), count) <= FARTHEST * min(_devices(r), count)]
+                if near and _fits(layout, count):
+                    rows.append(_row(chip, layout, near, count, batch, latency))
     return rows
 
 

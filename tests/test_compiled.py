@@ -227,23 +227,25 @@ def test_the_largest_batch_is_found_by_bisection(here, monkeypatch):
 
 def test_an_all_reduce_of_concatenated_gradients_is_counted_by_layer():
     text = """
-%joined (p0: f32[4], p1: f32[2,3]) -> f32[10] {
+%joined (p0: f32[4], p1: f32[2,3], p2: f32[1]) -> f32[11] {
   %p0 = f32[4]{0} parameter(0)
   %p1 = f32[2,3]{1,0} parameter(1)
+  %p2 = f32[1]{0} parameter(2)
   %flat = f32[6]{0} bitcast(%p1)
-  ROOT %all = f32[10]{0} concatenate(%p0, %flat), dimensions={0}
+  ROOT %all = f32[11]{0} concatenate(%p0, %flat, %p2), dimensions={0}
 }
 
-ENTRY %main (a: f32[4], b: f32[2,3]) -> f32[10] {
+ENTRY %main (a: f32[4], b: f32[2,3], loss: f32[1]) -> f32[11] {
   %a = f32[4]{0} parameter(0), metadata={op_name="transpose(jvp(AlexNet))/conv1/reduce_sum"}
   %b = f32[2,3]{1,0} parameter(1), metadata={op_name="transpose(jvp(AlexNet))/conv2/dot_general"}
-  %c = f32[10]{0} fusion(%a, %b), kind=kLoop, calls=%joined
-  ROOT %r = f32[10]{0} all-reduce(%c), replica_groups={{0,1}}, metadata={op_name="transpose(jvp())/psum_invariant"}
+  %loss = f32[1]{0} parameter(2), metadata={op_name="jvp(metrics)/fc8"}
+  %c = f32[11]{0} fusion(%a, %b, %loss), kind=kLoop, calls=%joined
+  ROOT %r = f32[11]{0} all-reduce(%c), replica_groups={{0,1}}, metadata={op_name="(transpose(jvp())/psum:metrics/psum)"}
 }
 """
     mesh = Mesh(np.array([0, 1]).reshape(2, 1), ("data", "tower"))
     found = {(c.layer, c.axis, c.backward): c.array_bytes for c in collectives(text, mesh)}
-    assert found == {("conv1", "data", True): 16, ("conv2", "data", True): 24}
+    assert found == {("conv1", "data", True): 16, ("conv2", "data", True): 24, ("metrics", "data", False): 4}
 
 
 def test_collectives_that_differ_from_the_theory():

@@ -151,12 +151,13 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
         if max(map(len, groups)) == 1:
             continue
         axis, parts = _axis(groups, mesh)
-        alone = len(instruction.operands) == 1  # a combined collective has the name of one of its parts
-        for operand in (part for name in instruction.operands for part in concatenated(name)):
+        operands = [part for name in instruction.operands for part in concatenated(name)]
+        alone = len(operands) == 1  # a combined collective has the name of one of its parts, or of all
+        for operand in operands:
             own, producer = instruction.op_name, origin(operand)
             op_name = own if _named_layer(own) and alone else producer
             layer = _named_layer(op_name) or "metrics"
-            scalar = "[]" in instructions[operand].shape  # the loss and the error are the only ones
+            scalar = _bytes(instructions[operand].shape) <= 4  # the loss and the error are the only ones
             if scalar or alone and "metrics" in re.findall(r"\w+", own):
                 layer, op_name, own = "metrics", "", ""
             size = _bytes(instructions[operand].shape) * (parts if kind == "all-gather" else 1)
