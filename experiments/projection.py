@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
@@ -22,6 +23,7 @@ from alexnet_jax.runtime.files import write_json
 from alexnet_jax.tables import table as text_table
 from experiments.command import make_workdir, save_figure, write_text
 from experiments.compiled.floor import Floor, floor
+from experiments.compiled.report import is_record
 from experiments.compiled.targets import CHIPS
 from experiments.compiled.traffic import UPDATE
 from experiments.sharding import LAYOUTS, Layout, expected
@@ -38,7 +40,6 @@ RULES = (
     "scaled from a program for other devices; the others are of a program compiled for just these. A layout stops "
     "scaling where the next number of devices no longer makes a step 10 % shorter."
 )
-KEYS = {"target", "config", "mode", "batch", "layout", "mesh", "layers", "collectives", "expected", "memory"}
 
 
 class Network(NamedTuple):
@@ -46,6 +47,7 @@ class Network(NamedTuple):
 
     link: float  # along one axis of the mesh, in a node of GPUs or in a TPU slice
     dimensions: int = 1  # of the torus of a TPU slice; GPUs of a node form one ring
+    most: int = 512  # chips of the largest slice; GPUs: as many as are asked for
     node: int = 0  # GPUs of a node; 0: a slice has no nodes
     between: float = math.inf  # from another node, through an adapter of each GPU
 
@@ -64,15 +66,16 @@ class Network(NamedTuple):
         nodes = -(-parts // inside)
         hops = self.dimensions * (inside ** (1 / self.dimensions) - 1) + nodes - 1
         outside = received / inside / self.between if nodes > 1 else 0.0
-        return received / self.link + outside + hops * latency * (2 if kind == "all-reduce" else 1)
+        link = self.link / 2 if self.dimensions > 1 and parts == 2 else self.link  # one of the links leads to the other
+        return received / link + outside + hops * latency * (2 if kind == "all-reduce" else 1)
 
 
 # By the vendors: NVLink 450 GB/s each way and one 400 Gbit/s adapter a GPU; of a TPU's links, two for each mesh axis.
 NETWORKS = {
     "h100": Network(450e9, node=8, between=50e9),
-    "v5e": Network(100e9, dimensions=2),
-    "v6e": Network(200e9, dimensions=2),
-    "v5p": Network(200e9, dimensions=3),
+    "v5e": Network(100e9, dimensions=2, most=256),
+    "v6e": Network(200e9, dimensions=2, most=256),
+    "v5p": Network(200e9, dimensions=3, most=6144),
 }
 
 
@@ -84,7 +87,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"--records={path}: {error.strerror}; expected compiled.json of experiments.compiled") from None
     except ValueError as error:
         raise UserError(f"--records={path} is corrupt ({one_line(error)}); run experiments.compiled again") from None
-    if not isinstance(records, list) or not all(isinstance(r, dict) and set(r) >= KEYS for r in records):
+    if not isinstance(records, list) or not all(is_record(r) for r in records):
         raise UserError(f"--records={path}: expected what experiments.compiled writes")
     steps = [r for r in records if (r["config"], r["mode"], r["dtype"]) == ("imagenet2012", "train", "bfloat16")]
     if not steps:
@@ -131,14 +134,14 @@ def project(
             programs = [r for r in records if (r["target"].partition(":")[0], r["layout"]) == (chip, layout.name)]
             for count in devices:
                 near = [r for r in programs if max(_devices(r), count) <= FARTHEST * min(_devices(r), count)]
-                if near and _fits(layout, count):
+                if near and _fits(layout, count) and count <= NETWORKS[chip].most:
                     rows.append(_row(chip, layout, near, count, batch, latency))
     return rows
 
 
 def _fits(layout: Layout, devices: int) -> bool:
     if layout.data == -1:
-        return devices > 1 and devices % layout.tower == 0
+        return devices > layout.tower and devices % layout.tower == 0
     return devices == layout.data * layout.tower
 
 
@@ -267,6 +270,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4096, help="images in a step, over all devices (default: 4096)")
     parser.add_argument("--latency", type=float, default=1e-6, help="seconds to the next device (default: 1e-6)")
     flags = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")  # only shapes are computed
     with errors_on_one_line():
         rows = project(read_records(flags.records), flags.batch, latency=flags.latency)
         assumptions = f"{flags.batch:,} images in a step, {1e6 * flags.latency:g} µs to the next device"

@@ -100,10 +100,8 @@ def test_a_second_ctrl_c_exits_immediately_and_a_second_run_is_refused(uninterru
     follow(process, "step 5/")
     process.send_signal(signal.SIGSTOP)
     code, output = run_main(tmp_path, *TINY)
-    assert (
-        code == 1
-        and output == f"Error: --workdir={tmp_path}: another process is training in it; wait for it, or stop it\n"
-    )
+    refused = f"Error: --workdir={tmp_path}: another process is training in it; wait for it, or stop it"
+    assert code == 1 and output.splitlines()[-1] == refused and "Traceback" not in output
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGCONT)
     follow(process, "SIGINT: saving a checkpoint and exiting")
@@ -138,7 +136,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(uninterrupted, tmp_path):
 def test_a_workdir_that_cannot_be_written(synthetic, tmp_path):
     (tmp_path / "file").write_text("")
     code, output = run_main(tmp_path / "file" / "run", *TINY)
-    assert code == 1 and output.startswith("Error: --workdir=") and output.count("\n") == 1
+    assert code == 1 and output.splitlines()[-1].startswith("Error: --workdir=") and "Traceback" not in output
 
 
 @pytest.mark.parametrize("flags,words", [
@@ -157,7 +155,7 @@ def test_a_workdir_that_cannot_be_written(synthetic, tmp_path):
     (["--config=no_such.py"], "--config=no_such.py: No such file or directory (expected a file or one of cifar10"),
     (["--config", "no_such.py"], "--config=no_such.py: No such file or directory (expected a file or one of cifar10"),
     (["--config=tests"], "--config=tests: Is a directory (expected a file or one of "),
-    (["--config=tests/conftest.py"], "--config=tests/conftest.py: No module named 'synthetic_data'"),
+    (["--config=tests/conftest.py"], "--config=tests/conftest.py: No module named 'downloads'"),
     (["--config=cifar"], "--config=cifar: No such file or directory (expected a file or one of cifar10, fashion_mnist"),
     (["--config=imagenet2012:nope"], "--config=imagenet2012:nope: expected one of paper, source2012, caffe, torch"),
     (["--config.seed=1", "--config=cifar10"], "--config.seed is before --config; give --config"),

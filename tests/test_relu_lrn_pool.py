@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import reference
 
-from alexnet_jax.ops import relu_lrn_pool as gpu
+from alexnet_jax.ops import relu_lrn_pool_gpu as gpu
 from alexnet_jax.ops import relu_lrn_pool_tpu as tpu
 
 K, N, ALPHA, BETA = 2.0, 5, 1e-4, 0.75

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import reference
 
-from alexnet_jax.ops.relu_pool import fused_relu_pool, relu_pool
+from alexnet_jax.ops.relu_pool_gpu import fused_relu_pool, relu_pool
 
 interpreted = partial(fused_relu_pool, interpret=True)
 

@@ -30,6 +30,7 @@ from alexnet_jax.runtime.imports import unchanged_logging
 SHARE = 1 / 8  # of a device's images, that the share of an epoch takes at most
 SMALL_SHARE = 1 << 30  # bytes that a share may take in any case: a small set is exchanged once an epoch
 ROUNDS = 4  # in which a share is usually exchanged, so that what is on its way takes a half of the share
+BLOCK = 64 << 20  # bytes that are read before they are copied to the devices
 FIRST_PROGRESS_S, PROGRESS_S = 5, 10  # from the start to the first line of progress, and between two lines
 
 log = logging.getLogger(__name__)
@@ -239,27 +240,40 @@ def _place(source: Source, positions: np.ndarray, mesh: Mesh) -> Batch:
     own = [i for i, row in enumerate(mesh.devices) if any(d.process_index == jax.process_index() for d in row)]
     count, length, start = len(own) * positions.shape[1], positions.shape[1], time.monotonic()
     examples = ((i, label) for part in source.read(positions[own].ravel()) for i, label in zip(*part, strict=True))
+    image_bytes = max(1, math.prod(source.shape) * source.dtype.itemsize)
+    at_a_time = min(length, max(1, BLOCK // image_bytes))  # the host never has a copy of all
     placed: list[list[jax.Array]] = [[], []]
     done, next_line = 0, start + FIRST_PROGRESS_S
     for part in own:
-        arrays = np.empty((length, *source.shape), source.dtype), np.empty(length, np.int32)
-        for i in range(length):
-            arrays[0][i], arrays[1][i] = next(examples)
-            done += 1
-            if (now := time.monotonic()) > next_line:
-                next_line = now + PROGRESS_S
-                left = (now - start) * (count / done - 1)
-                log.info("%s: %s of %s images read, %.0f s left", source.name, f"{done:,}", f"{count:,}", left)
-        for device in mesh.devices[part]:
-            if device.process_index == jax.process_index():
-                for array, shards in zip(arrays, placed, strict=True):
-                    shards.append(jax.device_put(array, device))
+        devices = [device for device in mesh.devices[part] if device.process_index == jax.process_index()]
+        shapes = ((length, *source.shape), source.dtype), ((length,), np.int32)
+        shards = [[jnp.zeros(*shape, device=device) for shape in shapes] for device in devices]
+        for first in range(0, length, at_a_time):
+            size = min(at_a_time, length - first)
+            block = np.empty((size, *source.shape), source.dtype), np.empty(size, np.int32)
+            for i in range(size):
+                block[0][i], block[1][i] = next(examples)
+                done += 1
+                if (now := time.monotonic()) > next_line:
+                    next_line = now + PROGRESS_S
+                    left = (now - start) * (count / done - 1)
+                    log.info("%s: %s of %s images read, %.0f s left", source.name, f"{done:,}", f"{count:,}", left)
+            shards = [[_write(*arrays, first) for arrays in zip(shard, block, strict=True)] for shard in shards]
+            jax.block_until_ready(shards)
+        for shard in shards:
+            for array, all_of_kind in zip(shard, placed, strict=True):
+                all_of_kind.append(array)
 
     def whole(shards):
         shape = (positions.size, *shards[0].shape[1:])
         return jax.make_array_from_single_device_arrays(shape, NamedSharding(mesh, sharding.BATCH), shards)
 
     return Batch(*map(whole, placed))
+
+
+@partial(jax.jit, donate_argnums=0)
+def _write(array: jax.Array, part: np.ndarray, first: int) -> jax.Array:
+    return lax.dynamic_update_slice_in_dim(array, part, first, axis=0)
 
 
 def _share(size: int, image_bytes: int, batch_size: int, parts: int) -> tuple[int, int]:

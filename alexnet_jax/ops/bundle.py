@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax
 
-from alexnet_jax.ops import convolution, lrn, plain, pooling, relu, relu_lrn_pool, relu_lrn_pool_tpu, relu_pool
+from alexnet_jax.ops import convolution, lrn, plain, pooling, relu, relu_lrn_pool_gpu, relu_lrn_pool_tpu, relu_pool_gpu
 from alexnet_jax.ops.dropout import dropout
 from alexnet_jax.ops.dropout_gpu import gpu_dropout
 
@@ -21,9 +21,9 @@ class Ops(NamedTuple):
       relu: x to max(x, 0), as `jax.nn.relu`.
       dropout: (key, x, rate, towers, first_example, first_tower) to the kept activations, as `ops.dropout`.
       relu_lrn_pool: (inputs, bias, towers, k, n, alpha, beta, window, stride, outputs) to the maxima: a convolution's
-        bias, ReLU, LRN and max pooling in one function, as `relu_lrn_pool.relu_lrn_pool`; None: one operation after the
-        other.
-      relu_pool: (inputs, bias, towers, window, stride, outputs) likewise, without LRN, as `relu_pool.relu_pool`.
+        bias, ReLU, LRN and max pooling in one function, as `relu_lrn_pool_gpu.relu_lrn_pool`; None: one operation after
+        the other.
+      relu_pool: (inputs, bias, towers, window, stride, outputs) likewise, without LRN, as `relu_pool_gpu.relu_pool`.
     """
 
     conv: Callable[..., jax.Array] = convolution.conv
@@ -44,7 +44,10 @@ PLAIN = Ops(plain.conv, plain.max_pool, plain.local_response_norm, plain.spatial
 
 # One kernel forward and one backward for the operations between two convolutions, which memory traffic limits on a GPU.
 CUDA = OPS._replace(
-    relu_lrn_pool=relu_lrn_pool.relu_lrn_pool, relu_pool=relu_pool.relu_pool, relu=relu.relu, dropout=gpu_dropout
+    relu_lrn_pool=relu_lrn_pool_gpu.relu_lrn_pool,
+    relu_pool=relu_pool_gpu.relu_pool,
+    relu=relu.relu,
+    dropout=gpu_dropout,
 )
 
 # The same on a TPU. XLA's gradient of max pooling there, select-and-scatter, moves the fewest bytes.

@@ -294,7 +294,7 @@ def relu_lrn_pool(
 ) -> list[jax.Array]:  # fmt: skip
     """Return max_pool(local_response_norm(relu(x + bias))) (sections 3.1, 3.3, 3.4), on a TPU.
 
-    The arguments, the results and the gradient are those of the GPU's `relu_lrn_pool.relu_lrn_pool`.
+    The arguments, the results and the gradient are those of the GPU's `relu_lrn_pool_gpu.relu_lrn_pool`.
     """
     towers //= len(inputs)
 

@@ -8,6 +8,7 @@ DIR/compiled.json keeps the cases of earlier calls; one that is compiled again i
 import argparse
 import itertools
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ import jax
 
 from alexnet_jax.errors import UserError, errors_on_one_line, one_line
 from alexnet_jax.runtime.files import write_json
+from alexnet_jax.runtime.signals import exit_at_signals
 from experiments.command import make_workdir, write_text
 from experiments.compiled.cases import MODES, Case, build, largest_batch, load_config, measure
-from experiments.compiled.report import cases_table, markdown, plot
-from experiments.compiled.targets import TargetError, find
+from experiments.compiled.report import cases_table, is_record, markdown, plot
+from experiments.compiled.targets import find
 from experiments.sharding import LAYOUTS
 
 DTYPES = ("bfloat16", "float32")
@@ -35,8 +37,8 @@ def cases(flags: argparse.Namespace) -> list[Case]:
     for name, known in choices.items():
         if unknown := [value for value in getattr(flags, name).split(",") if value not in known]:
             raise UserError(f"--{name}={unknown[0]}: expected one or more of {', '.join(known)}, with commas")
-    if not all(batch.isdecimal() and int(batch) for batch in flags.batch.split(",")):
-        raise TargetError(f"--batch={flags.batch}: expected positive numbers with commas, as in 128,512")
+    if not all(re.fullmatch("[1-9][0-9]*", batch) for batch in flags.batch.split(",")):
+        raise UserError(f"--batch={flags.batch}: expected positive numbers with commas, as in 128,512")
     load_config(flags.config)
     values = [getattr(flags, name).split(",") for name in ("target", "layout", "mode", "batch", "dtype")]
     targets, fitting, reason = {name: find(name) for name in values[0]}, [], None
@@ -57,9 +59,12 @@ def cases(flags: argparse.Namespace) -> list[Case]:
 def read_records(path: Path) -> dict[str, dict[str, Any]]:
     """Return the records of an earlier call by the names of their cases; raises UserError if they cannot be read."""
     try:
-        return {record["name"]: record for record in json.loads(path.read_text())} if path.exists() else {}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is corrupt ({one_line(error)}); delete it and compile its cases again") from None
+        records = json.loads(path.read_text()) if path.exists() else []
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({one_line(error)}); delete it and compile its cases again") from None
+    if not isinstance(records, list) or not all(is_record(record) for record in records):
+        raise UserError(f"{path}: expected the records of this version; delete it and compile its cases again")
+    return {record["name"]: record for record in records}
 
 
 def main() -> None:
@@ -76,17 +81,18 @@ def main() -> None:
     parser.add_argument("--config", default="imagenet2012", help="name or file of a config (default: imagenet2012)")
     parser.add_argument("--largest-batch", action="store_true", help="find it by bisection: about five compilations")
     flags = parser.parse_args()
+    exit_at_signals()
     jax.config.update("jax_enable_compilation_cache", False)  # the time to compile is one of the figures
     with errors_on_one_line():
         make_workdir(flags.workdir)
         records = read_records(flags.workdir / "compiled.json")
         for case in cases(flags):
-            record = measure(case, flags.workdir)
-            if flags.largest_batch:
-                record["largest_batch"] = largest_batch(case)
-            records[case.name] = record
+            record = records[case.name] = measure(case, flags.workdir)
             write_json(flags.workdir / "compiled.json", list(records.values()))
             print(f"{case.name}: {record['bytes'] / 1e9:.2f} GB, {record['operations']} operations", file=sys.stderr)
+            if flags.largest_batch:
+                record["largest_batch"] = largest_batch(case)
+                write_json(flags.workdir / "compiled.json", list(records.values()))
         write_text(flags.workdir / "compiled.md", markdown(list(records.values())))
         plot(list(records.values()), flags.workdir / "compiled.png")
     print(f"{cases_table(list(records.values()))}\n\nWritten to {flags.workdir}")

@@ -17,7 +17,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from alexnet_jax import AlexNet, paper_sgd, sharding
+from alexnet_jax import AlexNet, sharding
 from alexnet_jax.config import check_config
 from alexnet_jax.data.batch import Batch
 from alexnet_jax.errors import UserError, one_line
@@ -26,8 +26,9 @@ from alexnet_jax.inference import predict_on_mesh
 from alexnet_jax.ops import ops_for
 from alexnet_jax.optimizer import learning_rate_at
 from alexnet_jax.preprocess import Preprocess, Statistics
-from alexnet_jax.setup import build_model, fit_preprocess
+from alexnet_jax.setup import build_model, build_optimizer, fit_preprocess
 from alexnet_jax.train_step import create_state, make_train_step, state_specs
+from alexnet_jax.trained_layers import frozen_layers, layers_of
 from experiments.compiled.floor import Floor, floor
 from experiments.compiled.targets import Target
 from experiments.compiled.traffic import PLACES, Operation, loops_and_gathers, operations
@@ -40,7 +41,8 @@ MODES = ("train", "inference")
 MACOS = sys.platform == "darwin"
 # Of the data sets of the configs: [H, W, C] of a stored image, and the classes.
 DATASETS = {
-    "fashion_mnist": ((28, 28, 1), 10), "cifar10": ((32, 32, 3), 10), "imagenet2012_256": ((256, 256, 3), 1000)
+    "fashion_mnist": ((28, 28, 1), 10), "cifar10": ((32, 32, 3), 10), "imagenet2012_256": ((256, 256, 3), 1000),
+    "images_256": ((256, 256, 3), 100),  # a folder of one's own: any number
 }  # fmt: skip
 
 
@@ -121,11 +123,8 @@ def build(case: Case) -> Program:
         spec = spec if isinstance(spec, NamedSharding) else NamedSharding(mesh, spec)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spec)
 
-    optimizer = paper_sgd(
-        momentum=config.momentum, weight_decay=config.weight_decay, bias_rate=config.bias_rate,
-        bias_decay=config.bias_decay,
-    )  # fmt: skip
-    state = jax.eval_shape(partial(create_state, model, optimizer, preprocess.image_shape, 0))
+    optimizer, frozen = build_optimizer(config), frozen_layers(config.freeze, layers_of(config.widths))
+    state = jax.eval_shape(partial(create_state, model, optimizer, preprocess.image_shape, 0, frozen=frozen))
     images = placed(jax.ShapeDtypeStruct((case.batch, *stored), jnp.uint8), sharding.BATCH)
     made = partial(Program, mesh=mesh, layout=layout, model=model, preprocess=preprocess, stored=stored)
     if case.mode == "inference":
@@ -137,13 +136,15 @@ def build(case: Case) -> Program:
     labels = placed(jax.ShapeDtypeStruct((case.batch,), jnp.int32), sharding.BATCH)
     key = placed(jax.eval_shape(lambda: jax.random.key(0)), sharding.REPLICATED)
     rate: Callable = partial(learning_rate_at, base=config.learning_rate, warmup_steps=config.warmup_steps)
+    if layout.rules and frozen:
+        raise UserError(f"--layout={case.layout}: it trains all layers; expected a config without frozen ones")
     if layout.rules:
         shardings = state_shardings(layout, state, mesh)
         step = make_partitioned_step(layout, model, optimizer, preprocess, rate, mesh)
         step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
         state = jax.tree.map(placed, state, shardings)
     else:
-        step = make_train_step(model, optimizer, preprocess, rate, mesh)
+        step = make_train_step(model, optimizer, preprocess, rate, mesh, frozen)
         state = jax.tree.map(placed, state, state_specs(state))
     return made(step, (state, Batch(images, labels), key))
 
@@ -236,9 +237,15 @@ def largest_batch(case: Case, precision: float = 0.05) -> int:
 
     def memory(units):
         try:
-            return memory_bytes(build(case._replace(batch=units * unit)).compile())["total"]
-        except jax.errors.JaxRuntimeError:  # XLA itself finds that it does not fit
-            return math.inf
+            total = memory_bytes(build(case._replace(batch=units * unit)).compile())["total"]
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise UserError(
+                    f"{case.name}: XLA does not compile a batch of {units * unit}: {one_line(error)}"
+                ) from None
+            return math.inf  # XLA itself finds that it does not fit
+        print(f"batch {units * unit:,}: {total / 1e9:.2f} GB", file=sys.stderr)
+        return total
 
     low, high, units = 0, math.inf, 1
     while high - low > max(1, precision * low):

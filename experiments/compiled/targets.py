@@ -95,6 +95,7 @@ def _tpus(name: str) -> list:
     if not importlib.util.find_spec("libtpu"):
         raise TargetError('--target: compiling for a TPU needs libtpu: pip install -e ".[compile-tpu]"')
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # another process may compile
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     jax.config.update("jax_platforms", "cpu")
     one_chip = {"chips_per_host_bounds": [1, 1, 1]} if name.endswith(":1x1") else {}

@@ -69,6 +69,8 @@ def fit(layout: Layout, model: AlexNet, devices: int, batch: int) -> Layout:
     data = devices // layout.tower if layout.data == -1 else layout.data
     if not data or data * layout.tower > devices or layout.data == -1 and devices % layout.tower:
         raise UserError(f"--devices={devices}: {layout.name} needs a multiple of {layout.tower}")
+    if layout.tower > model.towers:
+        raise UserError(f"--layout={layout.name}: the network has one tower; expected a layout without towers")
     if batch < 1 or batch % data:
         raise UserError(f"--batch={batch}: {layout.name} splits a batch into {data} parts; expected a multiple of it")
     widths = dict(zip(LAYERS, (*model.widths, model.num_classes), strict=True))

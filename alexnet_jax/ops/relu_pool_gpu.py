@@ -123,7 +123,7 @@ def relu_pool(
 ) -> list[jax.Array]:
     """Return max_pool(relu(x + bias)) (sections 3.1, 3.4), on an NVIDIA GPU.
 
-    The arguments, the results and the gradient are those of `relu_lrn_pool.relu_lrn_pool`, without LRN.
+    The arguments, the results and the gradient are those of `relu_lrn_pool_gpu.relu_lrn_pool`, without LRN.
     """
     if not pooling_gpu.unsupported(inputs, towers, window, stride):
         return fused_relu_pool(inputs, bias, towers, window, stride, outputs)
