@@ -146,7 +146,7 @@ def test_lighting_is_kept(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (50, 32, 32, 3), np.uint8)
     preprocess = fit(pixels, lighting=True, lighting_exponent=0.5, **preprocess_fields(config))
     workdir.write_preprocess(tmp_path, preprocess, ["a", "ä"])
-    read, names = workdir._read_preprocess(tmp_path, config, "")
+    read, names = workdir.read_preprocess(tmp_path, config, "")
     jax.tree.map(np.testing.assert_array_equal, read, preprocess)
     assert jax.tree.structure(read) == jax.tree.structure(preprocess) and names == ("a", "ä")
 
