@@ -21,11 +21,11 @@ def test_what_another_run_wrote_during_the_set_up_is_neither_resumed_nor_overwri
     first = tiny_config(learning_rate=0.02, num_train_steps=2)
     set_up, files = train.setup, {}
 
-    def slow_setup(config):
+    def slow_setup(config, mean):
         monkeypatch.setattr(train, "setup", set_up)
         files["result"] = train_and_evaluate(first, tmp_path)  # from start to end
         files["before"] = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file() and p.name != ".lock"}
-        return set_up(config)
+        return set_up(config, mean)
 
     monkeypatch.setattr(train, "setup", slow_setup)
     second = tiny_config(learning_rate=learning_rate, num_train_steps=2)
