@@ -146,7 +146,7 @@ def with_weights(
     check_fits(run, weights)
     params: dict[str, Any] = dict(weights.params)
     if reason := _other_classes(run, weights):
-        log.info("fc8 is made anew: %s", reason)
+        log.info("fc8 is reinitialized: %s", reason)
         params["fc8"] = state.params["fc8"]
     return state.replace(params=sharding.place(params, run.mesh, sharding.tower_specs(params)))
 

@@ -109,7 +109,7 @@ def test_frozen_layers_keep_their_bits_and_have_no_momentum(tuned, file):
             assert same == layer.startswith("conv"), (layer, name)
     velocities = {path.split("/")[-2] for path in state if "/velocity/" in path}
     assert velocities == {"fc6", "fc7", "fc8"}
-    assert log.count("fc8 is made anew: config.init has 7 classes, and synthetic/1.0.0 has 10") == 1
+    assert log.count("fc8 is reinitialized: config.init has 7 classes, and synthetic/1.0.0 has 10") == 1
 
 
 def test_a_run_says_where_it_comes_from(tuned, file, tmp_path):
@@ -402,7 +402,7 @@ def test_the_commands_of_the_documentation(own_images, tmp_path):
         )
         assert done.returncode == 0, done.stdout + done.stderr
         output += done.stdout
-    assert "fc8 is made anew: config.init has 5 classes, and flowers_256/1.0.0 has 3" in output
+    assert "fc8 is reinitialized: config.init has 5 classes, and flowers_256/1.0.0 has 3" in output
     assert "frozen     conv1\nrates      fc8 × 10" in output
     assert "linear probe on fc7 of the center crops: 27 images" in output
     assert json.loads((tmp_path / "runs/flowers/evaluation.json").read_text())["examples"] == 9

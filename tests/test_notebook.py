@@ -132,7 +132,7 @@ def test_the_notebook_is_committed_with_its_outputs():
         text = "".join("".join(output.get("text", [])) for output in cell["outputs"])
         assert not re.search(r"/home/|/tmp/|/work/|/root/|Warning|Traceback|left out", text), text
     assert pictures >= 18
-    assert NOTEBOOK.stat().st_size < 3_000_000
+    assert NOTEBOOK.stat().st_size < 1 << 20
 
 
 def test_every_question_has_an_answer_that_is_folded():
