@@ -37,14 +37,11 @@ def check_network(network: Any) -> None:
 
 def _rules(towers: Any) -> dict[str, Rule]:
     """Return the rule of each field of a network with that value of `towers`."""
+    multiple, kind = (1, "numbers") if towers == 1 else (2, "even numbers")
     widths: Rule = (
-        lambda x: _all(x, 7, lambda w: _whole(w, 2) and w % 2 == 0), "seven even numbers (conv1 to conv5, fc6, fc7)"
-    )  # fmt: skip
-    if towers == 1:
-        widths = (
-            lambda x: _all(x, 7, lambda w: _whole(w, 0)) and x[0] > 0,
-            "seven numbers, of which 0 leaves out a layer after conv1 (conv1 to conv5, fc6, fc7)",
-        )
+        lambda x: _all(x, 7, lambda w: _whole(w, 0) and w % multiple == 0) and x[0] > 0,
+        f"seven {kind} (conv1 to conv5, fc6, fc7), of which 0 omits a layer after conv1",
+    )
     own = "or None for that of the variant"
     return {
         "num_classes": (lambda x: _whole(x, 1), "a whole number of at least 1"),

@@ -145,8 +145,8 @@ class AlexNet(nn.Module):
       variant: a name in `VARIANTS`. The LRN of "caffe" runs across the towers, so they must be on one device.
       dtype, param_dtype, precision: of the activations, of the parameters, and of the products, as in Flax.
       stem: the first convolution; None is the variant's own, in the paper 11×11 with stride 4.
-      widths: kernels or units of conv1 … conv5, fc6, fc7, summed over the towers; None is the variant's own. With
-        towers=1, a width of 0 omits the layer.
+      widths: kernels or units of conv1 … conv5, fc6, fc7, summed over the towers; None is the variant's own. A width
+        of 0 omits a layer after conv1, with its activation and its LRN; its pooling remains.
       towers: 2, or 1 for a network whose layers all take every channel before them; None is the variant's own.
       activation: "relu", or the "tanh" that section 3.1 compares it with.
       lrn: whether local response normalization (LRN) follows conv1 and conv2.
@@ -227,8 +227,8 @@ class AlexNet(nn.Module):
         `join`: the next layer gathers the towers, so one function for all these operations returns them as one array.
         """
         fields = self._fields(name)
-        if not fields["features"]:  # the layer is omitted, with its activation
-            return self._apply_in_order(name, then.replace("relu", ""), x)
+        if not fields["features"]:  # the layer is omitted
+            return self._apply_in_order(name, "pool" if "pool" in then.split() else "", x)
         shape = dict(kernel_size=kernel_size, stride=stride, padding=padding, gather=gather)
         ceil_mode, fused = VARIANTS[self.variant].ceil_mode, self._fused(then, join)
         x = Conv(

@@ -1,7 +1,7 @@
 """Shared by the experiments: budgets, runs that resume, and the files of the results.
 
-An experiment is a module with `CLAIMS`, `BUDGETS`, `run(study)`, which trains and returns records, `judge(records)`,
-which returns a `Finding` for each claim, and `plot(records, path)`. Its command is `main(module)`.
+An experiment is a module with `CLAIMS`, `BUDGETS`, `SEEDS`, `run(study)`, which trains and returns records,
+`judge(records)`, which returns a `Finding` for each claim, and `plot(records, path)`. Its command is `main(module)`.
 """
 
 import argparse
@@ -9,6 +9,7 @@ import datetime
 import json
 import logging
 import math
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,10 +26,13 @@ from alexnet_jax.model import LAYERS, activations
 from alexnet_jax.run import Run, open_run
 from alexnet_jax.runtime.compilation_cache import use_compilation_cache
 from alexnet_jax.runtime.files import read_json_lines, write_json
+from alexnet_jax.runtime.huge_pages import use_huge_pages
+from alexnet_jax.runtime.workers import available_cores
 from alexnet_jax.setup import build_mesh, build_model
 from alexnet_jax.tables import table
 from alexnet_jax.train import Interrupted, train_and_evaluate
 from alexnet_jax.workdir import CONFIG, METRICS, RESULT, WorkdirError
+from experiments import claims, measure
 from experiments.command import make_workdir, write_text
 
 CLASSES, CHANNELS = 10, 3  # of CIFAR-10
@@ -49,21 +53,6 @@ class Budget(NamedTuple):
 
 
 QUICK = Budget(images=256, epochs=2, validation=64, test=64, shrink=4)
-
-
-class Claim(NamedTuple):
-    """A claim, and the paper's figure for it."""
-
-    key: str
-    text: str
-    paper: str
-
-
-class Finding(NamedTuple):
-    """A result with its spread, and the verdict."""
-
-    ours: str
-    verdict: str
 
 
 def kernel_std(config: ml_collections.ConfigDict) -> tuple[float, ...]:
@@ -100,7 +89,7 @@ class Study:
 
     def __init__(self, workdir: Path, budget: Budget, label: str, seeds: int, data_dir: str):
         self.workdir, self.budget, self.label, self.data_dir = workdir, budget, label, data_dir
-        self.seeds, self.device, self.seconds = range(seeds), "", 0.0
+        self.seeds, self.seconds = range(seeds), 0.0
         self._std = {}
         self.results = workdir / label if label == "quick" else workdir  # a quick study replaces no results
 
@@ -118,7 +107,8 @@ class Study:
         c.image_size = 23
         c.ten_crop = False
         c.num_epochs = float(b.epochs)
-        c.dropout = 0.3
+        c.dropout = 0.5
+        c.mesh.cpu_devices = min(2, available_cores())
         c.linear_decay = False
         c.plateau_patience = 0
         c.drop_at_epochs = (0.64 * b.epochs, 0.86 * b.epochs)
@@ -146,7 +136,6 @@ class Study:
         if not (folder / RESULT).exists():
             print(f"\n{arm}, seed {seed}: {self.budget}", flush=True)
         result = train_and_evaluate(config, folder)
-        self.device = result["device"]
         self.seconds += result["seconds"]  # with those before an interruption
         lines = read_json_lines(folder / METRICS)
         means = [x for x in lines if "train_error" in x and x["step"] % config.log_every == 0]  # of `log_every` steps
@@ -168,23 +157,35 @@ class Study:
         return open_run(record["folder"], self.data_dir)
 
 
+def setting() -> dict[str, str]:
+    """Return what a result depends on besides its budget: device, JAX, and the commit of this checkout."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # not a checkout
+        commit = "unknown"
+    return {"device": measure.device(), "jax": jax.__version__, "commit": commit}
+
+
 def main(module: Any) -> None:
     """Run the command of an experiment."""
+    use_huge_pages()
     name = module.__spec__.name.split(".")[-1]
     doc = module.__doc__.splitlines()[0]
     parser = argparse.ArgumentParser(prog=f"python -m experiments.{name}", description=doc)
     parser.add_argument("--workdir", type=Path, required=True, help=f"for the runs and {name}.json, .md and .png")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each network (default: 3)")
+    parser.add_argument(
+        "--seeds", type=int, default=module.SEEDS, help=f"runs of each network (default: {module.SEEDS})"
+    )
     budgets = {**module.BUDGETS, "quick": QUICK}
     texts = "; ".join(f"{label}: {budget}" for label, budget in budgets.items())
-    parser.add_argument("--budget", choices=budgets, default="full", help=f"{texts} (default: full)")
+    parser.add_argument("--budget", choices=budgets, help=f"{texts} (default: reduced on a CPU, full elsewhere)")
     parser.add_argument("--quick", action="store_true", help="--budget=quick, to see that it works; no result")
     parser.add_argument("--data_dir", default="", help="where TFDS keeps CIFAR-10 (default: ~/tensorflow_datasets)")
     if hasattr(module, "PARTS"):
         parser.add_argument("--only", help=f"with commas, some of {', '.join(module.PARTS)} (default: all)")
     flags = parser.parse_args()
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what it writes
-    label = "quick" if flags.quick else flags.budget
     try:
         with errors_on_one_line():
             if flags.seeds < 2:
@@ -193,9 +194,10 @@ def main(module: Any) -> None:
             if unknown := set(parts) - set(getattr(module, "PARTS", ())):
                 raise UserError(f"--only: unknown part {min(unknown)!r}; expected some of {', '.join(module.PARTS)}")
             use_compilation_cache()  # one compilation serves all seeds
+            build_mesh(Study(flags.workdir, QUICK, "", 2, "").config())  # a CPU is split before the backend starts
+            label = "quick" if flags.quick else flags.budget or default_budget()
             study = Study(flags.workdir, budgets[label], label, flags.seeds, flags.data_dir)
             make_workdir(study.results)
-            build_mesh(study.config())  # before anything starts the backend: a CPU is split into devices
             records = module.run(study, parts) if parts else module.run(study)
             _write(module, name, study, records)
     except Interrupted as stop:
@@ -203,24 +205,28 @@ def main(module: Any) -> None:
         sys.exit(128 + stop.signal)
 
 
+def default_budget() -> str:
+    """Return the budget that this device can finish within hours."""
+    return "reduced" if jax.default_backend() == "cpu" else "full"
+
+
 def _write(module: Any, name: str, study: Study, records: dict[str, Any]) -> None:
     """Write NAME.json, NAME.md and NAME.png, and print the table."""
-    findings = module.judge(records)
     document = {
         "experiment": name,
         "budget": study.label,
         "of_budget": str(study.budget),
         "seeds": len(study.seeds),
-        "device": study.device,
+        **setting(),
         "date": datetime.date.today().isoformat(),
         "seconds": round(study.seconds),
-        "findings": {key: finding._asdict() for key, finding in findings.items()},
         "records": records,
     }
     write_json(study.results / f"{name}.json", document)
-    rows = [(c.text, c.paper, *findings[c.key]) for c in module.CLAIMS if c.key in findings]
-    text = f"{study.label} budget: {study.budget}; {len(study.seeds)} seeds; {study.device}\n\n"
-    text += table(rows, ("claim", "the paper", "measured", "verdict"), markdown=True)
+    findings = module.judge(records)
+    rows = claims.rows([(c, findings[c.key]) for c in module.CLAIMS if c.key in findings])
+    text = f"{study.label} budget: {study.budget}; {len(study.seeds)} seeds; {document['device']}\n\n"
+    text += table(rows, claims.HEADER, markdown=True)
     write_text(study.results / f"{name}.md", text + "\n")
     module.plot(records, study.results / f"{name}.png")
     print(f"\n{text}\n\nWritten to {study.results}")

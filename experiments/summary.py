@@ -9,7 +9,7 @@ from typing import Any
 from alexnet_jax import tables
 from alexnet_jax.errors import UserError, errors_on_one_line
 from alexnet_jax.runtime.files import replaced
-from experiments import ablations, filters, relu_vs_tanh, retrieval, variants
+from experiments import ablations, claims, filters, relu_vs_tanh, retrieval, variants
 from experiments.command import write_text
 
 EXPERIMENTS = {
@@ -22,22 +22,23 @@ EXPERIMENTS = {
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
-SEEDS = 3
-HEADER = ("claim", "the paper", "measured", "verdict", "experiment")
 
 
 def collect(workdir: Path, results: Path = RESULTS) -> list[str]:
     """Copy the results of finished experiments, and return their names; quick ones are not copied.
 
     Raises:
-      UserError: an experiment with fewer than three seeds, or with some of its claims only.
+      UserError: an experiment with fewer seeds than it needs, or with some of its claims only.
     """
     names = []
     for name, module in EXPERIMENTS.items():
         path = workdir / f"{name}.json"
         if path.exists() and (document := json.loads(path.read_text()))["budget"] != "quick":
-            if document["seeds"] < SEEDS or {claim.key for claim in module.CLAIMS} - set(document["findings"]):
-                raise UserError(f"{path}: expected {SEEDS} seeds or more and all claims; run it again without --only")
+            found = module.judge(document["records"]) if document["seeds"] >= module.SEEDS else {}
+            if {claim.key for claim in module.CLAIMS} - set(found):
+                raise UserError(
+                    f"{path}: expected {module.SEEDS} seeds or more and all claims; run it again without --only"
+                )
             write_text(results / f"{name}.json", json.dumps(_small(document), indent=1) + "\n")
             with replaced(results / f"{name}.png") as temporary:
                 shutil.copy(workdir / f"{name}.png", temporary)
@@ -46,35 +47,37 @@ def collect(workdir: Path, results: Path = RESULTS) -> list[str]:
 
 
 def _small(value: Any) -> Any:
-    """Return a value without paths and arrays, and with four digits."""
+    """Return a value without paths and arrays, and with five digits."""
     if isinstance(value, dict):
         return {k: _small(v) for k, v in value.items() if k not in ("folder", "kernels", "picture")}
     if isinstance(value, list):
         return [_small(v) for v in value]
-    return float(f"{value:.4g}") if isinstance(value, float) else value
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def table(results: Path = RESULTS) -> str:
-    """Return a row for each claim with its result, or that it has none yet, then the commands and the pictures."""
-    rows, notes, pictures = [], [], []
+    """Return a row for each claim with its result, or that it has none yet, then the commands and the pictures.
+
+    The claims are judged here, together: Holm's correction depends on their number.
+    """
+    pairs, experiments, notes, pictures = [], [], [], []
     for name, module in EXPERIMENTS.items():
         path = results / f"{name}.json"
         document = json.loads(path.read_text()) if path.exists() else None
-        experiment = f"`{name}`"
+        findings = module.judge(document["records"]) if document else {}
+        pairs += [(claim, findings.get(claim.key)) for claim in module.CLAIMS]
+        experiments += [f"[{name}](results/{name}.png)" if document else f"`{name}`"] * len(module.CLAIMS)
         if document:
-            experiment = f"[{name}](results/{name}.png)"
             notes.append(
                 f"- `python -m experiments.{name} --workdir DIR --budget={document['budget']} "
                 f"--seeds={document['seeds']}`: {document['budget']} budget ({document['of_budget']}), "
-                f"{document['seeds']} seeds, {document['device']}, {document['seconds'] / 60:.0f} min, "
-                f"{document['date']}"
+                f"{document['seeds']} seeds, {document['device']}, JAX {document['jax']}, commit {document['commit']}, "
+                f"{document['seconds'] / 60:.0f} min, {document['date']}"
             )
             pictures.append(f"![{module.__doc__.split(':')[0]}](results/{name}.png)")
-        for claim in module.CLAIMS:
-            finding = document["findings"].get(claim.key) if document else None
-            ours, verdict = (finding["ours"], finding["verdict"]) if finding else ("not run yet", "")
-            rows.append((claim.text, claim.paper, ours, verdict, experiment))
-    parts = [tables.table(rows, HEADER, markdown=True), "\n".join(notes or ["No experiment was run yet."]), *pictures]
+    rows = [(*row, experiment) for row, experiment in zip(claims.rows(pairs), experiments, strict=True)]
+    header = (*claims.HEADER, "experiment")
+    parts = [tables.table(rows, header, markdown=True), "\n".join(notes or ["No experiment was run yet."]), *pictures]
     return "\n\n".join(parts)
 
 

@@ -313,8 +313,9 @@ def network(
 
     x = convolution("conv1", np.asarray(images, np.float64), *stem[1:])
     x = f(pool(normalize(x))) if variant == "source2012" else pool(normalize(f(x)))
-    x = normalize(f(convolution("conv2", x, 1, 2, 2)) if "conv2" in params else x)
-    if variant == "source2012":
+    if "conv2" in params:
+        x = normalize(f(convolution("conv2", x, 1, 2, 2)))
+    if "conv2" in params and variant == "source2012":
         x = each(1, spatial_norm, spatial_norm_gradient, x, 5, 0.001, 0.75, 1.0)
     x = pool(x)
     for name, parts in (("conv3", 1), ("conv4", 2), ("conv5", 2)):

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="of Linux alone"
 CODE = """
 import os, sys
 from alexnet_jax.runtime import huge_pages
-huge_pages.MODULE, huge_pages.COMMAND = "probe", "probe-command"
+huge_pages.PACKAGES, huge_pages.COMMAND = ("probe", "package"), "probe-command"
 huge_pages.use_huge_pages()
 memory = bytearray(b"x") * (256 << 20)
 huge = open("/proc/self/smaps_rollup").read().split("AnonHugePages:")[1].split()[0]
@@ -28,6 +28,8 @@ def run(tmp_path):
     """A program that re-executes itself as the training command does, started in one way or another."""
     (tmp_path / "probe.py").write_text(CODE)
     (tmp_path / "probe-command").write_text(CODE)
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__main__.py").write_text(CODE)
     (tmp_path / "script.py").write_text("import runpy\nrunpy.run_module('probe', run_name='__main__', alter_sys=True)")
 
     def start(*command, code="", **variables):
@@ -59,7 +61,9 @@ def test_the_users_setting_is_kept(run):
     assert tunables == "glibc.malloc.hugetlb=0"
 
 
-@pytest.mark.parametrize("command", [("-m", "probe"), ("-X", "dev", "-m", "probe"), ("probe-command",)])
+@pytest.mark.parametrize("command", [
+    ("-m", "probe"), ("-X", "dev", "-m", "probe"), ("-m", "package"), ("probe-command",)
+])  # fmt: skip
 def test_the_command_is_re_executed(run, command):
     assert run(*command)[0] == TUNABLE
 

@@ -57,6 +57,10 @@ class ForwardTest(chex.TestCase):
     (dict(towers=1), dict(towers=1)),
     (dict(towers=1, widths=(7, 5, 6, 0, 0, 0, 0)), dict(towers=1)),  # four layers
     (dict(towers=1, widths=(8, 12, 16, 0, 12, 20, 0)), dict(towers=1)),
+    (dict(widths=(8, 0, 16, 8, 12, 20, 18)), {}),
+    (dict(widths=(8, 12, 0, 8, 12, 20, 18)), {}),  # conv4 takes conv2's outputs of its own tower
+    (dict(widths=(8, 12, 16, 0, 12, 20, 18)), {}),
+    (dict(widths=(8, 12, 16, 8, 0, 0, 18)), {}),
 ])  # fmt: skip
 def test_each_field_of_an_ablation_against_numpy(fields, exact):
     images, model = images_of(29, batch=2), SMALL.clone(**fields)
@@ -204,7 +208,7 @@ def test_compact_network_takes_small_images(size):
     (AlexNet(widths=(95, 256, 384, 384, 256, 4096, 4096)), 224, "even"),
     (AlexNet(kernel_std=(0.1,)), 224, "eight"),
     (AlexNet(towers=4), 224, "towers=4: expected 1 or 2"),
-    (AlexNet(widths=(96, 256, 384, 0, 256, 4096, 4096)), 224, "even"),
+    (AlexNet(widths=(0, 256, 384, 384, 256, 4096, 4096)), 224, "even.*0 omits a layer after conv1"),
     (AlexNet(activation="elu"), 224, "relu, tanh"),
     (AlexNet(dropout=1.0), 224, "dropout=1.0"),
 ])  # fmt: skip
@@ -304,6 +308,7 @@ def loss_logits_and_gradients(model, params, images):
     (dict(towers=1), [(1, 1, 1), (1, 1, 1)]),
     (dict(lrn_alpha=0.05, pool_window=2), [(1, 2, 2), (2, 2, 1)]),
     (dict(towers=1, widths=(7, 0, 6, 0, 5, 9, 0)), [(1, 1, 1)]),  # without conv2
+    (dict(widths=(8, 0, 16, 8, 12, 20, 18)), [(1, 2, 2)]),
 ])  # fmt: skip
 def test_relu_lrn_and_pooling_in_one_function(fields, arrays):
     images, (ops, calls) = images_of(29, batch=2) * 20, fused_operations()

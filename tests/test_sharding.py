@@ -77,6 +77,13 @@ def test_the_compiled_step_communicates_what_the_paper_says_and_nothing_else(dat
         }
 
 
+def test_a_network_without_conv3_and_fc7_on_two_devices():
+    """conv4 then takes its own tower's maps of conv2, and fc8 gathers fc6."""
+    actual, expected = in_program_and_in_theory(1, 2, MODEL.clone(widths=(8, 16, 0, 24, 16, 32, 0)))
+    assert actual == expected
+    assert {c["layer"] for c in actual if c["layer"] != "metrics"} == {"fc6", "fc8"}
+
+
 def test_a_gather_in_conv2_is_found():
     def gather_in_conv2(layer, inputs, kwargs, context):
         if context.module.name == "conv2":

@@ -38,7 +38,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.variant = "paper"  # or "source2012", "caffe", "torchvision": the layers; imagenet2012:NAME sets the rest too
     c.dtype = "float32"  # of the activations; or "bfloat16". Parameters are float32
     c.stem = (11, 4, 0)  # kernel, stride and padding of conv1
-    c.widths = (96, 256, 384, 384, 256, 4096, 4096)  # conv1 … conv5, fc6, fc7; with one tower, 0 leaves a layer out
+    c.widths = (96, 256, 384, 384, 256, 4096, 4096)  # conv1 … conv5, fc6, fc7; 0 omits a layer after conv1
     c.towers = 2  # or 1: every layer takes all channels before it
     c.activation = "relu"  # or "tanh" (section 3.1)
     c.lrn = True  # local response normalization after conv1 and conv2 (section 3.3)

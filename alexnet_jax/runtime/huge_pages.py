@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-MODULE, COMMAND = "alexnet_jax.main", "alexnet-train"
+PACKAGES, COMMAND = ("alexnet_jax", "experiments"), "alexnet-train"
 TUNABLE = "glibc.malloc.hugetlb=1"  # of glibc 2.35 and later
 
 
@@ -20,7 +20,7 @@ def use_huge_pages() -> None:
 
 
 def _is_command(interpreter: Sequence[str], arguments: Sequence[str]) -> bool:
-    """Return whether this process is `python -m alexnet_jax.main` or the console command, and nothing else.
+    """Return whether this process is `python -m` with a module of `PACKAGES`, or the console command, and nothing else.
 
     Args:
       interpreter: `sys.orig_argv`.
@@ -33,5 +33,6 @@ def _is_command(interpreter: Sequence[str], arguments: Sequence[str]) -> bool:
     if [os.path.basename(x) for x in own] == [COMMAND]:
         return True
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    module = [i for i, x in enumerate(own) if x == "-m"] == [len(own) - 2] and own[-1] == MODULE
-    return module and spec is not None and spec.name == MODULE
+    if [i for i, x in enumerate(own) if x == "-m"] != [len(own) - 2] or own[-1].split(".")[0] not in PACKAGES:
+        return False
+    return spec is not None and spec.name in (own[-1], f"{own[-1]}.__main__")

@@ -11,7 +11,7 @@ from alexnet_jax.sharding import DATA, TOWER
 from experiments.sharding.collectives import Collective
 from experiments.sharding.layouts import Layout, Rule
 
-INPUT_OF = {"conv3": "pool2", "fc6": "pool5", "fc7": "fc6", "fc8": "fc7"}  # of the layers that read both towers
+READ_BOTH_TOWERS = ("conv3", "fc6", "fc7", "fc8")
 
 
 def expected(
@@ -29,18 +29,18 @@ def expected(
     image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     params = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
     outputs = jax.eval_shape(partial(activations, model), params, image)
-    weight_bytes = {layer: 4 * sum(x.size for x in jax.tree.leaves(params[layer])) for layer in LAYERS}
-    itemsize, needed = jnp.dtype(model.dtype).itemsize, []
+    weight_bytes = {layer: 4 * sum(x.size for x in jax.tree.leaves(leaves)) for layer, leaves in params.items()}
+    itemsize, needed, names = jnp.dtype(model.dtype).itemsize, [], list(outputs)
 
     def gather(layer, axis, parts, images):  # the activations, and their gradient
-        arrays = [INPUT_OF[layer]] + ["fc8"] * (layer == "fc8")  # the logits too
+        arrays = [names[names.index(layer) - 1]] + ["fc8"] * (layer == "fc8")  # its input; the logits too
         size = sum(itemsize * images * outputs[name].size for name in arrays)
         needed.append(Collective.make("all-gather", layer, axis, False, size, parts))
         needed.append(Collective.make("reduce-scatter", layer, axis, True, size, parts))
 
-    for layer in LAYERS:
+    for layer in filter(params.__contains__, LAYERS):
         rule = layout.rule(layer) if layout.rules else Rule("")
-        if tower > 1 and layer in INPUT_OF:
+        if tower > 1 and layer in READ_BOTH_TOWERS:
             gather(layer, TOWER, tower, batch // data)
         if data > 1 and rule.gather:
             needed.append(Collective.make("all-gather", layer, DATA, False, weight_bytes[layer], data))

@@ -1,0 +1,77 @@
+"""Claims of the paper, what was measured, and the verdicts."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from experiments.comparison import LEVEL, Comparison, holm
+
+ALPHA = 1 - LEVEL
+HEADER = ("claim", "the paper", "measured", "n", "power", "verdict")
+
+
+class Claim(NamedTuple):
+    """A claim, and the difference that its experiment looks for."""
+
+    key: str
+    text: str
+    paper: str  # the paper's figure
+    effect: float  # the difference of the paper, with its sign; where it gives none, the one of `unit` to look for
+    equal: bool = False  # whether the claim is that the difference is smaller than `effect`
+    ratio: bool = False  # whether `effect` and the difference are logarithms of ratios
+
+
+class Finding(NamedTuple):
+    """What was measured for a claim."""
+
+    text: str  # the means of both forms, with their unit
+    comparison: Comparison | None  # None: there is no estimate, for the reason in `text`
+
+
+def difference(claim: Claim, comparison: Comparison) -> str:
+    """Return an estimate with its interval as text: a difference, or the ratio."""
+    if not claim.ratio:
+        return str(comparison)
+    low, middle, high = (
+        math.exp(comparison.difference + x) for x in (-comparison.noise, 0.0, comparison.noise)
+    )  # fmt: skip
+    return f"{middle:.2f} times ({low:.2f} to {high:.2f})"
+
+
+def verdict(claim: Claim, comparison: Comparison | None, p: float) -> str:
+    """Return the verdict on a claim.
+
+    Args:
+      p: the p-value of the comparison, adjusted for the number of rows.
+    """
+    if comparison is None:
+        return "not measured"
+    if claim.equal:
+        if abs(comparison.difference) + comparison.noise < abs(claim.effect):
+            return "holds"
+        return "contradicted" if p < ALPHA else "not decided"
+    if p < ALPHA:
+        return "holds" if comparison.difference * claim.effect > 0 else "contradicted"
+    smaller = comparison.excludes(claim.effect) and (claim.effect - comparison.difference) * claim.effect > 0
+    return "not decided; smaller than stated" if smaller else "not decided"
+
+
+def rows(findings: Sequence[tuple[Claim, Finding | None]]) -> list[tuple[str, ...]]:
+    """Return a row of `HEADER` for each claim; None is an experiment that was not run.
+
+    The p-values are adjusted by Holm's method for the number of claims. The power is that of the smallest of Holm's
+    thresholds, ALPHA ÷ the number of claims, so it is a lower bound.
+    """
+    p_values = [f.comparison.p if f and f.comparison else 1.0 for _, f in findings]
+    table = []
+    for (claim, finding), p in zip(findings, holm(p_values), strict=True):
+        if finding is None:
+            table.append((claim.text, claim.paper, "not run yet", "", "", ""))
+        elif (comparison := finding.comparison) is None:
+            table.append((claim.text, claim.paper, finding.text, "", "", "not measured"))
+        else:
+            measured = f"{finding.text}: {difference(claim, comparison)}"
+            power = comparison.power(claim.effect, ALPHA / len(findings))
+            decided = verdict(claim, comparison, p)
+            table.append((claim.text, claim.paper, measured, str(comparison.n), f"{power:.2f}", decided))
+    return table
