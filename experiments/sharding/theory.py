@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from alexnet_jax import AlexNet, activations
-from alexnet_jax.model import LAYERS
+from alexnet_jax.model import LAYERS, OUTPUTS
 from alexnet_jax.sharding import DATA, TOWER
 from experiments.sharding.collectives import Collective
 from experiments.sharding.layouts import Layout, Rule
@@ -30,7 +30,7 @@ def expected(
     params = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
     outputs = jax.eval_shape(partial(activations, model), params, image)
     weight_bytes = {layer: 4 * sum(x.size for x in jax.tree.leaves(leaves)) for layer, leaves in params.items()}
-    itemsize, needed, names = jnp.dtype(model.dtype).itemsize, [], list(outputs)
+    itemsize, needed, names = jnp.dtype(model.dtype).itemsize, [], [name for name in OUTPUTS if name in outputs]
 
     def gather(layer, axis, parts, images):  # the activations, and their gradient
         arrays = [names[names.index(layer) - 1]] + ["fc8"] * (layer == "fc8")  # its input; the logits too
