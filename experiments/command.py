@@ -54,4 +54,4 @@ def write_text(path: Path, text: str) -> None:
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure as PNG, the complete file or nothing."""
     with replaced(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
+        figure.savefig(temporary, format="png", dpi=160)

@@ -25,7 +25,7 @@ from alexnet_jax.errors import UserError, errors_on_one_line
 from alexnet_jax.model import LAYERS, activations
 from alexnet_jax.run import Run, open_run
 from alexnet_jax.runtime.compilation_cache import use_compilation_cache
-from alexnet_jax.runtime.files import read_json_lines, write_json
+from alexnet_jax.runtime.files import read_json_lines, replaced, write_json
 from alexnet_jax.runtime.huge_pages import use_huge_pages
 from alexnet_jax.runtime.workers import available_cores
 from alexnet_jax.setup import build_mesh, build_model
@@ -151,6 +151,16 @@ class Study:
             measured[name] = call(self.open(record))
             write_json(path, measured)
         record[name] = measured[name]
+
+    def test_probabilities(self, record: dict[str, Any]) -> np.ndarray:
+        """Return the class probabilities of the test set on the center crop, [N, K]; the run's folder keeps them."""
+        path = Path(record["folder"]) / "test_probabilities.npy"
+        if not path.exists():
+            run = self.open(record)
+            probabilities = run.predict(run.load(run.config.test_split).images)
+            with replaced(path) as temporary, temporary.open("wb") as file:
+                np.save(file, probabilities)
+        return np.load(path)
 
     def open(self, record: dict[str, Any]) -> Run:
         """Return the run of a record."""

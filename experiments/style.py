@@ -1,0 +1,34 @@
+"""The look of the experiments' pictures: readable at the width of a page, in colors that color-blind readers separate."""
+
+import matplotlib
+from matplotlib.axes import Axes
+
+# Okabe and Ito's palette.
+BLUE, ORANGE, GREEN, PURPLE, SKY, GRAY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#777777"
+WIDTH = 7.0  # of a picture, in inches
+
+# For the functions that draw: `@styled`.
+styled = matplotlib.rc_context({
+    "axes.grid": True,
+    "axes.labelsize": 9,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 9,
+    "font.size": 9,
+    "grid.alpha": 0.25,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "lines.linewidth": 1.3,
+    "savefig.dpi": 160,
+    "text.usetex": False,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+})  # fmt: skip
+
+
+def label_panels(axes: list[Axes]) -> None:
+    """Write a, b, c … above the left corner of the panels of a picture."""
+    for letter, axis in zip("abcdefgh", axes, strict=False):
+        axis.annotate(
+            letter, (0, 1), xytext=(-22, 6), xycoords="axes fraction", textcoords="offset points", weight="bold"
+        )
