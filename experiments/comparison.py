@@ -54,8 +54,8 @@ def contrast(forms: Mapping[str, Sequence[float]], weights: Mapping[str, float])
     """Return a weighted sum of the means of some forms; the noise is estimated from all of them.
 
     Args:
-      forms: the measurements of each form, with the same seeds in the same order; with two forms the interval is that of
-        the paired t-test.
+      forms: the measurements of each form, with the same seeds in the same order; with two forms the interval is that
+        of the paired t-test.
       weights: of the forms in the sum, which add up to 0.
 
     Raises:

@@ -8,23 +8,30 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from alexnet_jax import VARIANTS
 from alexnet_jax.configs.imagenet2012 import TRAINING
+from experiments import ablations
+from experiments.ablations import FULL, arm
+from experiments.claims import Claim, Finding
 from experiments.command import save_figure
-from experiments.comparison import compare, percent, spread
-from experiments.study import Budget, Claim, Finding, Study, main
+from experiments.comparison import contrast, percent, spread
+from experiments.study import Study, main
+from experiments.style import BLUE, GREEN, ORANGE, WIDTH, styled
 
+BUDGETS, SEEDS = ablations.BUDGETS, 10
 CLAIMS = (
-    Claim("source2012", "The original code reaches the error of the paper's network", "40.7 % top-1 (both)"),
-    Claim("caffe", "Caffe's replica reaches the error of the paper's network", "42.9 % top-1 on one crop"),
-)
-COLORS = {"paper": "tab:blue", "source2012": "tab:orange", "caffe": "tab:green"}  # the variants of the 2012 network
+    Claim("source2012", "The original code has the error of the paper's network: within 1 point",
+          "40.7 % top-1 (both)", 1.0, equal=True),
+    Claim("caffe", "Caffe's replica has the error of the paper's network: within 1 point",
+          "42.9 % top-1 on one crop", 1.0, equal=True),
+)  # fmt: skip
+COLORS = {"paper": BLUE, "source2012": ORANGE, "caffe": GREEN}  # the variants of the network of 2012
 # The fields of optimizer and augmentation that each variant sets; the schedule is the same for all.
 FIELDS = ("bias_rate", "bias_decay", "crop_group", "crop_last_position", "lighting", "lighting_exponent",
           "lighting_divisor")  # fmt: skip
-BUDGETS = {"full": Budget(45_000, 60), "reduced": Budget(15_000, 8)}
 
 
 def run(study: Study) -> dict[str, Any]:
@@ -35,34 +42,34 @@ def run(study: Study) -> dict[str, Any]:
         training = {field: value for field, value in TRAINING[name].items() if field in FIELDS}
         alpha = VARIANTS[name].lrn[2] / scale**2
         config = study.config(variant=name, lrn_alpha=alpha, **{"lighting": False} | training)
-        arm = "the-whole-network" if name == "paper" else name
-        records[name] = [study.train(arm, config, seed) for seed in study.seeds]
+        records[name] = [study.train(arm(FULL if name == "paper" else name), config, seed) for seed in study.seeds]
     return records
 
 
 def judge(records: dict[str, Any]) -> dict[str, Finding]:
-    """Compare the test errors on the center crop with those of the paper's variant."""
-    paper, findings = percent(records["paper"]), {}
-    for claim in CLAIMS:
-        ours = percent(records[claim.key])
-        comparison = compare(ours, paper)
-        verdict = {"holds": "no: worse", "contradicted": "no: better"}.get(comparison.verdict(+1), "within the noise")
-        text = f"{spread(ours)} %, the paper's variant {spread(paper)} %: {comparison}"
-        findings[claim.key] = Finding(text, verdict)
-    return findings
+    """Compare the test errors on the center crop, in percent, with those of the paper's variant."""
+    errors = {name: percent(runs) for name, runs in records.items()}
+    return {
+        claim.key: Finding(
+            f"{spread(errors[claim.key])} %, the paper's variant {spread(errors['paper'])} %",
+            contrast(errors, {claim.key: 1.0, "paper": -1.0}),
+        )
+        for claim in CLAIMS
+    }
 
 
+@styled
 def plot(records: dict[str, Any], path: Path) -> None:
-    """Plot the validation error by epoch, a line for each seed."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    """Plot the validation error by epoch: means over the seeds, with bands from the lowest to the highest."""
+    figure = Figure(figsize=(0.7 * WIDTH, 3.2), layout="constrained")
     axes = figure.subplots()
     for name, color in COLORS.items():
-        for i, record in enumerate(records[name]):
-            epochs, errors = range(1, len(record["validation"]) + 1), record["validation"]
-            axes.plot(epochs, [100 * e for e in errors], color=color, linewidth=1, label=None if i else name)
+        errors = 100 * np.array([record["validation"] for record in records[name]])
+        epochs = range(1, errors.shape[1] + 1)
+        axes.plot(epochs, errors.mean(axis=0), color=color, label=name)
+        axes.fill_between(epochs, errors.min(axis=0), errors.max(axis=0), color=color, alpha=0.2, linewidth=0)
     axes.set(xlabel="epochs", ylabel="validation error (%)")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    axes.legend()
     save_figure(figure, path)
 
 
