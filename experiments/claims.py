@@ -38,8 +38,18 @@ def difference(claim: Claim, comparison: Comparison) -> str:
     return f"{middle:.2f} times ({low:.2f} to {high:.2f})"
 
 
+def effect(claim: Claim) -> str:
+    """Return the effect of a claim as text."""
+    if claim.ratio:
+        return f"{math.exp(claim.effect):.3g} times"
+    return f"{'±' if claim.equal else ''}{claim.effect:{'' if claim.equal else '+'}g}".replace("-", "−")
+
+
 def verdict(claim: Claim, comparison: Comparison | None, p: float) -> str:
     """Return the verdict on a claim.
+
+    "holds" and "contradicted" need p < ALPHA. Otherwise the difference is "smaller than stated", if its interval does
+    not contain the claim's effect, or "not decided". A claim of equality holds if the interval is within ± its effect.
 
     Args:
       p: the p-value of the comparison, adjusted for the number of rows.
@@ -53,7 +63,7 @@ def verdict(claim: Claim, comparison: Comparison | None, p: float) -> str:
     if p < ALPHA:
         return "holds" if comparison.difference * claim.effect > 0 else "contradicted"
     smaller = comparison.excludes(claim.effect) and (claim.effect - comparison.difference) * claim.effect > 0
-    return "not decided; smaller than stated" if smaller else "not decided"
+    return "smaller than stated" if smaller else "not decided"
 
 
 def rows(findings: Sequence[tuple[Claim, Finding | None]]) -> list[tuple[str, ...]]:
@@ -71,7 +81,6 @@ def rows(findings: Sequence[tuple[Claim, Finding | None]]) -> list[tuple[str, ..
             table.append((claim.text, claim.paper, finding.text, "", "", "not measured"))
         else:
             measured = f"{finding.text}: {difference(claim, comparison)}"
-            power = comparison.power(claim.effect, ALPHA / len(findings))
-            decided = verdict(claim, comparison, p)
-            table.append((claim.text, claim.paper, measured, str(comparison.n), f"{power:.2f}", decided))
+            power = f"{comparison.power(claim.effect, ALPHA / len(findings)):.2f} for {effect(claim)}"
+            table.append((claim.text, claim.paper, measured, str(comparison.n), power, verdict(claim, comparison, p)))
     return table

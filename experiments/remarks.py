@@ -42,7 +42,8 @@ def run(study: Study) -> dict[str, Any]:
     for network, fields in NETWORKS.items():
         if network.startswith("biases"):
             epochs = min(EARLY, study.budget.epochs)
-            fields = fields | {"num_epochs": float(epochs), "warmup_steps": 0, "drop_at_epochs": (), "log_every": 20}
+            fields = fields | {"num_epochs": float(epochs), "warmup_steps": 0, "drop_at_epochs": ()}
+            fields["log_every"] = max(1, study.budget.images // 64 // 8)  # eight points an epoch
         records[network] = [study.train(arm(network), study.config(**fields), seed) for seed in study.seeds]
     for record in (*records[FULL], *records["no weight decay"]):
         study.measure(record, "train_top1_error", _on_training_images)

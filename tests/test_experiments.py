@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import weight_files
 from runners import CIFAR10, ROOT
-from scipy import stats
 
 from alexnet_jax import VARIANTS, activations, data
 from alexnet_jax.config import as_json, check_config, check_data
@@ -22,33 +21,19 @@ from alexnet_jax.data.in_memory import load
 from alexnet_jax.errors import UserError
 from alexnet_jax.setup import build_model
 from alexnet_jax.workdir import WorkdirError
-from experiments import ablations, comparison, filters, finetuning, relu_vs_tanh, retrieval, study, summary, variants
+from experiments import ablations, filters, finetuning, relu_vs_tanh, remarks, retrieval, study, summary
 
 STUDY = study.Study(Path("unused"), study.QUICK, "quick", 2, "")
 
 
-def test_the_noise_is_welchs_interval():
-    rng = np.random.default_rng(0)
-    a, b = rng.normal(0, 1, 5), rng.normal(1, 3, 3)
-    interval = stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
-    actual = comparison.compare(a, b)
-    np.testing.assert_allclose([actual.difference - actual.noise, actual.difference + actual.noise], interval)
-    interval = stats.ttest_1samp(a[:3] - b, 0).confidence_interval(0.95)
-    actual = comparison.compare_paired(a[:3], b)
-    np.testing.assert_allclose([actual.difference - actual.noise, actual.difference + actual.noise], interval)
-
-
-def test_a_verdict_needs_more_than_the_noise():
-    assert comparison.compare([1, 1.1, 0.9], [2, 2.1, 1.9]).verdict(claimed=-1) == "holds"
-    assert comparison.compare([1, 1.1, 0.9], [2, 2.1, 1.9]).verdict(claimed=+1) == "contradicted"
-    assert comparison.compare([1, 2, 3], [2, 3, 4]).verdict(claimed=-1) == "within the noise"
-    assert comparison.compare([1, 1], [1, 1]).verdict(claimed=-1) == "within the noise"
-    assert comparison.compare([float("nan"), 1], [1, 1]).verdict(claimed=-1) == "within the noise"
-    with pytest.raises(ValueError, match="at least two"):
-        comparison.compare([1], [1, 2])
-
-
-@pytest.mark.parametrize("fields", [{}, dict(lrn=False, dropout=0.0), dict(ablations.FOUR, activation="tanh")])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        dict(lrn=False, dropout=0.0),
+        dict(towers=1, widths=(32, 32, 64, 0, 0, 0, 0), stem=(5, 1, 2), activation="tanh"),
+    ],
+)
 def test_every_network_starts_at_the_same_scale(fields):
     config = STUDY.config(**fields)
     config.kernel_std = study.kernel_std(config)
@@ -115,25 +100,6 @@ def test_relu_against_tanh(relu, tanh, words, verdict, tmp_path):
     relu_vs_tanh.plot(records, tmp_path / "plot.png")
 
 
-def test_ablations(tmp_path):
-    def runs(errors, train_errors, validation, **more):
-        pairs = zip(errors, train_errors, strict=True)
-        return [
-            dict(test_top1_error=e, train_top1_error=t, validation=validation, curve=[(1, t)], **more) for e, t in pairs
-        ]
-
-    whole = runs((0.30, 0.31, 0.29), (0.2, 0.2, 0.2), [0.6, 0.5, 0.4, 0.3], ten_crop_top1_error=0.25)
-    without = runs((0.35, 0.36, 0.34), (0.05, 0.05, 0.05), [0.5, 0.4, 0.35, 0.35])
-    records = {"parts": ["dropout", "ten_crop"], ablations.FULL: whole, "no dropout": without}
-    actual = ablations.judge(records)
-    assert set(actual) == {"dropout", "dropout_overfitting", "dropout_slower", "ten_crop"}
-    assert all(finding.verdict == "holds" for finding in actual.values())
-    assert "30.0 ± 1.0 with, 35.0 ± 1.0 without (%): −5.00" in actual["dropout"].ours
-    assert "10.0 ± 1.0 with, 30.0 ± 1.0 without (points)" in actual["dropout_overfitting"].ours
-    assert "3.0 ± 0.0 without, 4.0 ± 0.0 with (epochs to 35.0 %)" in actual["dropout_slower"].ours
-    ablations.plot(records, tmp_path / "plot.png")
-
-
 def test_colorfulness_and_specialization():
     rng = np.random.default_rng(0)
     gray = rng.normal(size=(5, 5, 1, 8)).repeat(3, axis=2)
@@ -150,27 +116,27 @@ def test_colorfulness_and_specialization():
     assert filters.judge({"runs": runs[:2]})["specialized"].verdict == "holds"
 
 
-def test_retrieval_and_variants_judge():
+def test_retrieval_judge():
     runs = [dict(precision_fc7=p, precision_pixels=0.3) for p in (0.6, 0.62, 0.58)]
     actual = retrieval.judge({"runs": runs})["retrieval"]
     assert actual.verdict == "holds" and "60.0 ± 2.0 %" in actual.ours and "30.0 % by pixels" in actual.ours
-    errors = {"paper": (0.3, 0.31, 0.32), "source2012": (0.3, 0.31, 0.33), "caffe": (0.5, 0.51, 0.52)}
-    actual = variants.judge({name: [dict(test_top1_error=e) for e in of] for name, of in errors.items()})
-    assert actual["source2012"].verdict == "within the noise" and actual["caffe"].verdict == "no: worse"
 
 
 def test_the_table_comes_from_the_results(tmp_path):
     empty = summary.table(tmp_path)
-    modules = ablations, filters, relu_vs_tanh, retrieval, variants
-    assert empty.count("not run yet") == sum(len(module.CLAIMS) for module in modules)
-    document = {"budget": "reduced", "of_budget": "5 images, 1 epochs", "seeds": 3, "device": "a CPU", "date": "today",
-                "seconds": 60, "findings": {"retrieval": {"ours": "61.7 %", "verdict": "holds"}}}  # fmt: skip
-    (tmp_path / "retrieval.json").write_text(json.dumps(document))
+    assert empty.count("not run yet") == sum(len(module.CLAIMS) for module in summary.MODULES)
+    runs = [{"test_top1_error": 0.4, "train_top1_error": 0.3, "curve": [(1, 0.5)]}] * 5
+    runs = runs[:4] + [{"test_top1_error": 0.41, "train_top1_error": 0.3, "curve": [(1, 0.5)]}]
+    others = [{"test_top1_error": 0.5 + i / 500, "train_top1_error": 0.3, "curve": [(1, 0.5)]} for i in range(5)]
+    records = {network: others for network in remarks.NETWORKS} | {ablations.FULL: runs}
+    document = {"budget": "reduced", "of_budget": "5 images, 1 epochs", "seeds": 5, "device": "a CPU", "date": "today",
+                "seconds": 60, "jax": "1.2", "commit": "abc", "records": records}  # fmt: skip
+    (tmp_path / "remarks.json").write_text(json.dumps(document))
     text = summary.table(tmp_path)
-    row = next(row for row in text.splitlines() if "61.7 %" in row)
-    assert "| holds |" in row and "(results/retrieval.png)" in row
-    assert "`python -m experiments.retrieval --workdir DIR --budget=reduced --seeds=3`: " in text
-    assert "reduced budget (5 images, 1 epochs), 3 seeds, a CPU, 1 min, today" in text
+    row = next(row for row in text.splitlines() if "40.2 ± 0.4 % with, 50.4 ± 0.3 without: −10.20" in row)
+    assert "| 5 | 1.00 for −1 | holds |" in row and "(results/remarks.png)" in row
+    assert "`python -m experiments.remarks --workdir DIR --budget=reduced --seeds=5`: " in text
+    assert "reduced budget (5 images, 1 epochs), 5 seeds, a CPU, JAX 1.2, commit abc, 1 min, today" in text
 
 
 def test_the_readme_holds_the_table_of_the_results():
@@ -182,11 +148,12 @@ def experiment(name, *flags):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
 
 
-@pytest.mark.parametrize("seeds,keys", [(2, {"lrn_four_layers"}), (3, {"dropout", "dropout_slower"})])
-def test_few_seeds_and_parts_are_no_result(tmp_path, seeds, keys):
-    document = {"budget": "reduced", "seeds": seeds, "findings": dict.fromkeys(keys)}
-    (tmp_path / "ablations.json").write_text(json.dumps(document))
-    with pytest.raises(UserError, match="ablations.json: expected 3 seeds or more and all claims"):
+@pytest.mark.parametrize("seeds,parts", [(2, ["lrn", "pooling", "lighting", "towers", "averages"]), (10, ["lrn"])])
+def test_few_seeds_and_parts_are_no_result(tmp_path, seeds, parts):
+    networks = {name: [{"test_top1_error": 0.4 + i / 100} for i in range(seeds)] for name in ablations.NETWORKS}
+    records = {"parts": parts, "networks": networks, "averaged": {}}
+    (tmp_path / "ablations.json").write_text(json.dumps({"budget": "reduced", "seeds": seeds, "records": records}))
+    with pytest.raises(UserError, match="ablations.json: expected 10 seeds or more and all claims"):
         summary.collect(tmp_path, tmp_path)
 
 
@@ -208,7 +175,7 @@ def test_it_runs_resumes_and_reports(tmp_path):
     flags = ["filters", f"--workdir={tmp_path}", "--quick", "--seeds=2", f"--data_dir={CIFAR10}"]
     done = experiment(*flags)
     assert done.returncode == 0, done.stdout + done.stderr
-    for word in ("seven-by-seven, seed 1", "step ", "| claim | the paper | measured | verdict |", "Written to"):
+    for word in ("seed 1", "step ", "| claim | the paper | measured | n | power | verdict |", "Written to"):
         assert word in done.stdout
     quick = tmp_path / "quick"
     first = json.loads((quick / "filters.json").read_text())
@@ -219,7 +186,7 @@ def test_it_runs_resumes_and_reports(tmp_path):
     again = experiment(*flags)
     assert again.returncode == 0 and "step " not in again.stdout
     second = json.loads((quick / "filters.json").read_text())
-    assert second["records"] == first["records"] and second["findings"] == first["findings"]
+    assert second["records"] == first["records"] and {"commit", "jax"} <= set(second)
 
 
 @pytest.mark.parametrize("name,flags,words", [
@@ -239,7 +206,9 @@ def test_an_error_names_its_own_cause(tmp_path, monkeypatch, raised):
     def run(study):
         raise raised
 
-    module = SimpleNamespace(__spec__=SimpleNamespace(name="experiments.fails"), __doc__="Fails.", BUDGETS={}, run=run)
+    module = SimpleNamespace(
+        __spec__=SimpleNamespace(name="experiments.fails"), __doc__="Fails.", BUDGETS={}, SEEDS=2, run=run
+    )
     monkeypatch.setattr(sys, "argv", ["fails", f"--workdir={tmp_path}", "--quick"])
     with pytest.raises(SystemExit) as stop:
         study.main(module)
