@@ -64,7 +64,8 @@ class Run:
     @cached_property
     def params(self) -> Any:
         """The parameters, on a device."""
-        return jax.device_put(self.weights.params)
+        with jax.ensure_compile_time_eval():  # arrays, also where `jax.jit` traces the first use
+            return jax.device_put(self.weights.params)
 
     @property
     def preprocess(self) -> Preprocess:

@@ -60,6 +60,17 @@ def test_equal_calls_compile_once_and_an_empty_batch_is_empty(trained, opened):
     assert opened.activations(images[:0]).shape == (0, 32)
 
 
+def test_the_parameters_may_be_read_first_in_a_jitted_function(trained):
+    opened = run.open_run(trained)
+    images = opened.load("test[:3]").images
+
+    @jax.jit
+    def logits(images):
+        return opened.model.apply({"params": opened.params}, opened.preprocess.center_crop(images))
+
+    np.testing.assert_allclose(jax.nn.softmax(logits(images)), opened.predict(images), rtol=1e-4, atol=1e-6)
+
+
 def test_a_corrupt_checkpoint_is_named_and_left_alone(trained, tmp_path):
     copy = shutil.copytree(trained, tmp_path / "copy")
     corrupt(largest_file(copy / "checkpoints" / "40"))
