@@ -9,11 +9,13 @@ from typing import Any
 from alexnet_jax import tables
 from alexnet_jax.errors import UserError, errors_on_one_line
 from alexnet_jax.runtime.files import replaced
-from experiments import ablations, claims, filters, relu_vs_tanh, retrieval, variants
+from experiments import ablations, claims, dropout_time, filters, overfitting, relu_vs_tanh, retrieval, variants
 from experiments.command import write_text
 
 EXPERIMENTS = {
     "relu_vs_tanh": relu_vs_tanh,
+    "overfitting": overfitting,
+    "dropout_time": dropout_time,
     "ablations": ablations,
     "filters": filters,
     "retrieval": retrieval,
