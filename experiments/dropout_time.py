@@ -17,7 +17,7 @@ from experiments.claims import Claim, Finding
 from experiments.command import save_figure
 from experiments.comparison import compare_paired, spread
 from experiments.study import Budget, Study, main
-from experiments.style import BLUE, ORANGE, WIDTH, plot_runs, styled
+from experiments.style import BLUE, GRAY, ORANGE, WIDTH, plot_runs, styled
 
 CLAIMS = (
     Claim("dropout_time", "Dropout roughly doubles the number of iterations required to converge (4.2)", "about twice",
@@ -76,7 +76,7 @@ def judge(records: dict[str, Any]) -> dict[str, Finding]:
 
 @styled
 def plot(records: dict[str, Any], path: Path) -> None:
-    """Plot the validation error, means over the seeds with bands, and the time to converge of each run."""
+    """Plot the validation error, means over the seeds with bands, and the time to converge of each run and their mean."""
     figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
     axes = figure.subplots()
     middles = running_means(records["epochs"]).tolist()
@@ -85,7 +85,7 @@ def plot(records: dict[str, Any], path: Path) -> None:
         plot_runs(axes, middles, errors, color=color, linestyle=style, label=form)
         times = [time_to_converge(records["epochs"], record["validation"])[0] for record in records[form]]
         reached = [y[middles.index(time)] for time, y in zip(times, errors, strict=True)]
-        axes.plot(times, reached, "o", color=color, markersize=5, label=f"{form}: within 1 point of the lowest error")
+        axes.plot(times, reached, "o", color=color, markersize=5)
         mean = float(np.exp(np.mean(np.log(times))))
         axes.axvline(mean, color=color, linestyle=":", linewidth=1)
         axes.annotate(
@@ -93,7 +93,8 @@ def plot(records: dict[str, Any], path: Path) -> None:
             textcoords="offset points", color=color, fontsize=8,
         )  # fmt: skip
     axes.set(xlabel="epochs", ylabel="validation error (%)", xlim=(0, None))
-    axes.legend()
+    axes.plot([], [], "o", color=GRAY, markersize=5, label="a run is within 1 point of its lowest error")
+    axes.legend(loc="center right", frameon=True, framealpha=1, edgecolor="none")
     save_figure(figure, path)
 
 

@@ -17,7 +17,7 @@ from experiments.claims import Claim, Finding
 from experiments.command import save_figure
 from experiments.comparison import Comparison, contrast, percent, spread
 from experiments.study import Budget, Study, main
-from experiments.style import BLUE, GRAY, ORANGE, WIDTH, plot_runs, styled
+from experiments.style import BLUE, GRAY, ORANGE, WIDTH, label_panels, plot_runs, styled
 
 OVERFITS = "“substantial overfitting” without"
 CLAIMS = (
@@ -117,14 +117,15 @@ def judge(records: dict[str, Any]) -> dict[str, Finding]:
 
 @styled
 def plot(records: dict[str, Any], path: Path) -> None:
-    """Plot the training and validation error of every form, means over the seeds, and below them the effects.
+    """Plot the training and validation error of every form, means over the seeds, and below them the main effects.
 
-    The dots are the error on the training images after the training, on the center crop without dropout.
+    The dots are the error on the training images at the end, on the center crop without dropout; test minus this error
+    is the gap. The intervals are those of 95 %.
     """
     figure = Figure(figsize=(WIDTH, 4.8), layout="constrained")
     curves, effects = figure.subfigures(2, 1, height_ratios=(2.7, 1.7))
-    panels = curves.subplots(1, 4, sharey=True)
-    for axes, (dropout, augmentation) in zip(panels, itertools.product((True, False), repeat=2), strict=True):
+    panels = [*curves.subplots(1, 4, sharey=True), *effects.subplots(1, 2, sharey=True)]
+    for axes, (dropout, augmentation) in zip(panels[:4], itertools.product((True, False), repeat=2), strict=True):
         for pooling, color in ((True, BLUE), (False, ORANGE)):
             form = Form(dropout, augmentation, pooling)
             runs, epochs = records["forms"][str(form)], records["epochs"]
@@ -135,24 +136,23 @@ def plot(records: dict[str, Any], path: Path) -> None:
             plot_runs(axes, x, y, color=color, label=f"validation, z = {form.window}")
             axes.plot(
                 [epochs], np.mean(percent(runs, "train_top1_error")), "o", color=color, markersize=4, clip_on=False,
-                label=f"training images, z = {form.window}",
+                label=f"training images at the end, z = {form.window}",
             )  # fmt: skip
         axes.set(title=f"{_named('dropout', dropout)},\n{_named('augmentation', augmentation)}", xlabel="epochs")
-        axes.set(ylim=(0, None), xlim=(0, epochs))
+        axes.set(ylim=(0, None), xlim=(0, epochs), xticks=(0, epochs / 2, epochs))
     panels[0].set_ylabel("error (%)")
     curves.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    factors = ("dropout", "augmentation", "pooling")
-    panels = effects.subplots(1, 2, sharey=True)
-    for axes, title, values in zip(
-        panels, ("test − training error (points)", "test error (points)"), (gaps(records), errors(records)), strict=True
-    ):
+    measures = {"test − training error": gaps(records), "test error": errors(records)}
+    factors = {"dropout": "dropout", "augmentation": "augmentation", "pooling": "overlapping pooling"}
+    for axes, (measure, values) in zip(panels[4:], measures.items(), strict=True):
         axes.axvline(0, color=GRAY, linewidth=0.8)
         for row, factor in enumerate(factors):
             effect = main_effect(values, factor)
             axes.errorbar(effect.difference, row, xerr=effect.noise, fmt="o", color=BLUE, markersize=5, capsize=3)
-        axes.set(xlabel=f"effect on {title}", ylim=(2.5, -0.5))
+        axes.set(xlabel=f"effect on {measure} (points)", ylim=(2.5, -0.5))
         axes.grid(axis="y", visible=False)
-    panels[0].set_yticks(range(3), ("dropout", "augmentation", "overlapping pooling"))
+    panels[4].set_yticks(range(3), factors.values())
+    label_panels([panels[0], *panels[4:]])
     save_figure(figure, path)
 
 

@@ -131,7 +131,7 @@ def ratio(relu: Times, tanh: Times) -> str:
     if relu.never and tanh.never:
         return "–"
     bound = "over " if tanh.never else "under " if relu.never else ""
-    return f"{bound}{np.exp(np.mean(np.log(tanh.epochs) - np.log(relu.epochs))):.2g}"
+    return f"{bound}{np.exp(np.mean(np.log(tanh.epochs) - np.log(relu.epochs))):.2f}"
 
 
 def judge(records: dict[str, Any]) -> dict[str, Finding]:
