@@ -76,7 +76,7 @@ def judge(records: dict[str, Any]) -> dict[str, Finding]:
 
 @styled
 def plot(records: dict[str, Any], path: Path) -> None:
-    """Plot the validation error, means over the seeds with bands, and the time to converge of each run and their mean."""
+    """Plot the validation error, means over the seeds with bands, and the times to converge with their mean."""
     figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
     axes = figure.subplots()
     middles = running_means(records["epochs"]).tolist()
