@@ -15,7 +15,7 @@ from experiments.claims import Claim, Finding
 from experiments.command import save_figure
 from experiments.comparison import compare_paired, percent, spread
 from experiments.study import Study, main
-from experiments.style import BLUE, ORANGE, WIDTH, label_panels, styled
+from experiments.style import BLUE, ORANGE, WIDTH, label_panels, plot_runs, styled
 
 BUDGETS, SEEDS = ablations.BUDGETS, 5
 CLAIMS = (
@@ -89,9 +89,8 @@ def plot(records: dict[str, Any], path: Path) -> None:
                 errors = [[100 * error for _, error in record["curve"]] for record in records[network]]
             else:
                 errors = [[100 * error for error in record["validation"]] for record in records[network]]
-                epochs = range(1, len(errors[0]) + 1)
-            axes.plot(epochs, np.mean(errors, axis=0), color=color, label=network)
-            axes.fill_between(epochs, np.min(errors, axis=0), np.max(errors, axis=0), color=color, alpha=0.2, lw=0)
+                epochs = list(range(1, len(errors[0]) + 1))
+            plot_runs(axes, epochs, errors, color=color, label=network)
         axes.set(title=title, xlabel="epochs", ylabel=f"{kind} error (%)")
         axes.legend()
     label_panels(panels)

@@ -134,7 +134,7 @@ class Study:
                 raise WorkdirError(f"{folder / CONFIG} is corrupt; delete {folder}") from None
         config.kernel_std = self._std[arm] = self._std.get(arm) or config.kernel_std or kernel_std(config)
         if not (folder / RESULT).exists():
-            print(f"\n{arm}, seed {seed}: {self.budget}", flush=True)
+            print(f"\n{arm}, seed {seed}: {self.budget._replace(epochs=config.num_epochs)}", flush=True)
         result = train_and_evaluate(config, folder)
         self.seconds += result["seconds"]  # with those before an interruption
         lines = read_json_lines(folder / METRICS)

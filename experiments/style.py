@@ -33,6 +33,19 @@ styled = matplotlib.rc_context({
 })  # fmt: skip
 
 
+def plot_runs(axes: Axes, x: list[float], runs: list[list[float]], **options) -> None:
+    """Plot the mean of some runs as a line, and a band from the lowest to the highest run.
+
+    Args:
+      x: [points].
+      runs: [runs, points].
+      options: of `Axes.plot`.
+    """
+    points = list(zip(*runs, strict=True))
+    (line,) = axes.plot(x, [sum(values) / len(values) for values in points], **options)
+    axes.fill_between(x, list(map(min, points)), list(map(max, points)), color=line.get_color(), alpha=0.2, linewidth=0)
+
+
 def label_panels(axes: list[Axes]) -> None:
     """Write a, b, c … above the left corner of the panels of a picture."""
     for letter, axis in zip("abcdefgh", axes, strict=False):

@@ -9,10 +9,21 @@ from typing import Any
 from alexnet_jax import tables
 from alexnet_jax.errors import UserError, errors_on_one_line
 from alexnet_jax.runtime.files import replaced
-from experiments import ablations, claims, depth, filters, relu_vs_tanh, remarks, retrieval, variants
+from experiments import (
+    ablations,
+    claims,
+    depth,
+    dropout_time,
+    filters,
+    overfitting,
+    relu_vs_tanh,
+    remarks,
+    retrieval,
+    variants,
+)
 from experiments.command import write_text
 
-MODULES = (relu_vs_tanh, ablations, depth, remarks, filters, retrieval, variants)
+MODULES = (relu_vs_tanh, ablations, depth, overfitting, dropout_time, remarks, filters, retrieval, variants)
 EXPERIMENTS = {module.__name__.split(".")[-1]: module for module in MODULES}
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

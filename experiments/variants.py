@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from matplotlib.figure import Figure
 
 from alexnet_jax import VARIANTS
@@ -19,7 +18,7 @@ from experiments.claims import Claim, Finding
 from experiments.command import save_figure
 from experiments.comparison import contrast, percent, spread
 from experiments.study import Study, main
-from experiments.style import BLUE, GREEN, ORANGE, WIDTH, styled
+from experiments.style import BLUE, GREEN, ORANGE, WIDTH, plot_runs, styled
 
 BUDGETS, SEEDS = ablations.BUDGETS, 10
 CLAIMS = (
@@ -64,10 +63,8 @@ def plot(records: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(0.7 * WIDTH, 3.2), layout="constrained")
     axes = figure.subplots()
     for name, color in COLORS.items():
-        errors = 100 * np.array([record["validation"] for record in records[name]])
-        epochs = range(1, errors.shape[1] + 1)
-        axes.plot(epochs, errors.mean(axis=0), color=color, label=name)
-        axes.fill_between(epochs, errors.min(axis=0), errors.max(axis=0), color=color, alpha=0.2, linewidth=0)
+        errors = [[100 * error for error in record["validation"]] for record in records[name]]
+        plot_runs(axes, list(range(1, len(errors[0]) + 1)), errors, color=color, label=name)
     axes.set(xlabel="epochs", ylabel="validation error (%)")
     axes.legend()
     save_figure(figure, path)

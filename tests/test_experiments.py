@@ -21,7 +21,7 @@ from alexnet_jax.data.in_memory import load
 from alexnet_jax.errors import UserError
 from alexnet_jax.setup import build_model
 from alexnet_jax.workdir import WorkdirError
-from experiments import ablations, filters, finetuning, relu_vs_tanh, remarks, retrieval, study, summary
+from experiments import ablations, filters, finetuning, remarks, retrieval, study, summary
 
 STUDY = study.Study(Path("unused"), study.QUICK, "quick", 2, "")
 
@@ -71,33 +71,6 @@ def test_both_pool_windows_make_the_same_maps():
         outputs = jax.eval_shape(lambda p, x, model=model: activations(model, p, x), params, image)
         shapes.append({name: x.shape for name, x in outputs.items()})
     assert shapes[0] == shapes[1] and shapes[0]["pool5"][1] == 2
-
-
-def test_epochs_to_an_error():
-    curve = [(0.5, 0.9), (1.0, 0.5), (1.5, 0.3), (2.0, 0.4), (2.5, 0.1)]
-    assert relu_vs_tanh.epochs_to(0.5, curve) == pytest.approx(1.0)
-    assert relu_vs_tanh.epochs_to(0.4, curve) == pytest.approx(1.25)
-    assert relu_vs_tanh.epochs_to(0.95, curve) == 0.5 and relu_vs_tanh.epochs_to(0.05, curve) == np.inf
-
-
-def line(epochs_to_quarter, epochs=8):
-    """A curve that falls straight to 25 % error."""
-    return {"curve": [(e, max(0.0, 1 - 0.75 * e / epochs_to_quarter)) for e in range(1, epochs + 1)]}
-
-
-@pytest.mark.parametrize("relu,tanh,words,verdict", [
-    ((2.0, 2.2, 1.8), (6.0, 6.2, 5.8), ("2.0 ± 0.2", "6.0 ± 0.2", ": 3.0 times"), "holds"),
-    ((3.0, 4.0, 2.0), (3.0, 2.0, 4.0), (": 1.0 times",), "within the noise"),
-    ((2.0, 2.2, 1.8), (6.0, 20.0, 20.0), ("tanh over 8 epochs in 2 of 3 runs", "over 3.7 times"), "holds"),
-    ((20.0, 1.0, 1.0), (6.0, 6.0, 6.0), ("not reached in 8 epochs", "ReLU 0%"), "not decided: too few epochs"),
-    ((20.0, 20.0, 20.0), (4.0, 4.2, 3.8), ("ReLU over 8 epochs", "under 0.5 times"), "contradicted"),
-])  # fmt: skip
-def test_relu_against_tanh(relu, tanh, words, verdict, tmp_path):
-    start = {"rates": {"relu": 0.1, "tanh": 0.01}, "relu": [line(x) for x in relu], "tanh": [line(x) for x in tanh]}
-    records = {"budget_epochs": 8, "paper": start, "unit": start}
-    actual = relu_vs_tanh.judge(records)["paper"]
-    assert actual.verdict == verdict and all(word in actual.ours for word in words), actual
-    relu_vs_tanh.plot(records, tmp_path / "plot.png")
 
 
 def test_colorfulness_and_specialization():
@@ -163,11 +136,6 @@ def test_a_corrupt_run_is_named(tmp_path):
     (folder / "config.json").write_text('{"a": 1}')
     with pytest.raises(WorkdirError, match="arm/seed0/config.json is corrupt; delete"):
         study.Study(tmp_path, study.QUICK, "quick", 2, "").train("arm", STUDY.config(), 0)
-
-
-def test_the_error_of_an_epoch_is_its_mean():
-    curve = [(0.5, 0.8), (1.0, 0.6), (1.5, 0.5), (2.0, 0.3)]
-    assert relu_vs_tanh.by_epoch(curve) == [(1, pytest.approx(0.7)), (2, pytest.approx(0.4))]
 
 
 @pytest.mark.skipif(not CIFAR10.exists(), reason="no prepared CIFAR-10 in $ALEXNET_TEST_DATA")
