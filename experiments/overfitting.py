@@ -28,7 +28,7 @@ CLAIMS = (
     Claim("pooling_gap", "Overlapping pooling (z = 3, s = 2) reduces that gap against z = s = 2 (3.4)",
           "“slightly more difficult to overfit”", -1.0),
 )  # fmt: skip
-# Half of the widths on a CPU: at the full ones, forty runs would take most of a day on two cores.
+# Half of the widths on a CPU: the forty runs at the full ones would take hours on two cores.
 BUDGETS = {"full": Budget(5000, 100), "reduced": Budget(5000, 100, shrink=2)}
 SEEDS = 5
 EVAL_EPOCHS = 5  # between two validations
