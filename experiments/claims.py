@@ -21,11 +21,18 @@ class Claim(NamedTuple):
     ratio: bool = False  # whether `effect` and the difference are logarithms of ratios
 
 
+class PValue(NamedTuple):
+    """A test without an estimate; what it finds has the claimed sign."""
+
+    p: float
+    n: int  # independent units
+
+
 class Finding(NamedTuple):
     """What was measured for a claim."""
 
     text: str  # the means of both forms, with their unit
-    comparison: Comparison | None  # None: there is no estimate, for the reason in `text`
+    comparison: Comparison | PValue | None  # None: neither an estimate nor a test, for the reason in `text`
 
 
 def difference(claim: Claim, comparison: Comparison) -> str:
@@ -38,7 +45,7 @@ def difference(claim: Claim, comparison: Comparison) -> str:
     return f"{middle:.2f} times ({low:.2f} to {high:.2f})"
 
 
-def verdict(claim: Claim, comparison: Comparison | None, p: float) -> str:
+def verdict(claim: Claim, comparison: Comparison | PValue | None, p: float) -> str:
     """Return the verdict on a claim.
 
     Args:
@@ -46,6 +53,8 @@ def verdict(claim: Claim, comparison: Comparison | None, p: float) -> str:
     """
     if comparison is None:
         return "not measured"
+    if isinstance(comparison, PValue):
+        return "holds" if p < ALPHA else "not decided"
     if claim.equal:
         if abs(comparison.difference) + comparison.noise < abs(claim.effect):
             return "holds"
@@ -69,6 +78,8 @@ def rows(findings: Sequence[tuple[Claim, Finding | None]]) -> list[tuple[str, ..
             table.append((claim.text, claim.paper, "not run yet", "", "", ""))
         elif (comparison := finding.comparison) is None:
             table.append((claim.text, claim.paper, finding.text, "", "", "not measured"))
+        elif isinstance(comparison, PValue):
+            table.append((claim.text, claim.paper, finding.text, str(comparison.n), "", verdict(claim, comparison, p)))
         else:
             measured = f"{finding.text}: {difference(claim, comparison)}"
             power = comparison.power(claim.effect, ALPHA / len(findings))
