@@ -204,10 +204,8 @@ def _show(axis: Axes, image: np.ndarray, title: str, color: str = "black", size:
     axis.axis("off")
 
 
-def _bars(
-    axis: Axes, probabilities: np.ndarray, names: Sequence[str], label: int | None, size: float = 8
-) -> None:
-    """Show the five most probable classes with their probabilities, the most probable on top; the correct one is red."""
+def _bars(axis: Axes, probabilities: np.ndarray, names: Sequence[str], label: int | None, size: float = 8) -> None:
+    """Show the five most probable classes and their probabilities, the largest on top; the correct one is red."""
     top = np.argsort(-probabilities)[:5]
     axis.axis("on")
     axis.barh(range(len(top)), probabilities[top], color=["salmon" if i == label else "lightblue" for i in top])

@@ -117,8 +117,12 @@ def plot(records: dict[str, Any], path: Path) -> None:
             x = column + 0.36 * (tower - 0.5)
             spread = x + random.uniform(-0.09, 0.09, len(values))
             label = None if column else f"tower {tower}"
-            axes.plot(spread, values, "o", color=COLORS[tower], alpha=0.5, markersize=3.5, markeredgewidth=0, label=label)
-            axes.plot(x, values.mean(), "_", color="black", markersize=14, label=None if column or not tower else "mean")
+            axes.plot(
+                spread, values, "o", color=COLORS[tower], alpha=0.5, markersize=3.5, markeredgewidth=0, label=label
+            )
+            axes.plot(
+                x, values.mean(), "_", color="black", markersize=14, label=None if column or not tower else "mean"
+            )
     axes.set_xticks(range(len(runs)), [f"seed {r['seed']}\np = {r['chance']:.2g}" for r in runs])
     axes.set(ylabel="colorfulness of a kernel", ylim=(0, 1), xlim=(-0.5, len(runs) - 0.5))
     axes.grid(axis="x", visible=False)

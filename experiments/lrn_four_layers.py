@@ -64,7 +64,7 @@ def run(study: Study) -> dict[str, Any]:
     for seed in study.seeds:
         for form, lrn in FORMS.items():
             path = study.workdir / study.label / f"four-layers-{form.replace(' ', '-')}" / f"seed{seed}.json"
-            record = _stored(path, study)
+            record = stored(path, study)
             if record is None:
                 print(f"\nfour layers {form}, seed {seed}: {study.budget}", flush=True)
                 record = _train(task(train, round(study.budget.epochs), lrn), round(study.budget.epochs), seed, test)
@@ -75,7 +75,7 @@ def run(study: Study) -> dict[str, Any]:
     return records
 
 
-def _stored(path: Path, study: Study) -> dict[str, Any] | None:
+def stored(path: Path, study: Study) -> dict[str, Any] | None:
     """Return the record of a finished run, or None; raises WorkdirError if it is corrupt or of another budget."""
     if not path.exists():
         return None

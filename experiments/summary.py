@@ -9,14 +9,16 @@ from typing import Any
 from alexnet_jax import tables
 from alexnet_jax.errors import UserError, errors_on_one_line
 from alexnet_jax.runtime.files import replaced
-from experiments import ablations, claims, filters, relu_vs_tanh, retrieval, variants
+from experiments import ablations, claims, filters, lrn_four_layers, relu_vs_tanh, retrieval, tower_time, variants
 from experiments.command import write_text
 
 EXPERIMENTS = {
     "relu_vs_tanh": relu_vs_tanh,
     "ablations": ablations,
+    "lrn_four_layers": lrn_four_layers,
     "filters": filters,
     "retrieval": retrieval,
+    "tower_time": tower_time,
     "variants": variants,
 }
 HERE = Path(__file__).parent
