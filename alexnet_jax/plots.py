@@ -11,8 +11,11 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from alexnet_jax.runtime.files import read_json_lines, replaced
+
+OTHER_CLASS = "#D55E00"  # of Okabe and Ito's palette, which color-blind readers tell from black
 
 _text = matplotlib.rc_context({"text.usetex": False})  # names are text, also if the user's matplotlibrc sets LaTeX
 
@@ -96,7 +99,7 @@ def plot_retrieval(
 ) -> None:
     """Plot figure 4: test images, their five most probable classes, and their nearest training images.
 
-    The titles of training images of another class are red.
+    The titles of training images of another class are orange.
 
     Args:
       queries, train: images [N, H, W, C] and labels [N] of each; as many queries are shown as `neighbors` has rows.
@@ -110,9 +113,9 @@ def plot_retrieval(
     if pixel_neighbors is not None:
         groups["nearest in pixels"] = pixel_neighbors
         widths += [gap] + [1] * pixel_neighbors.shape[1]
-    side = 0.68  # inches of an image
-    figure = Figure(figsize=(side * sum(widths), (side + 0.2) * rows + 0.3), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
+    side = 0.7  # inches of an image
+    layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
+    figure = Figure(figsize=(side * sum(widths), (side + 0.2) * rows + 0.3), layout=layout)
     grid = figure.add_gridspec(rows + 1, len(widths), width_ratios=widths, height_ratios=[0.12] + [1] * rows)
 
     def header(first: int, last: int, text: str) -> None:
@@ -130,7 +133,7 @@ def plot_retrieval(
         header(column, column + positions.shape[1], text)
         for row, i in np.ndindex(*positions.shape):
             image, label = (x[positions[row, i]] for x in train)
-            color = "black" if label == labels[row] else "tab:red"
+            color = "black" if label == labels[row] else OTHER_CLASS
             _show(figure.add_subplot(grid[row + 1, column + i]), image, names[label], color, size=7)
         column += positions.shape[1] + 1
     _save(figure, path)
@@ -209,6 +212,7 @@ def _bars(axis: Axes, probabilities: np.ndarray, names: Sequence[str], label: in
     top = np.argsort(-probabilities)[:5]
     axis.axis("on")
     axis.barh(range(len(top)), probabilities[top], color=["salmon" if i == label else "lightblue" for i in top])
+    axis.spines[:].set_linewidth(0.5)
     for position, i in enumerate(top):
         axis.text(0.02, position, names[i], va="center", fontsize=size, parse_math=False)
         axis.text(0.98, position, f"{probabilities[i]:.2f}", va="center", ha="right", fontsize=size)

@@ -1,15 +1,17 @@
 """Time of a train step, two towers on two devices against one device: python -m experiments.tower_time --workdir DIR
 
 The compact network with a tower on each of two devices, against the one-GPU network of footnote 2 (conv1 to conv4
-halved) on one of them (section 3.2). Of a CPU, a device is a core: the operations of a device are not split over
-threads. Each round times both, in alternating order, and the collectives of the first alone.
+halved) on one of them (section 3.2). A device of a CPU is a core here: two devices have two, and one device has one.
+Each round times both, in alternating order, and the collectives of the first alone.
 """
 
+import contextlib
 import math
+import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,12 +54,14 @@ def run(study: Study) -> dict[str, Any]:
     """Time both forms in `--seeds` rounds.
 
     Raises:
-      UserError: fewer than two devices, or cores of a CPU.
+      UserError: fewer than two devices, or cores of a CPU, or a CPU without Linux.
     """
     cpu = jax.default_backend() == "cpu"
     devices = min(jax.device_count(), available_cores()) if cpu else jax.device_count()
     if devices < 2:
         raise UserError(f"there is one {'core' if cpu else 'GPU or TPU'}; expected two, one for each tower")
+    if cpu and not hasattr(os, "sched_setaffinity"):
+        raise UserError("the cores of one device cannot be fixed on this system; expected Linux, or two GPUs")
     configs = {"towers": study.config(), "one_gpu": study.config(**ONE_GPU)}
     meshes = {"towers": sharding.make_mesh(data=1, tower=2), "one_gpu": sharding.one_device()}
     calls = {form: _train_step(config, meshes[form]) for form, config in configs.items()}
@@ -69,7 +73,10 @@ def run(study: Study) -> dict[str, Any]:
     steps, start, rounds = max(1, study.budget.images // BATCH), time.monotonic(), []
     for number in study.seeds:
         order = list(calls) if number % 2 else list(calls)[::-1]
-        seconds = {name: _seconds(calls[name], steps) for name in order}
+        seconds = {}
+        for name in order:
+            with on_one_core() if cpu and name == "one_gpu" else contextlib.nullcontext():
+                seconds[name] = _seconds(calls[name], steps)
         rounds.append({"round": number, **{f"{name}_s": seconds[name] for name in calls}})
         times = ", ".join(f"{FORMS[form]} {1000 * seconds[form]:.1f} ms" for form in FORMS)
         print(f"round {number}: {times}", flush=True)
@@ -77,8 +84,25 @@ def run(study: Study) -> dict[str, Any]:
     return {"batch": BATCH, "steps": steps, "received_bytes": sum(c.received for c in minimum), "rounds": rounds}
 
 
+@contextlib.contextmanager
+def on_one_core() -> Iterator[None]:
+    """Let all threads of this process share one core in this block; Linux."""
+    cores = os.sched_getaffinity(0)
+
+    def use(cores):
+        for thread in Path("/proc/self/task").iterdir():
+            with contextlib.suppress(ProcessLookupError):  # it has ended
+                os.sched_setaffinity(int(thread.name), cores)
+
+    use({min(cores)})
+    try:
+        yield
+    finally:
+        use(cores)
+
+
 def _compile(function: Callable, *arguments: Any) -> jax.stages.Compiled:
-    """Return the program of a jitted function, on a CPU with one thread for each device."""
+    """Return the program of a jitted function, on a CPU without operations that are split over threads."""
     options = {"xla_cpu_multi_thread_eigen": False} if jax.default_backend() == "cpu" else None
     return function.lower(*arguments).compile(compiler_options=options)
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -151,6 +152,17 @@ def test_the_ratio_of_times_is_paired_by_round(tmp_path):
     assert row(tower_time, rounds(one_gpu, towers))[-1] == "contradicted"
     tower_time.plot(records, tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes()[:8] == PNG
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="not Linux")
+def test_all_threads_share_one_core_in_the_block():
+    def affinities():
+        return {frozenset(os.sched_getaffinity(int(thread))) for thread in os.listdir("/proc/self/task")}
+
+    before = affinities()
+    with tower_time.on_one_core():
+        assert [len(cores) for cores in affinities()] == [1]
+    assert affinities() == before
 
 
 def test_one_core_is_no_comparison(tmp_path, monkeypatch):
