@@ -98,7 +98,7 @@ def plot(records: dict[str, Any], path: Path) -> None:
     kernels = np.split(np.asarray(runs[0]["kernels"]), 2, axis=-1)
     count = kernels[0].shape[-1]
     columns = next((n for n in (8, 7, 6, 5) if count % n == 0), min(8, count))  # full rows, if there are such
-    figure = Figure(figsize=(style.WIDTH, 4.6), layout="constrained")
+    figure = Figure(figsize=(style.WIDTH, 3.9), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=[1.45, 1])
     pictures = left.subplots(2, 1)
     for tower, axes in enumerate(pictures):
@@ -106,11 +106,7 @@ def plot(records: dict[str, Any], path: Path) -> None:
         axes.set_title(f"conv1, tower {tower} (seed {runs[0]['seed']})", color=COLORS[tower])
         axes.axis("off")
     axes = right.subplots()
-    axes.axhline(RANDOM, color=style.GRAY, linestyle="--", linewidth=1)
-    axes.annotate(
-        "random kernels", (1, RANDOM), xycoords=("axes fraction", "data"), xytext=(0, 2), textcoords="offset points",
-        ha="right", color=style.GRAY, fontsize=7,
-    )  # fmt: skip
+    axes.axhline(RANDOM, color=style.GRAY, linestyle="--", linewidth=1, label="random kernels")
     random = np.random.default_rng(0)
     for column, record in enumerate(runs):
         for tower, values in enumerate(towers(record)):
@@ -126,7 +122,7 @@ def plot(records: dict[str, Any], path: Path) -> None:
     axes.set_xticks(range(len(runs)), [f"seed {r['seed']}\np = {r['chance']:.2g}" for r in runs])
     axes.set(ylabel="colorfulness of a kernel", ylim=(0, 1), xlim=(-0.5, len(runs) - 0.5))
     axes.grid(axis="x", visible=False)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower right", ncols=3)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower right", ncols=4)
     save_figure(figure, path)
 
 

@@ -133,6 +133,7 @@ def plot(records: dict[str, Any], path: Path) -> None:
         left.plot(epochs, errors.mean(axis=0), color=COLORS[form], label=form)
         left.fill_between(epochs, errors.min(axis=0), errors.max(axis=0), color=COLORS[form], alpha=0.2, linewidth=0)
     left.set(xlabel="epoch", ylabel="error in training (%)")
+    left.xaxis.get_major_locator().set_params(integer=True)
     left.legend()
     pairs = np.array([percent(runs, "ten_crop_top1_error") for runs in records.values()])
     right.plot([0, 1], pairs, color=style.GRAY, linewidth=0.8)

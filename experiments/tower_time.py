@@ -166,7 +166,7 @@ def judge(records: dict[str, Any]) -> dict[str, Finding]:
 def plot(records: dict[str, Any], path: Path) -> None:
     """Plot the times of every round, and their ratios with the mean and its interval."""
     rounds = [r["round"] for r in records["rounds"]]
-    figure = Figure(figsize=(style.WIDTH, 2.8), layout="constrained")
+    figure = Figure(figsize=(style.WIDTH, 3.1), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[1.3, 1])
     labels = {**FORMS, "collectives": "of the first: collectives alone"}
     for (name, label), color in zip(labels.items(), (style.BLUE, style.ORANGE, style.GRAY), strict=True):
@@ -184,8 +184,8 @@ def plot(records: dict[str, Any], path: Path) -> None:
     right.set(xlabel="round", ylabel="two towers ÷ one-GPU network")
     for axes in (left, right):
         axes.xaxis.get_major_locator().set_params(integer=True)
-    left.legend(loc="center")
-    right.legend()
+    handles = [handle for axes in (left, right) for handle in axes.get_legend_handles_labels()[0]]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)
     style.label_panels([left, right])
     save_figure(figure, path)
 
