@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from runners import CIFAR10, ROOT
+from runners import CIFAR10, ROOT, follow
 from scipy import stats
 
 from alexnet_jax.errors import UserError
@@ -174,31 +174,35 @@ def test_one_core_is_no_comparison(tmp_path, monkeypatch):
 @pytest.mark.skipif(not CIFAR10.exists(), reason="no prepared CIFAR-10 in $ALEXNET_TEST_DATA")
 def test_an_interrupted_experiment_trains_only_the_missing_runs(tmp_path):
     flags = ["lrn_four_layers", f"--workdir={tmp_path}", "--quick", "--seeds=2", f"--data_dir={CIFAR10}"]
+    command = [sys.executable, "-m", f"experiments.{flags[0]}", *flags[1:]]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    follow(process, "four layers without LRN, seed 1")
+    process.terminate()
+    rest, _ = process.communicate(timeout=100)
+    assert process.returncode == 143 and "stopped by SIGTERM; run the same command to resume" in rest, rest
+    assert "Traceback" not in rest
+    runs = {path: path.read_bytes() for path in (tmp_path / "quick").rglob("seed*.json")}
+    assert len(runs) == 3
     done = experiment(*flags)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("epoch 2 of 2: training error") == 4
-    results = tmp_path / "quick" / "lrn_four_layers.json"
-    first = json.loads(results.read_text())
+    assert done.stdout.count("epoch 2 of 2: training error") == 1
+    assert {path: path.read_bytes() for path in runs} == runs
+    document = json.loads((tmp_path / "quick" / "lrn_four_layers.json").read_text())
+    assert [[r["seed"] for r in document["records"][form]] for form in lrn_four_layers.FORMS] == [[0, 1]] * 2
     assert (tmp_path / "quick" / "lrn_four_layers.png").read_bytes()[:8] == PNG
-    missing = tmp_path / "quick" / "four-layers-without-LRN" / "seed1.json"
-    missing.unlink()  # as after an interruption in the last run
     done = experiment(*flags)
-    assert done.returncode == 0 and done.stdout.count("epoch 2 of 2: training error") == 1
-    second = json.loads(results.read_text())
-    for form in lrn_four_layers.FORMS:
-        assert [r["ten_crop_top1_error"] for r in second["records"][form]] == [
-            r["ten_crop_top1_error"] for r in first["records"][form]
-        ]
-    done = experiment(*flags)
-    assert done.returncode == 0 and "epoch" not in done.stdout.split("quick budget")[0]
-    missing.write_text("{")
-    done = experiment(*flags)
-    assert done.returncode == 1 and done.stderr == f"Error: {missing} is corrupt; delete it\n"
+    assert done.returncode == 0 and "epoch 2 of 2" not in done.stdout
 
 
-def test_a_run_of_another_budget_is_not_reused(tmp_path):
+@pytest.mark.parametrize("text,words", [
+    ('{"budget": "5 images, 1 epochs", "seed": 0}', "is a run of 5 images, 1 epochs, not of 256 images"),
+    ("{", "seed0.json is corrupt; delete it"),
+    ('{"seed": 0}', "seed0.json is corrupt; delete it"),
+])  # fmt: skip
+def test_the_record_of_another_run_is_not_reused(tmp_path, text, words):
     path = tmp_path / "seed0.json"
-    path.write_text(json.dumps({"budget": "5 images, 1 epochs", "seed": 0}))
     of = study.Study(tmp_path, study.QUICK, "quick", 2, "")
-    with pytest.raises(UserError, match="is a run of 5 images, 1 epochs, not of 256 images"):
+    assert lrn_four_layers.stored(path, of) is None
+    path.write_text(text)
+    with pytest.raises(UserError, match=words):
         lrn_four_layers.stored(path, of)
