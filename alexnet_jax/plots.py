@@ -11,8 +11,11 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from alexnet_jax.runtime.files import read_json_lines, replaced
+
+OTHER_CLASS = "#D55E00"  # of Okabe and Ito's palette, which color-blind readers tell from black
 
 _text = matplotlib.rc_context({"text.usetex": False})  # names are text, also if the user's matplotlibrc sets LaTeX
 
@@ -92,25 +95,47 @@ def plot_retrieval(
     neighbors: np.ndarray,
     names: Sequence[str],
     path: Path,
+    pixel_neighbors: np.ndarray | None = None,
 ) -> None:
     """Plot figure 4: test images, their five most probable classes, and their nearest training images.
 
-    The titles of training images of another class are red.
+    The titles of training images of another class are orange.
 
     Args:
       queries, train: images [N, H, W, C] and labels [N] of each; as many queries are shown as `neighbors` has rows.
       probabilities: [Q, K] of the classes `names`.
-      neighbors: positions in `train` [Q, M], as `run.nearest` returns them.
+      neighbors: positions in `train` [Q, M], as `run.nearest` returns them for the activations of fc7.
+      pixel_neighbors: the same for the pixels, [Q, P], shown to the right; None: they are not shown.
     """
     (images, labels), (rows, count) = queries, neighbors.shape
-    figure = Figure(figsize=(1.3 * count + 3.6, 1.45 * rows), layout="constrained")
-    axes = figure.subplots(rows, count + 2, squeeze=False, width_ratios=[1, 1.4] + [1] * count)
-    for row, row_axes in enumerate(axes):
-        _show(row_axes[0], images[row], names[labels[row]])
-        _bars(row_axes[1], probabilities[row], names, labels[row])
-        for axis, position in zip(row_axes[2:], neighbors[row], strict=True):
-            image, label = train[0][position], train[1][position]
-            _show(axis, image, names[label], "black" if label == labels[row] else "tab:red")
+    groups = {"nearest in fc7": neighbors}
+    widths, gap = [1, 1.6] + [1] * count, 0.25  # in images
+    if pixel_neighbors is not None:
+        groups["nearest in pixels"] = pixel_neighbors
+        widths += [gap] + [1] * pixel_neighbors.shape[1]
+    side = 0.7  # inches of an image
+    layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
+    figure = Figure(figsize=(side * sum(widths), (side + 0.2) * rows + 0.3), layout=layout)
+    grid = figure.add_gridspec(rows + 1, len(widths), width_ratios=widths, height_ratios=[0.12] + [1] * rows)
+
+    def header(first: int, last: int, text: str) -> None:
+        axis = figure.add_subplot(grid[0, first:last])
+        axis.axis("off")
+        axis.text(0.5, 0.5, text, ha="center", va="center", fontsize=8, weight="bold")
+
+    header(0, 1, "test image")
+    header(1, 2, "five most likely")
+    for row in range(rows):
+        _show(figure.add_subplot(grid[row + 1, 0]), images[row], names[labels[row]], size=7)
+        _bars(figure.add_subplot(grid[row + 1, 1]), probabilities[row], names, labels[row], size=6.5)
+    column = 2
+    for text, positions in groups.items():
+        header(column, column + positions.shape[1], text)
+        for row, i in np.ndindex(*positions.shape):
+            image, label = (x[positions[row, i]] for x in train)
+            color = "black" if label == labels[row] else OTHER_CLASS
+            _show(figure.add_subplot(grid[row + 1, column + i]), image, names[label], color, size=7)
+        column += positions.shape[1] + 1
     _save(figure, path)
 
 
@@ -170,7 +195,7 @@ def plot_maps(
     _save(figure, path)
 
 
-def _show(axis: Axes, image: np.ndarray, title: str, color: str = "black") -> None:
+def _show(axis: Axes, image: np.ndarray, title: str, color: str = "black", size: float = 9) -> None:
     image = np.asarray(image)
     if image.ndim == 3 and image.dtype != np.uint8:
         image = np.clip(image, 0, 255).astype(np.uint8)
@@ -178,17 +203,19 @@ def _show(axis: Axes, image: np.ndarray, title: str, color: str = "black") -> No
     image = image[..., 0] if image.shape[-1] == 1 else image
     axis.imshow(image, cmap="gray", interpolation="nearest", vmin=low, vmax=high)
     short = title if len(title) <= 24 else f"{title[:10]}…{title[-13:]}"
-    axis.set_title(short, fontsize=9, color=color, parse_math=False)
+    axis.set_title(short, fontsize=size, color=color, parse_math=False, pad=2 * size / 3)
     axis.axis("off")
 
 
-def _bars(axis: Axes, probabilities: np.ndarray, names: Sequence[str], label: int | None) -> None:
-    """Show the five most probable classes, the most probable on top; the correct one is red."""
+def _bars(axis: Axes, probabilities: np.ndarray, names: Sequence[str], label: int | None, size: float = 8) -> None:
+    """Show the five most probable classes and their probabilities, the largest on top; the correct one is red."""
     top = np.argsort(-probabilities)[:5]
     axis.axis("on")
     axis.barh(range(len(top)), probabilities[top], color=["salmon" if i == label else "lightblue" for i in top])
+    axis.spines[:].set_linewidth(0.5)
     for position, i in enumerate(top):
-        axis.text(0.02, position, names[i], va="center", fontsize=8, parse_math=False)
+        axis.text(0.02, position, names[i], va="center", fontsize=size, parse_math=False)
+        axis.text(0.98, position, f"{probabilities[i]:.2f}", va="center", ha="right", fontsize=size)
     axis.set(xlim=(0, 1), ylim=(len(top) - 0.4, -0.6), xticks=[], yticks=[])
 
 

@@ -21,11 +21,18 @@ class Claim(NamedTuple):
     ratio: bool = False  # whether `effect` and the difference are logarithms of ratios
 
 
+class PValue(NamedTuple):
+    """A test without an estimate; what it finds has the claimed sign."""
+
+    p: float
+    n: int  # independent units
+
+
 class Finding(NamedTuple):
     """What was measured for a claim."""
 
     text: str  # the means of both forms, with their unit
-    comparison: Comparison | None  # None: there is no estimate, for the reason in `text`
+    comparison: Comparison | PValue | None  # None: neither an estimate nor a test, for the reason in `text`
 
 
 def difference(claim: Claim, comparison: Comparison) -> str:
@@ -45,7 +52,7 @@ def effect(claim: Claim) -> str:
     return f"{'±' if claim.equal else ''}{claim.effect:{'' if claim.equal else '+'}g}".replace("-", "−")
 
 
-def verdict(claim: Claim, comparison: Comparison | None, p: float) -> str:
+def verdict(claim: Claim, comparison: Comparison | PValue | None, p: float) -> str:
     """Return the verdict on a claim.
 
     "holds" and "contradicted" need p < ALPHA. Otherwise the difference is "smaller than stated", if its interval does
@@ -56,6 +63,8 @@ def verdict(claim: Claim, comparison: Comparison | None, p: float) -> str:
     """
     if comparison is None:
         return "not measured"
+    if isinstance(comparison, PValue):
+        return "holds" if p < ALPHA else "not decided"
     if claim.equal:
         if abs(comparison.difference) + comparison.noise < abs(claim.effect):
             return "holds"
@@ -79,6 +88,8 @@ def rows(findings: Sequence[tuple[Claim, Finding | None]]) -> list[tuple[str, ..
             table.append((claim.text, claim.paper, "not run yet", "", "", ""))
         elif (comparison := finding.comparison) is None:
             table.append((claim.text, claim.paper, finding.text, "", "", "not measured"))
+        elif isinstance(comparison, PValue):
+            table.append((claim.text, claim.paper, finding.text, str(comparison.n), "", verdict(claim, comparison, p)))
         else:
             measured = f"{finding.text}: {difference(claim, comparison)}"
             power = f"{comparison.power(claim.effect, ALPHA / len(findings)):.2f} for {effect(claim)}"

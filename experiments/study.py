@@ -27,6 +27,7 @@ from alexnet_jax.run import Run, open_run
 from alexnet_jax.runtime.compilation_cache import use_compilation_cache
 from alexnet_jax.runtime.files import read_json_lines, replaced, write_json
 from alexnet_jax.runtime.huge_pages import use_huge_pages
+from alexnet_jax.runtime.signals import Stopped, raised_signals
 from alexnet_jax.runtime.workers import available_cores
 from alexnet_jax.setup import build_mesh, build_model
 from alexnet_jax.tables import table
@@ -197,7 +198,7 @@ def main(module: Any) -> None:
     flags = parser.parse_args()
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what it writes
     try:
-        with errors_on_one_line():
+        with errors_on_one_line(), raised_signals():
             if flags.seeds < 2:
                 raise UserError(f"--seeds={flags.seeds}: expected at least 2; one run has no spread")
             parts = flags.only.split(",") if getattr(flags, "only", None) else getattr(module, "PARTS", ())
@@ -210,8 +211,8 @@ def main(module: Any) -> None:
             make_workdir(study.results)
             records = module.run(study, parts) if parts else module.run(study)
             _write(module, name, study, records)
-    except Interrupted as stop:
-        print(stop, flush=True)
+    except (Interrupted, Stopped) as stop:  # in training, or elsewhere
+        print(stop if isinstance(stop, Interrupted) else Interrupted(stop.signal), flush=True)
         sys.exit(128 + stop.signal)
 
 

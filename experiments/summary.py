@@ -15,15 +15,20 @@ from experiments import (
     depth,
     dropout_time,
     filters,
+    lrn_four_layers,
     overfitting,
     relu_vs_tanh,
     remarks,
     retrieval,
+    tower_time,
     variants,
 )
 from experiments.command import write_text
 
-MODULES = (relu_vs_tanh, ablations, depth, overfitting, dropout_time, remarks, filters, retrieval, variants)
+MODULES = (
+    relu_vs_tanh, ablations, lrn_four_layers, depth, overfitting, dropout_time, remarks, filters, retrieval, tower_time,
+    variants,
+)  # fmt: skip
 EXPERIMENTS = {module.__name__.split(".")[-1]: module for module in MODULES}
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

@@ -21,7 +21,7 @@ from alexnet_jax.data.in_memory import load
 from alexnet_jax.errors import UserError
 from alexnet_jax.setup import build_model
 from alexnet_jax.workdir import WorkdirError
-from experiments import ablations, filters, finetuning, remarks, retrieval, study, summary
+from experiments import ablations, finetuning, remarks, study, summary
 
 STUDY = study.Study(Path("unused"), study.QUICK, "quick", 2, "")
 
@@ -71,28 +71,6 @@ def test_both_pool_windows_make_the_same_maps():
         outputs = jax.eval_shape(lambda p, x, model=model: activations(model, p, x), params, image)
         shapes.append({name: x.shape for name, x in outputs.items()})
     assert shapes[0] == shapes[1] and shapes[0]["pool5"][1] == 2
-
-
-def test_colorfulness_and_specialization():
-    rng = np.random.default_rng(0)
-    gray = rng.normal(size=(5, 5, 1, 8)).repeat(3, axis=2)
-    opponent = rng.normal(size=(5, 5, 1, 8)) * np.array([1, -1, 0])[:, None]
-    np.testing.assert_allclose(filters.colorfulness(gray), 0, atol=1e-9)
-    np.testing.assert_allclose(filters.colorfulness(opponent), 1)
-    random = filters.colorfulness(rng.normal(size=(9, 9, 3, 400)))
-    assert random.mean() == pytest.approx(2 / 3, abs=0.01)
-    difference, chance = filters.specialization([0.1, 0.2, 0.15, 0.1, 0.12, 0.9, 0.8, 0.85, 0.95, 0.7])
-    assert difference == pytest.approx(0.706) and chance == pytest.approx(2 / 252, abs=0.003)  # of 10 over 5, two
-    assert filters.specialization(random[:32])[1] > 0.05
-    runs = [dict(colorfulness=[0.1, 0.9], chance=c) for c in (0.01, 0.01, 0.3)]
-    assert filters.judge({"runs": runs})["specialized"].verdict == "in some runs"
-    assert filters.judge({"runs": runs[:2]})["specialized"].verdict == "holds"
-
-
-def test_retrieval_judge():
-    runs = [dict(precision_fc7=p, precision_pixels=0.3) for p in (0.6, 0.62, 0.58)]
-    actual = retrieval.judge({"runs": runs})["retrieval"]
-    assert actual.verdict == "holds" and "60.0 ± 2.0 %" in actual.ours and "30.0 % by pixels" in actual.ours
 
 
 def test_the_table_comes_from_the_results(tmp_path):

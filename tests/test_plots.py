@@ -77,3 +77,26 @@ def test_the_rows_of_filters_are_full(tmp_path, kept, count, rows, columns):
     assert [np.asarray(axis.images[0].get_array()).shape for axis in kept[0].axes] == [
         (4 * rows + 1, 4 * columns + 1, 3)
     ] * 2
+
+
+@pytest.mark.parametrize("pixels", [0, 2])
+def test_retrieval_shows_probabilities_and_neighbors_under_their_headers(tmp_path, kept, pixels):
+    random = np.random.default_rng(0)
+    train = random.integers(0, 256, (9, 8, 8, 3), dtype=np.uint8), np.arange(9) % 3
+    queries = train[0][:2] // 2, train[1][:2]
+    probabilities = np.array([[0.7, 0.2, 0.1], [0.05, 0.9, 0.05]])
+    fc7, nearest = np.array([[3, 4, 5], [1, 7, 8]]), np.array([[8, 6], [5, 4]])
+    by_pixels = nearest if pixels else None
+    plots.plot_retrieval(queries, probabilities, train, fc7, ["cat", "dog", "ship"], tmp_path / "x.png", by_pixels)
+    axes = kept[0].axes
+    headers = [axis.texts[0].get_text() for axis in axes if axis.texts and not axis.patches]
+    expected = ["test image", "five most likely", "nearest in fc7", "nearest in pixels"]
+    assert headers == expected[: 4 if pixels else 3]
+    bars = [[text.get_text() for text in axis.texts] for axis in axes if axis.patches]
+    assert bars == [["cat", "0.70", "dog", "0.20", "ship", "0.10"], ["dog", "0.90", "cat", "0.05", "ship", "0.05"]]
+    shown = [(np.asarray(axis.images[0].get_array()), axis.title) for axis in axes if axis.images]
+    positions = [*fc7.ravel(), *(nearest.ravel() if pixels else [])]
+    for (image, title), position in zip(shown[2:], positions, strict=True):  # after the queries
+        np.testing.assert_array_equal(image, train[0][position])
+        assert title.get_text() == ["cat", "dog", "ship"][position % 3]
+    assert shown[2][1].get_color() == "black" and shown[3][1].get_color() == plots.OTHER_CLASS  # of query 0, a cat

@@ -17,12 +17,11 @@ from alexnet_jax import data
 from alexnet_jax.data.dataset import Dataset
 from alexnet_jax.errors import errors_on_one_line
 from alexnet_jax.optimizer import learning_rate_at, paper_sgd
-from alexnet_jax.preprocess import fit
 from alexnet_jax.preprocess import measure as statistics_of
 from alexnet_jax.runtime.compilation_cache import use_compilation_cache
 from alexnet_jax.runtime.files import write_json
 from alexnet_jax.setup import build_model, build_preprocess
-from experiments import filters, four_layers, measure, relu_vs_tanh
+from experiments import filters, lrn_four_layers, measure, relu_vs_tanh
 from experiments.seeds import Runs, Task
 from experiments.study import CLASSES, Budget, Study, kernel_std
 
@@ -134,17 +133,10 @@ def relu(results: Results, of: Study, dataset: Dataset, test: data.Examples, see
 def lrn(results: Results, of: Study, dataset: Dataset, test: data.Examples, seeds: Sequence[int]) -> None:
     """Train the four-layer network of footnote 3 with and without LRN, on all images; test it on ten crops."""
     train = dataset.load(f"train[:{min(50_000, of.budget.images + of.budget.validation)}]")
-    preprocess = fit(train.images, pad=0, crop=four_layers.CROP, resize=0, flip=True, lighting=False)
     epochs = round(of.budget.epochs)
-    steps = len(train.labels) // four_layers.BATCH_SIZE
-    # Drops after 90 and 95 % of the epochs; cuda-convnet's method has them before its last 20 and its last 10.
-    drops = (round(0.9 * epochs * steps), round(0.95 * epochs * steps))
-    schedule = partial(learning_rate_at, base=four_layers.LEARNING_RATE, drop_at=drops)
-    for with_lrn in (True, False):
-        model = four_layers.FourLayers(lrn=with_lrn)
-        task = Task(model, four_layers.optimizer(), preprocess, schedule, train, four_layers.BATCH_SIZE)
+    for form, with_lrn in lrn_four_layers.FORMS.items():
         results.train(
-            "lrn_four_layers", "with LRN" if with_lrn else "without LRN", task, epochs, seeds, test,
+            "lrn_four_layers", form, lrn_four_layers.task(train, epochs, with_lrn), epochs, seeds, test,
             test_every=max(1, epochs // 20), ten_crop=True, parts=1,
         )  # fmt: skip
 
