@@ -194,7 +194,7 @@ def report(records: dict[str, Any], quick: bool) -> tuple[dict[str, Any], str]:
         row = [TITLES[form], f"{spread(values)} %"]
         if form != "scratch":
             comparison = compare_paired(values, errors["scratch"])
-            differences[form] = comparison._asdict()
+            differences[form] = {"difference": comparison.difference, "noise": comparison.noise}
             row.append(str(comparison))
         seconds = np.mean([record["seconds"] for record in records[form]])
         rows.append([*row, *[""] * (3 - len(row)), f"{seconds:.0f} s"])

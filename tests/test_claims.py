@@ -1,12 +1,18 @@
 """The verdicts on the paper's claims: intervals, p-values, power and judgments of records whose answer is known."""
 
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from runners import ROOT
 from scipy import stats
 
-from experiments import ablations, depth, remarks, variants
+from alexnet_jax.setup import build_model
+from experiments import ablations, depth, remarks, study, variants
 from experiments.claims import Claim, Finding, rows, verdict
 from experiments.comparison import Comparison, compare_paired, contrast, holm
 
@@ -116,10 +122,17 @@ def test_ablations_and_depth(tmp_path):
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_the_sizes_that_the_design_states():
+    text = (ROOT / "experiments" / "README.md").read_text()
+    common = study.Study(Path("unused"), study.QUICK._replace(shrink=1), "quick", 2, "")
+    for network in (ablations.FULL, "one GPU"):
+        model = build_model(common.config(**ablations.NETWORKS[network]), 10)
+        params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 23, 23, 3)))["params"]
+        assert f"{sum(x.size for x in jax.tree.leaves(params)):,} parameters" in text
+
+
 def test_the_average_of_five_networks(monkeypatch):
     """Five networks that are wrong on one image each, never on the same: their mean is right."""
-    from types import SimpleNamespace
-
     probabilities = np.tile([[0.2, 0.8]], (10, 5, 1))
     for i in range(10):
         probabilities[i, i % 5] = [0.9, 0.1]

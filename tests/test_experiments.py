@@ -85,7 +85,7 @@ def test_the_table_comes_from_the_results(tmp_path):
     (tmp_path / "remarks.json").write_text(json.dumps(document))
     text = summary.table(tmp_path)
     row = next(row for row in text.splitlines() if "40.2 ± 0.4 % with, 50.4 ± 0.3 without: −10.20" in row)
-    assert "| 5 | 1.00 for −1 | holds |" in row and "(results/remarks.png)" in row
+    assert "| 5 | 0." in row and " for −1 | holds |" in row and "(results/remarks.png)" in row
     assert "`python -m experiments.remarks --workdir DIR --budget=reduced --seeds=5`: " in text
     assert "reduced budget (5 images, 1 epochs), 5 seeds, a CPU, JAX 1.2, commit abc, 1 min, today" in text
 
