@@ -131,7 +131,9 @@ def judge(records: dict[str, Any]) -> dict[str, Finding]:
         ten, one = (percent(records["networks"][FULL], key) for key in ("ten_crop_top1_error", "test_top1_error"))
         findings[TEN_CROP.key] = Finding(f"{spread(one)} → {spread(ten)} %", compare_paired(ten, one))
         averaged, one = (percent(list(records["averaged"].values()), key) for key in ("averaged", "one"))
-        text = f"{np.mean(one):.1f} → {np.mean(averaged):.1f} %, over {len(one)} networks, each with ten seeds"
+        text = (
+            f"{np.mean(one):.1f} → {np.mean(averaged):.1f} %, over {len(one)} networks with {len(networks[FULL])} seeds"
+        )
         findings[FIVE.key] = Finding(text, compare_paired(averaged, one))
     return findings
 
