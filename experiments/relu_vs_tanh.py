@@ -44,6 +44,7 @@ RATES = {
 }
 # At most those of the budget.
 EPOCHS = {("paper", "relu"): 30, ("paper", "tanh"): 80, ("unit", "relu"): 30, ("unit", "tanh"): 30}
+SEARCH_EPOCHS = 20.0  # for the choice of the learning rate
 LEVELS = (0.5, 0.4, 0.3, 0.25)  # of the training error
 TARGET = LEVELS[-1]
 
@@ -61,6 +62,25 @@ def config(study: Study, start: str, activation: str, rate: float) -> ml_collect
 def train(study: Study, start: str, activation: str, rate: float, seed: int) -> dict[str, Any]:
     """Return the record of one run, as `Study.train` does."""
     return study.train(f"{start}-{activation}-{rate:g}", config(study, start, activation, rate), seed)
+
+
+def search(study: Study, start: str, activation: str) -> dict[float, list[tuple[int, float]]]:
+    """Return the training error of each epoch at each learning rate that does not diverge, of short runs of one seed.
+
+    Raises:
+      UserError: every learning rate diverges.
+    """
+    curves = {}
+    for rate in RATES[start, activation]:
+        short = config(study, start, activation, rate)
+        short.num_epochs = min(short.num_epochs, SEARCH_EPOCHS)
+        try:
+            curves[rate] = by_epoch(study.train(f"search-{start}-{activation}-{rate:g}", short, 0)["curve"])
+        except DivergedError as error:
+            print(error, file=sys.stderr)
+    if not curves:
+        raise UserError(f"every learning rate of {activation} diverged; lower those of RATES")
+    return curves
 
 
 def by_epoch(curve: list[tuple[float, float]]) -> list[tuple[int, float]]:
@@ -85,23 +105,14 @@ def epochs_to(target: float, curve: list[tuple[float, float]]) -> float:
 
 
 def run(study: Study) -> dict[str, Any]:
-    """Train every learning rate with one seed, then the fastest one with the other seeds."""
+    """Train the fastest learning rate of each start and activation with every seed."""
     records = {start: {"rates": {}, "tried": {}} for start in STARTS}
-    for (start, activation), rates in RATES.items():
-        tried = {}
-        for rate in rates:
-            try:
-                tried[rate] = train(study, start, activation, rate, 0)
-            except DivergedError as error:
-                print(error, file=sys.stderr)
-        if not tried:
-            raise UserError(f"every learning rate of {activation} diverged; lower those of RATES")
-        means = {rate: by_epoch(record["curve"]) for rate, record in tried.items()}
-        best = min(tried, key=lambda rate: (epochs_to(TARGET, means[rate]), means[rate][-1][1]))
-        records[start]["tried"][activation] = {rate: curve[-1][1] for rate, curve in means.items()}
+    for start, activation in RATES:
+        tried = search(study, start, activation)
+        best = min(tried, key=lambda rate: (epochs_to(TARGET, tried[rate]), tried[rate][-1][1]))
+        records[start]["tried"][activation] = {rate: curve[-1][1] for rate, curve in tried.items()}
         records[start]["rates"][activation] = best
-        others = [train(study, start, activation, best, seed) for seed in study.seeds[1:]]
-        records[start][activation] = [tried[best], *others]
+        records[start][activation] = [train(study, start, activation, best, seed) for seed in study.seeds]
     return records
 
 

@@ -15,5 +15,6 @@ def get_config() -> ml_collections.ConfigDict:
     c.flip = True
     c.lighting = True
     c.ten_crop = True
+    c.num_epochs = 30.0
     c.kernel_std = (0.27, *c.kernel_std[1:])  # conv1 takes three channels
     return c
