@@ -135,9 +135,9 @@ def test_the_verdicts_on_overfitting(tmp_path):
                          ("augmentation_error", "holds"), ("pooling_gap", "contradicted")):  # fmt: skip
         measured, n, power, actual = row_of(overfitting, findings, key)
         assert (actual, n) == (verdict, "5"), measured
-        assert float(power) > 0.9
+        assert float(power.split()[0]) > 0.9
     none = overfitting.judge(overfitting_records(2.0, dict.fromkeys(EFFECTS, (0.0, 0.0))))
-    assert row_of(overfitting, none, "pooling_gap")[-1].startswith("not decided")
+    assert row_of(overfitting, none, "pooling_gap")[-1] in ("not decided", "smaller than stated")
     overfitting.plot(records, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes()[:4] == PNG
 
