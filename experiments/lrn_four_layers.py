@@ -129,9 +129,8 @@ def plot(records: dict[str, Any], path: Path) -> None:
     left, right = figure.subplots(1, 2, width_ratios=[1.6, 1])
     for form, runs in records.items():
         epochs = [epoch for epoch, _ in runs[0]["curve"]]
-        errors = 100 * np.array([[error for _, error in r["curve"]] for r in runs])
-        left.plot(epochs, errors.mean(axis=0), color=COLORS[form], label=form)
-        left.fill_between(epochs, errors.min(axis=0), errors.max(axis=0), color=COLORS[form], alpha=0.2, linewidth=0)
+        errors = [[100 * error for _, error in record["curve"]] for record in runs]
+        style.plot_runs(left, epochs, errors, color=COLORS[form], label=form)
     left.set(xlabel="epoch", ylabel="error in training (%)")
     left.xaxis.get_major_locator().set_params(integer=True)
     left.legend()

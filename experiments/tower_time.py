@@ -30,11 +30,10 @@ from alexnet_jax.runtime.workers import available_cores
 from alexnet_jax.setup import build_model, build_optimizer
 from alexnet_jax.sharding import TOWER
 from alexnet_jax.train_step import create_state, make_train_step
-from experiments import style
+from experiments import ablations, measure, style
 from experiments.claims import Claim, Finding
 from experiments.command import save_figure
 from experiments.comparison import compare_paired
-from experiments.measure import random_batch
 from experiments.sharding.layouts import Layout
 from experiments.sharding.theory import expected
 from experiments.study import CHANNELS, CLASSES, Budget, Study, kernel_std, main
@@ -46,7 +45,6 @@ CLAIMS = (
 BATCH = 128  # images of a step, as in the paper
 BUDGETS = {"full": Budget(100 * BATCH, 1), "reduced": Budget(20 * BATCH, 1)}  # of a round
 SEEDS = 10  # rounds
-ONE_GPU = dict(towers=1, widths=(16, 32, 48, 48, 96, 1024, 1024))  # footnote 2
 FORMS = {"towers": "two towers, two devices", "one_gpu": "one-GPU network, one device"}
 
 
@@ -62,7 +60,7 @@ def run(study: Study) -> dict[str, Any]:
         raise UserError(f"there is one {'core' if cpu else 'GPU or TPU'}; expected two, one for each tower")
     if cpu and not hasattr(os, "sched_setaffinity"):
         raise UserError("the cores of one device cannot be fixed on this system; expected Linux, or two GPUs")
-    configs = {"towers": study.config(), "one_gpu": study.config(**ONE_GPU)}
+    configs = {"towers": study.config(), "one_gpu": study.config(**ablations.NETWORKS["one GPU"])}
     meshes = {"towers": sharding.make_mesh(data=1, tower=2), "one_gpu": sharding.one_device()}
     calls = {form: _train_step(config, meshes[form]) for form, config in configs.items()}
     side = configs["towers"].image_size
@@ -76,7 +74,7 @@ def run(study: Study) -> dict[str, Any]:
         seconds = {}
         for name in order:
             with on_one_core() if cpu and name == "one_gpu" else contextlib.nullcontext():
-                seconds[name] = _seconds(calls[name], steps)
+                seconds[name] = measure.seconds(calls[name], steps)
         rounds.append({"round": number, **{f"{name}_s": seconds[name] for name in calls}})
         times = ", ".join(f"{FORMS[form]} {1000 * seconds[form]:.1f} ms" for form in FORMS)
         print(f"round {number}: {times}", flush=True)
@@ -111,7 +109,7 @@ def _train_step(config: ml_collections.ConfigDict, mesh: Mesh) -> Callable[[], A
     """Return a function that trains one step on random images, which returns its metrics."""
     config.kernel_std = kernel_std(config)
     model, optimizer, side = build_model(config, CLASSES), build_optimizer(config), config.image_size
-    batch, preprocess = random_batch((side, side, CHANNELS), BATCH, CLASSES, mesh)
+    batch, preprocess = measure.random_batch((side, side, CHANNELS), BATCH, CLASSES, mesh)
     rate = partial(learning_rate_at, base=config.learning_rate)
     state, key = create_state(model, optimizer, preprocess.image_shape, 0, mesh), jax.random.key(0)
     step = _compile(make_train_step(model, optimizer, preprocess, rate, mesh), state, batch, key)
@@ -138,15 +136,6 @@ def _collectives(gathered: list[int], mesh: Mesh) -> Callable[[], Any]:
     program = _compile(function, arrays)
     jax.block_until_ready(program(arrays))
     return lambda: program(arrays)
-
-
-def _seconds(call: Callable[[], Any], steps: int) -> float:
-    """Return the seconds of a step, the mean of some."""
-    start = time.perf_counter()
-    for _ in range(steps):
-        result = call()
-    jax.block_until_ready(result)
-    return (time.perf_counter() - start) / steps
 
 
 def judge(records: dict[str, Any]) -> dict[str, Finding]:
