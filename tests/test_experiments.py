@@ -125,7 +125,7 @@ def test_it_runs_resumes_and_reports(tmp_path):
         assert word in done.stdout
     quick = tmp_path / "quick"
     first = json.loads((quick / "filters.json").read_text())
-    assert [r["seed"] for r in first["records"]["runs"]] == [0, 1] and "CPU" in first["device"]
+    assert [r["seed"] for r in first["records"]["runs"]] == [0, 1] and "cores" in first["device"]
     assert (quick / "filters.png").read_bytes()[:4] == b"\x89PNG"
     assert summary.collect(tmp_path, tmp_path) == summary.collect(quick, tmp_path) == []  # a quick run is no result
     (quick / "filters.json").unlink()
