@@ -201,16 +201,15 @@ class AlexNet(nn.Module):
         check_network(self)
         check_images(self, images.shape)
         check_tower_devices(self, tower_devices(self.tower_axis))
-        variant = VARIANTS[self.variant]
 
-        # Section 3.5. `then`: activation, LRN and pooling in the variant's order. Comments: the paper's operations and
+        # Section 3.5. Activation, LRN and pooling follow in the variant's order. Comments: the paper's operations and
         # sizes (summed over the towers, after the convolution → after pooling).
         x = [images.astype(self.dtype)]  # 224×224×3
-        x = self._conv("conv1", x, *self.stem, then=variant.conv1)  # ReLU, LRN, pooling: 55×55×96 → 27×27×96
-        x = self._conv("conv2", x, 5, padding=2, then=variant.conv2, join=True)  # likewise: 27×27×256 → 13×13×256
-        x = self._conv("conv3", x, 3, padding=1, gather=True, then=variant.conv3)  # from both towers; ReLU: 13×13×384
-        x = self._conv("conv4", x, 3, padding=1, then=variant.conv4)  # ReLU: 13×13×384
-        x = self._conv("conv5", x, 3, padding=1, then=variant.conv5, join=True)  # ReLU, pooling: 13×13×256 → 6×6×256
+        x = self._conv("conv1", x, *self.stem)  # ReLU, LRN, pooling: 55×55×96 → 27×27×96
+        x = self._conv("conv2", x, 5, padding=2, join=True)  # likewise: 27×27×256 → 13×13×256
+        x = self._conv("conv3", x, 3, padding=1, gather=True)  # from both towers; ReLU: 13×13×384
+        x = self._conv("conv4", x, 3, padding=1)  # ReLU: 13×13×384
+        x = self._conv("conv5", x, 3, padding=1, join=True)  # ReLU, pooling: 13×13×256 → 6×6×256
         if convolutions_only:
             return jnp.concatenate(x, axis=-1)
         x = self._dense("fc6", x, train)  # from both towers; ReLU, dropout: 4096
@@ -221,16 +220,17 @@ class AlexNet(nn.Module):
         return logits.astype(jnp.float32)
 
     @nn.nowrap
-    def _conv(self, name, x, kernel_size, stride=1, padding=0, gather=False, *, then, join=False):
+    def _conv(self, name, x, kernel_size, stride=1, padding=0, gather=False, *, join=False):
         """Return the outputs of a convolution and of the operations that follow it, one per tower.
 
         `join`: the next layer gathers the towers, so one function for all these operations returns them as one array.
         """
         fields = self._fields(name)
         if not fields["features"]:  # the layer is omitted
-            return self._apply_in_order(name, "pool" if "pool" in then.split() else "", x)
+            return self._apply_in_order(name, VARIANTS[self.variant].operations(name, omitted=True), x)
         shape = dict(kernel_size=kernel_size, stride=stride, padding=padding, gather=gather)
-        ceil_mode, fused = VARIANTS[self.variant].ceil_mode, self._fused(then, join)
+        ceil_mode, then = VARIANTS[self.variant].ceil_mode, VARIANTS[self.variant].operations(name)
+        fused = self._fused(then, join)
         x = Conv(
             **fields, **shape, ceil_mode=ceil_mode, towers=self.towers, conv=self._ops.conv, epilogue=fused
         )(x)  # fmt: skip
@@ -245,7 +245,7 @@ class AlexNet(nn.Module):
     def _apply_in_order(self, name, order, towers):
         """Return the activations of this device's towers after the operations of `order`, as `Variant` names them."""
         variant, number = VARIANTS[self.variant], name.removeprefix("conv")
-        for operation in order.split():
+        for operation in order:
             if operation == "relu":  # section 3.1
                 towers = [self._activate(x) for x in towers]
             elif operation == "lrn":  # section 3.3
@@ -276,9 +276,9 @@ class AlexNet(nn.Module):
         join = join and not variant.dropout_on_inputs  # dropout needs an array per tower
         outputs = 1 if join else self.towers // tower_devices(self.tower_axis)
         pooling = dict(window=self.pool_window, stride=2, outputs=outputs)
-        if ops.relu_lrn_pool and order == "relu lrn pool" and self.lrn and not variant.lrn_across_towers:
+        if ops.relu_lrn_pool and order == ["relu", "lrn", "pool"] and self.lrn and not variant.lrn_across_towers:
             return partial(ops.relu_lrn_pool, **self._lrn_constants(), **pooling)
-        if ops.relu_pool and (order == "relu pool" or order == "relu lrn pool" and not self.lrn):
+        if ops.relu_pool and (order == ["relu", "pool"] or order == ["relu", "lrn", "pool"] and not self.lrn):
             return partial(ops.relu_pool, **pooling)
         return None
 

@@ -45,6 +45,11 @@ class Variant(NamedTuple):
     kernel_std: tuple[float, ...] = (0.01,) * 8
     bias: tuple[float, ...] = (0, 1, 0, 1, 1, 1, 1, 0)
 
+    def operations(self, layer: str, omitted: bool = False) -> list[str]:
+        """Return what follows a convolution, in order; of an omitted one the pooling alone remains."""
+        operations = getattr(self, layer).split()
+        return [operation for operation in operations if operation == "pool"] if omitted else operations
+
 
 VARIANTS = {
     "paper": Variant(),

@@ -62,6 +62,9 @@ def assert_close(logits, expected):
 NETWORKS = {
     **{name: dict(variant=name, **SMALL) for name in VARIANTS},
     "single": dict(towers=1, num_classes=3, widths=(8, 0, 16, 0, 12, 20, 0)),
+    "single without LRN": dict(towers=1, lrn=False, num_classes=3, widths=(8, 12, 16, 16, 0, 20, 24)),
+    "two towers without conv2": dict(variant="source2012", num_classes=3, widths=(8, 0, 16, 16, 12, 20, 24)),
+    "two towers without conv3": dict(num_classes=3, widths=(8, 12, 0, 16, 12, 20, 24)),
     "two layers": dict(variant="source2012", towers=1, num_classes=3, widths=(8, 8, 0, 0, 0, 0, 0)),
     "two towers of 2014": dict(variant="torchvision", towers=2, dropout=0.3, **SMALL),
     "tanh": dict(activation="tanh", lrn=False, dropout=0.3, scale=0.01, **SMALL),

@@ -33,7 +33,7 @@ def output_name(name: str, variant: str) -> str:
     if int(number) > 5:
         return f"fc{number}"
     output = f"conv{number}"
-    for operation in getattr(VARIANTS[variant], output).split():
+    for operation in VARIANTS[variant].operations(output):
         if operation == "relu":
             break
         output = {"lrn": f"norm{number}", "pool": f"pool{number}"}.get(operation, output)

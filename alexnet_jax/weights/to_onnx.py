@@ -123,14 +123,11 @@ def _convolutions(graph: _Graph, weights: Weights, x: str) -> str:
     """Add conv1 to conv5 with what follows each, and return the output [batch, C, H, W]."""
     model, variant = weights.model, VARIANTS[weights.model.variant]
     for number, layer in enumerate(LAYERS[:5], 1):
-        order = getattr(variant, layer)
         if layer in weights.params:
             # The kernels of conv1 and conv3 take the channels of both towers.
             towers = 1 if layer in ("conv1", "conv3") else model.towers
             x = _conv(graph, weights, layer, x, towers)
-        else:
-            order = order.replace("relu", "")
-        for operation in order.split():
+        for operation in variant.operations(layer, omitted=layer not in weights.params):
             if operation == "relu":
                 x = graph.add(ACTIVATION[model.activation], [x], f"{model.activation}{number}")
             elif operation == "lrn" and model.lrn:
