@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from alexnet_jax.run import Run
-from experiments.claims import Claim, Finding
+from experiments.claims import Claim, Finding, plot_differences
 from experiments.comparison import compare_paired, contrast, percent, spread
 from experiments.study import Budget, Study, main
-from experiments.style import plot_differences
 
 BUDGETS = {"full": Budget(45_000, 60), "reduced": Budget(10_000, 15)}
 SEEDS = 10

@@ -2,9 +2,14 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
+from matplotlib.figure import Figure
+
+from experiments.command import save_figure
 from experiments.comparison import LEVEL, Comparison, holm
+from experiments.style import BLUE, GRAY, ORANGE, WIDTH, styled
 
 ALPHA = 1 - LEVEL
 HEADER = ("claim", "the paper", "measured", "n", "power", "verdict")
@@ -95,3 +100,28 @@ def rows(findings: Sequence[tuple[Claim, Finding | None]]) -> list[tuple[str, ..
             power = f"{comparison.power(claim.effect, ALPHA / len(findings)):.2f} for {effect(claim)}"
             table.append((claim.text, claim.paper, measured, str(comparison.n), power, verdict(claim, comparison, p)))
     return table
+
+
+@styled
+def plot_differences(findings: Sequence[tuple[Claim, Finding]], labels: dict[str, str], path: Path) -> None:
+    """Plot differences in percentage points with their intervals, sorted, and the paper's effect of each.
+
+    Args:
+      labels: of the claims' keys.
+    """
+    findings = sorted(findings, key=lambda pair: pair[1].comparison.difference)
+    figure = Figure(figsize=(WIDTH, 0.9 + 0.42 * len(findings)), layout="constrained")
+    axes = figure.subplots()
+    axes.axvline(0, color=GRAY, linewidth=0.8)
+    for row, comparison in enumerate(finding.comparison for _, finding in findings):
+        label = None if row else "here, with 95 % interval"
+        axes.errorbar(
+            comparison.difference, row, xerr=comparison.noise, fmt="o", color=BLUE, markersize=5, capsize=3, label=label
+        )
+    stated = [(claim.effect, row) for row, (claim, _) in enumerate(findings) if claim.paper != "not in the paper"]
+    axes.plot(*zip(*stated, strict=True), "D", color=ORANGE, markersize=5, markerfacecolor="none", label="the paper")
+    axes.set_yticks(range(len(findings)), [labels[claim.key] for claim, _ in findings])
+    axes.set(ylim=(len(findings) - 0.5, -0.5), xlabel="difference of the test error (percentage points)")
+    axes.grid(axis="y", visible=False)
+    axes.legend(loc="lower right")
+    save_figure(figure, path)

@@ -11,10 +11,9 @@ from typing import Any
 
 from experiments import ablations
 from experiments.ablations import FULL, arm
-from experiments.claims import Claim, Finding
+from experiments.claims import Claim, Finding, plot_differences
 from experiments.comparison import contrast, percent, spread
 from experiments.study import Study, main
-from experiments.style import plot_differences
 
 BUDGETS, SEEDS = ablations.BUDGETS, 5
 OMITTED = {"no conv2": 1, "no conv3": 2, "no conv4": 3, "no conv5": 4}  # positions in the config's widths

@@ -44,6 +44,7 @@ from alexnet_jax.workdir import METRICS
 from experiments.command import make_workdir, save_figure, write_text
 from experiments.comparison import compare_paired, percent, spread
 from experiments.study import kernel_std
+from experiments.style import BLUE, GREEN, ORANGE, styled
 
 SIDE = 95  # of the network's inputs: the smallest with 2×2 maps in pool5; with 63 a probe has 7 points more errors
 PER_CLASS, CLASSES = 100, 10
@@ -54,7 +55,7 @@ TITLES = {
     "finetuned": "fine-tuning of conv2 to fc8",
     "scratch": "from scratch",
 }
-COLORS = {"probe": "tab:green", "finetuned": "tab:blue", "scratch": "tab:orange"}
+COLORS = {"probe": GREEN, "finetuned": BLUE, "scratch": ORANGE}
 
 
 def convolutions(path: Path) -> Weights:
@@ -223,6 +224,7 @@ def report(records: dict[str, Any], quick: bool) -> tuple[dict[str, Any], str]:
     return document, text
 
 
+@styled
 def plot(records: dict[str, Any], path: Path) -> None:
     """Plot the validation error over the share of the training, a line for each seed, and the test error at its end."""
     figure = Figure(figsize=(6, 4), layout="constrained")
@@ -235,8 +237,7 @@ def plot(records: dict[str, Any], path: Path) -> None:
             axes.plot(share, [100 * e for e in errors], color=COLORS[form], linewidth=1, label=label)
             axes.plot(1.03, 100 * record["test_top1_error"], "o", color=COLORS[form], markersize=4)
     axes.set(xlabel="share of the training (dots: test set)", ylabel="validation error (%)")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    axes.legend()
     save_figure(figure, path)
 
 

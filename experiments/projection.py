@@ -28,6 +28,7 @@ from experiments.compiled.targets import CHIPS
 from experiments.compiled.traffic import UPDATE
 from experiments.sharding import LAYOUTS, Layout, expected
 from experiments.sharding.layouts import title
+from experiments.style import CYCLE, styled
 
 RECORDS = Path(__file__).parent / "results/compiled/compiled.json"
 MODEL = AlexNet(dtype="bfloat16")
@@ -234,32 +235,33 @@ def details(rows: Sequence[dict[str, Any]]) -> str:
     return text_table(lines, header, markdown=True)
 
 
+@styled
 def plot(rows: Sequence[dict[str, Any]], path: Path, caption: str = "") -> None:
     """Plot the step time against the devices, a panel for each chip; filled: compiled, dashed: communication alone."""
     chips = list(dict.fromkeys(r["chip"] for r in rows))
-    figure = Figure(figsize=(1 + 4.2 * len(chips), 4.2), layout="constrained")
+    figure = Figure(figsize=(1.5 + 2.4 * len(chips), 3), layout="constrained")
     all_axes = figure.subplots(1, len(chips), squeeze=False, sharey=True)[0]
     names = list(dict.fromkeys(r["layout"] for r in rows))
     for axes, chip in zip(all_axes, chips, strict=True):
         for layout in names:
             points = [r for r in rows if (r["chip"], r["layout"]) == (chip, layout)]
-            counts, style = [r["devices"] for r in points], {"color": f"C{names.index(layout)}"}
+            counts, style = [r["devices"] for r in points], {"color": CYCLE[names.index(layout)]}
             axes.loglog(counts, [1e3 * r["step_s"] for r in points], "o-", mfc="white", label=title(layout), **style)
             compiled = [(r["devices"], 1e3 * r["step_s"]) for r in points if r["compiled"]]
             axes.loglog(*zip(*compiled, strict=True) if compiled else ([], []), "o", **style)
             if any(r["communicate_s"] for r in points):
                 axes.loglog(counts, [1e3 * r["communicate_s"] for r in points], "--", linewidth=0.8, **style)
         counts = sorted({r["devices"] for r in rows})
-        axes.set_xticks(counts, [str(n) for n in counts])
+        axes.set_xticks(counts[::2], [str(n) for n in counts[::2]])
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
-        axes.set_title(chip, fontsize=10)
+        axes.set_title(chip)
         axes.set_xlabel("devices")
     all_axes[0].set_ylabel("estimated step (ms)")
     handles = {label: line for axes in all_axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False)
-    figure.suptitle(f"{caption}\nfilled: compiled for these devices; dashed: communication", fontsize=10)
+    figure.legend(handles.values(), handles.keys(), loc="outside right center")
+    figure.suptitle(f"{caption}\nfilled: compiled for these devices; dashed: communication", fontsize=9)
     save_figure(figure, path)
 
 

@@ -1,23 +1,18 @@
 """The look of the experiments' pictures: for the width of a page, in colors that color-blind readers tell apart."""
 
-from collections.abc import Sequence
-from pathlib import Path
-
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
-from experiments.claims import Claim, Finding
-from experiments.command import save_figure
 
 # Okabe and Ito's palette.
 BLUE, ORANGE, GREEN, PURPLE, SKY, GRAY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#777777"
+CYCLE = (BLUE, ORANGE, GREEN, PURPLE, SKY, GRAY)
 WIDTH = 7.0  # of a picture, in inches
 
 # For the functions that draw: `@styled`.
 styled = matplotlib.rc_context({
     "axes.grid": True,
     "axes.labelsize": 9,
+    "axes.prop_cycle": matplotlib.cycler(color=CYCLE),
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlesize": 9,
@@ -52,28 +47,3 @@ def label_panels(axes: list[Axes]) -> None:
         axis.annotate(
             letter, (0, 1), xytext=(-22, 6), xycoords="axes fraction", textcoords="offset points", weight="bold"
         )
-
-
-@styled
-def plot_differences(findings: Sequence[tuple[Claim, Finding]], labels: dict[str, str], path: Path) -> None:
-    """Plot differences in percentage points with their intervals, sorted, and the paper's effect of each.
-
-    Args:
-      labels: of the claims' keys.
-    """
-    findings = sorted(findings, key=lambda pair: pair[1].comparison.difference)
-    figure = Figure(figsize=(WIDTH, 0.9 + 0.42 * len(findings)), layout="constrained")
-    axes = figure.subplots()
-    axes.axvline(0, color=GRAY, linewidth=0.8)
-    for row, comparison in enumerate(finding.comparison for _, finding in findings):
-        label = None if row else "here, with 95 % interval"
-        axes.errorbar(
-            comparison.difference, row, xerr=comparison.noise, fmt="o", color=BLUE, markersize=5, capsize=3, label=label
-        )
-    stated = [(claim.effect, row) for row, (claim, _) in enumerate(findings) if claim.paper != "not in the paper"]
-    axes.plot(*zip(*stated, strict=True), "D", color=ORANGE, markersize=5, markerfacecolor="none", label="the paper")
-    axes.set_yticks(range(len(findings)), [labels[claim.key] for claim, _ in findings])
-    axes.set(ylim=(len(findings) - 0.5, -0.5), xlabel="difference of the test error (percentage points)")
-    axes.grid(axis="y", visible=False)
-    axes.legend(loc="lower right")
-    save_figure(figure, path)

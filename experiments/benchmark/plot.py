@@ -1,4 +1,4 @@
-"""The plots of the benchmark: layers under the roofline, images/s compared with PyTorch, growth and devices."""
+"""The plots of the benchmark: layers as shares of the roofline, images/s compared with PyTorch, growth and devices."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -9,15 +9,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from experiments.benchmark.report import LEAST, Record, dtypes_of
+from experiments.benchmark.report import LEAST, Record, dtypes_of, roofline
 from experiments.command import save_figure
+from experiments.style import WIDTH, styled
 
 
+@styled
 def plot(records: Record, path: Path) -> None:
     """Plot the parts that were measured."""
     panels = []
     if part := records.get("layers"):
-        panels += [(partial(_draw_roofline, dtype=dtype), part) for dtype in dtypes_of(part)]
+        panels += [(partial(_draw_layers, dtype=dtype), part) for dtype in dtypes_of(part)]
     if part := records.get("step"):
         measured = dict.fromkeys((case["pass"], case["dtype"]) for case in part["cases"])
         panels += [(partial(_draw_speed, which=which, dtype=dtype), part) for which, dtype in measured]
@@ -27,43 +29,26 @@ def plot(records: Record, path: Path) -> None:
         return
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(6.2 * columns, 5 * rows), layout="constrained")
+    figure = Figure(figsize=(WIDTH / 2 * columns, 3.6 * rows), layout="constrained")
     for i, (draw, part) in enumerate(panels):
         axes = figure.add_subplot(rows, columns, i + 1)
         draw(axes, part)
-        axes.grid(alpha=0.3)
-        axes.set_title(f"{axes.get_title()}: {part['device']}, {part['date']}", fontsize=10)
-        axes.legend(fontsize=8, frameon=False)
+        axes.set_title(f"{axes.get_title()}\n{part['device']}, {part['date']}")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2))  # below the panel, not over its lines
     save_figure(figure, path)
 
 
-def _draw_roofline(axes: Axes, part: Record, dtype: str) -> None:
-    layers = [r for r in part["layers"] if r["flops"] > 0 and r["seconds"] > LEAST and r["dtype"] == dtype]
-    intensity = [r["flops"] / r["bytes"] for r in layers]
-    top, copy = part["rates"]["matmul"][dtype], part["rates"]["copy"]
-    reach = np.array([min(intensity) / 4, top / copy, max(intensity) * 8])  # room for names
-    axes.loglog(reach, np.minimum(top, copy * reach) / 1e9, "k-", linewidth=1, label="roofline")
-    for which in ("forward", "backward", "update"):
-        points = [r for r in layers if r["pass"] == which]
-        x, y = ([r["flops"] / r[by] / unit for r in points] for by, unit in (("bytes", 1), ("seconds", 1e9)))
-        axes.loglog(x, y, "o", markersize=4, label=which)
-        _label(axes, [r["layer"] for r in points], x, y, "right" if which == "backward" else "left")
-    axes.set(
-        xlabel="FLOP per byte (minimum of bytes)", ylabel="GFLOP/s", title=f"Layers, {dtype}, {part['batch']} images"
-    )
-
-
-def _label(axes: Axes, names: Sequence[str], x: Sequence[float], y: Sequence[float], side: str) -> None:
-    """Write names next to their points, on a logarithmic scale; points that are close share one label."""
-    at = np.log10(np.array([x, y])).T
-    apart = np.abs(at[:, None] - at[None]) > (0.3, 0.07)  # decades: what a label covers
-    groups = {}
-    for i, name in enumerate(names):
-        first = next((j for j in groups if not apart[i, j].any()), i)
-        groups.setdefault(first, []).append(name)
-    for i, together in groups.items():
-        axes.annotate(", ".join(together), (x[i], y[i]), fontsize=7, ha="left" if side == "right" else "right",
-                      va="center", xytext=(5 if side == "right" else -5, 0), textcoords="offset points")  # fmt: skip
+def _draw_layers(axes: Axes, part: Record, dtype: str) -> None:
+    records = [r for r in part["layers"] if r["seconds"] > LEAST and r["dtype"] == dtype]
+    names = list(dict.fromkeys(r["layer"] for r in records))
+    for which, shift in {"forward": -0.2, "backward": 0.2, "update": 0.0}.items():
+        points = [r for r in records if r["pass"] == which]
+        shares = [100 * roofline(r, part["rates"]) for r in points]
+        axes.barh([names.index(r["layer"]) + shift for r in points], shares, height=0.38, label=which)
+    axes.axvline(100, color="black", linewidth=1)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set(xlabel="% of the roofline", title=f"Layers, {dtype}, {part['batch']} images")
 
 
 def _draw_speed(axes: Axes, part: Record, which: str, dtype: str) -> None:

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from alexnet_jax.tables import table
 from experiments.command import save_figure
 from experiments.sharding import layer_table
+from experiments.style import BLUE, ORANGE, styled
 
 RULE = (
     "GB and MB are those of one device, of its main memory: what a TPU keeps in its vector memory does not count, so a "
@@ -150,23 +151,24 @@ def markdown(records: Sequence[dict[str, Any]]) -> str:
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
+@styled
 def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
     """Plot the bytes of each part of each case, forward and backward, as bars, with the floor as a mark on each."""
     columns = min(3, len(records))
     rows = -(-len(records) // columns)
-    figure = Figure(figsize=(5.2 * columns, 3.6 * rows), layout="constrained")
+    figure = Figure(figsize=(4.8 * columns, 3.2 * rows), layout="constrained")
     for axes, record in zip(figure.subplots(rows, columns, squeeze=False).flat, records, strict=False):
         names = list(dict.fromkeys(x["layer"] for x in record["layers"]))
         for x in record["layers"]:
             backward = x["pass"] == "backward"
             at = names.index(x["layer"]) + (0.2 if backward else -0.2)
-            axes.barh(at, (x["read"] + x["written"]) / 1e9, 0.38, color="tab:orange" if backward else "tab:blue")
+            axes.barh(at, (x["read"] + x["written"]) / 1e9, 0.38, color=ORANGE if backward else BLUE)
             axes.plot([x["floor"] / 1e9] * 2, [at - 0.19, at + 0.19], color="black", linewidth=2)
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
         axes.set_xlabel("GB; blue forward, orange backward, black the floor")
         ratio = record["bytes"] / record["floor"]
-        axes.set_title(f"{title(record)}\n{record['bytes'] / 1e9:.2f} GB, {ratio:.2f} × the floor", fontsize=9)
+        axes.set_title(f"{title(record)}\n{record['bytes'] / 1e9:.2f} GB, {ratio:.2f} × the floor")
     for axes in figure.axes[len(records) :]:
         axes.set_visible(False)
     save_figure(figure, path)

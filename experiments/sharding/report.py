@@ -13,6 +13,7 @@ from alexnet_jax.sharding import DATA, TOWER
 from alexnet_jax.tables import table as text_table
 from experiments.command import save_figure
 from experiments.sharding.layouts import title
+from experiments.style import GRAY, GREEN, ORANGE, SKY, styled
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
@@ -54,13 +55,15 @@ def markdown(records: Sequence[dict[str, Any]]) -> str:
     return "\n\n".join([table(records), *layers]) + "\n"
 
 
+@styled
 def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
     """Plot a row for each layout and a column for each layer: the MB received, forward above backward, by mesh axis."""
     columns = [*LAYERS, "metrics"]
-    colors = {DATA: "tab:blue", TOWER: "tab:orange", f"{DATA}+{TOWER}": "tab:green"}
+    colors = {DATA: SKY, TOWER: ORANGE, f"{DATA}+{TOWER}": GREEN}
     largest = max([c["received"] for r in records for c in r["collectives"]], default=1)
     figure = Figure(figsize=(1.15 * len(columns) + 2, 1.1 * len(records) + 1.4), layout="constrained")
     axes = figure.subplots()
+    axes.grid(visible=False)
     for row, record in enumerate(records):
         for column, layer in enumerate(columns):
             for top, backward in ((-0.42, False), (0.02, True)):
@@ -70,9 +73,9 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
                         received[c["axis"]] += c["received"]
                 height = 0.4 / max(len(received), 1)
                 for i, (axis, size) in enumerate(sorted(received.items())):
-                    width = 0.25 + 0.65 * max(0.0, 1 + np.log10(size / largest) / 6)
+                    width = 0.5 + 0.4 * max(0.0, 1 + np.log10(size / largest) / 6)
                     middle = row + top + (i + 0.5) * height
-                    axes.barh(middle, width, height, column - width / 2, color=colors.get(axis, "tab:gray"))
+                    axes.barh(middle, width, height, column - width / 2, color=colors.get(axis, GRAY))
                     small = f"{size / 1e3:.0f} kB" if size >= 1e3 else f"{size} B"
                     text = f"{size / 1e6:.1f}" if size >= 1e5 else small
                     mark = "◀" if backward else "▶"
@@ -85,10 +88,9 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
     axes.set_ylim(len(records) - 0.45, -0.55)
     axes.hlines(np.arange(len(records) - 1) + 0.5, -0.6, len(columns), color="0.85", linewidth=0.8)
     handles = [axes.barh(0, 0, color=color, label=f"over {axis}") for axis, color in colors.items()]
-    axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=3, frameon=False)
+    axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=3)
     axes.set_title(
         f"MB that a device receives in a step of {records[0]['batch']} images (bar width: logarithmic): ▶ forward, "
-        "◀ backward",
-        fontsize=10,
+        "◀ backward"
     )
     save_figure(figure, path)
