@@ -109,9 +109,7 @@ def _read(config: ml_collections.ConfigDict) -> tuple[Weights, str]:
                 for name in ("kernel", "bias"):
                     digest.update(np.ascontiguousarray(weights.params[layer][name]).data.cast("B"))
     except (UserError, OSError) as error:
-        raise ConfigError(
-            f"config.init={config.init}: {error}; expected a file of weights, or a run's workdir"
-        ) from None
+        raise ConfigError(f"config.init: {error}") from None
     sha256 = digest.hexdigest()
     distributed.require_same("config.init", {"SHA-256": sha256}, "name a file that is the same on all machines")
     if config.init_sha256 not in ("", sha256):

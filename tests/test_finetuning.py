@@ -340,7 +340,7 @@ def test_the_longest_name_decides():
         (dict(learning_rates="fc8=nan"), "'fc8=nan' has no positive number"),
         (dict(learning_rates="fc9=1"), "no layer 'fc9'"),
         (dict(learning_rates="fc8=1,fc8=2"), "'fc8' is given twice"),
-        (dict(init="missing.pth"), "config.init=missing.pth: missing.pth: No such file"),
+        (dict(init="missing.pth"), "config.init: missing.pth: No such file or directory; expected torch's .pth"),
         (dict(init=str(ROOT / "README.md")), "not a file of weights"),
         (dict(init=str(ROOT / "tests")), "holds no run"),
         (dict(init="seven", dataset="synthetic_rgb"), r"takes images of 1 channel\(s\), and .* have 3"),
@@ -415,4 +415,4 @@ def test_the_commands_of_the_documentation(own_images, tmp_path):
 def test_the_command_reports_a_foreign_file_in_one_line(synthetic, tmp_path):
     process = start_main(tmp_path / "run", f"--config.init={ROOT / 'README.md'}")
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == 1 and output.startswith("Error: config.init=") and output.count("\n") == 1, output
+    assert process.returncode == 1 and output.startswith("Error: config.init: ") and output.count("\n") == 1, output

@@ -14,7 +14,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.pad = 0
     c.flip = True
     c.lighting = True
-    c.ten_crop = True
     c.num_epochs = 30.0
+    c.plateau_patience = 4
     c.kernel_std = (0.27, *c.kernel_std[1:])  # conv1 takes three channels
     return c
