@@ -47,8 +47,8 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         raise ConfigError(f"config.{error}") from None
     layers = layers_of(config.widths)
     try:
-        frozen_layers(config.freeze, layers)
-        layer_rates(config.learning_rates, layers)
+        frozen = frozen_layers(config.freeze, layers)
+        layer_rates(config.learning_rates, [layer for layer in layers if layer not in frozen])
     except ValueError as error:
         raise ConfigError(f"config.{error}") from None
     require("dtype", config.dtype in ("float32", "bfloat16"), "float32 or bfloat16")
@@ -64,6 +64,8 @@ def check_data(
     config: ml_collections.ConfigDict, image_shape: tuple[int, ...], examples: int, num_classes: int
 ) -> None:
     """Raise ConfigError for a value that does not fit the images [H, W, C], the training set or the classes."""
+    if num_classes < 2:
+        raise ConfigError(f"config.dataset={config.dataset!r}: it has {num_classes} class; expected at least 2")
     if num_classes % config.mesh.tower:
         raise ConfigError(
             f"config.mesh.tower={config.mesh.tower}: {config.dataset} has {num_classes} classes, and each tower holds "

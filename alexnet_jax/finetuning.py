@@ -118,7 +118,12 @@ def _read(config: ml_collections.ConfigDict) -> tuple[Weights, str]:
 
 
 def check_fits(run: Setup, weights: Weights) -> None:
-    """Raise ConfigError if a run's network cannot start from these weights: fc6 takes images of one size."""
+    """Raise ConfigError if a run cannot start from these weights.
+
+    fc6 takes images of one size, and an fc8 that is reinitialized must be trained.
+    """
+    if "fc8" in run.frozen and (reason := _other_classes(run, weights)):
+        raise ConfigError(f"config.freeze: it freezes fc8, which is reinitialized ({reason}); expected it trained")
     image_shape = run.preprocess.image_shape
     for name, shape in parameter_shapes(run.model, image_shape).items():
         layer, kind = name.split(".")

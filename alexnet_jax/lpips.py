@@ -4,8 +4,9 @@
 package `lpips`, with `net="alex"`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -65,6 +66,10 @@ def _check_images(a: Any, b: Any) -> None:
 
 
 def _check_network(params: Any, heads: Sequence[Any]) -> None:
+    if not isinstance(params, Mapping):
+        raise ValueError(f"lpips: parameters of the type {type(params).__name__}; expected a dict, as weights.params")
+    if isinstance(heads, str | Path):
+        raise ValueError(f"lpips: heads={str(heads)!r}; expected arrays: load_lpips_heads({str(heads)!r})")
     channels = 3
     for layer, side in zip(LAYERS, KERNELS, strict=True):
         if layer not in params:

@@ -43,7 +43,7 @@ def layer_rates(text: str, layers: Sequence[str]) -> dict[str, float]:
     The longest name that a layer begins with decides.
 
     Args:
-      layers: those of the network.
+      layers: those of the network, of a config those that are not frozen.
 
     Raises:
       ValueError: a name of no layer, or one that is given twice; a factor that is not a positive number.
@@ -57,7 +57,7 @@ def layer_rates(text: str, layers: Sequence[str]) -> dict[str, float]:
             factor = math.nan
         problem = ""
         if not _matching(name, layers):
-            problem = f"no layer {name!r}"
+            problem = f"no trained layer {name!r}"
         elif name in factors:
             problem = f"{name!r} is given twice"
         elif not 0 < factor < math.inf:

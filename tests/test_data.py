@@ -130,24 +130,33 @@ def open_offline(data_dir, source_dir, **popen):
     )  # fmt: skip
 
 
-@pytest.mark.skipif(fashion_mnist.DEBIAN_FOLDER.exists(), reason="Debian's package is installed: a source is left")
 @pytest.mark.parametrize("fault,words", [
     (lambda folder: (folder / "t10k-labels-idx1-ubyte").unlink(), "no t10k-labels-idx1-ubyte"),
     (lambda folder: (folder / "train-images-idx3-ubyte").write_bytes(b"x" * 100), "SHA-256 differs"),
     (lambda folder: (folder / "train-labels-idx1-ubyte").write_bytes(b"\x1f\x8bnot gzip at all"), "train-labels"),
 ])  # fmt: skip
-def test_every_source_failing_is_one_message(idx_folder, tmp_path, fault, words):
+def test_no_other_source_replaces_a_bad_folder_of_the_users_own(idx_folder, tmp_path, fault, words):
     folder = copy(idx_folder, tmp_path / "own")
     fault(folder)
     process = open_offline(tmp_path / "tfds", folder)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 1
-    *attempts, message = [line for line in output.splitlines() if "Fashion-MNIST" in line]
-    assert len(attempts) == 5 and words in attempts[0]
-    assert message.startswith("ERROR") and "--config.source_dir=FOLDER" in message
-    for source in (str(folder), "/usr/share/datasets", "amazonaws.com", "githubusercontent.com", "apt-get"):
-        assert source in message
+    (message,) = [line for line in output.splitlines() if "Fashion-MNIST" in line]
+    assert message.startswith("ERROR config.dataset='fashion_mnist': Fashion-MNIST was not found. Tried: config.")
+    assert str(folder) in message and words in message and "--config.source_dir=FOLDER" in message
     assert not list((tmp_path / "tfds").glob("fashion_mnist/**/*.array_record*"))
+
+
+@pytest.mark.skipif(fashion_mnist.DEBIAN_FOLDER.exists(), reason="Debian's package is installed: a source is left")
+def test_every_source_failing_is_one_message(tmp_path):
+    process = open_offline(tmp_path / "tfds", "")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    *attempts, message = [line for line in output.splitlines() if "Fashion-MNIST" in line]
+    assert len(attempts) == 4
+    assert message.startswith("ERROR") and "--config.source_dir=FOLDER" in message
+    for source in ("/usr/share/datasets", "amazonaws.com", "githubusercontent.com", "apt-get"):
+        assert source in message
 
 
 def test_a_killed_preparation_leaves_nothing_half_done(idx_folder, tmp_path):

@@ -338,12 +338,17 @@ def test_the_longest_name_decides():
         ),
         (dict(learning_rates="fc8=-1"), "'fc8=-1' has no positive number"),
         (dict(learning_rates="fc8=nan"), "'fc8=nan' has no positive number"),
-        (dict(learning_rates="fc9=1"), "no layer 'fc9'"),
+        (dict(learning_rates="fc9=1"), "no trained layer 'fc9'"),
+        (dict(freeze="conv1", learning_rates="conv1=2"), "no trained layer 'conv1'; expected LAYER=FACTOR"),
         (dict(learning_rates="fc8=1,fc8=2"), "'fc8' is given twice"),
         (dict(init="missing.pth"), "config.init: missing.pth: No such file or directory; expected torch's .pth"),
         (dict(init=str(ROOT / "README.md")), "not a file of weights"),
         (dict(init=str(ROOT / "tests")), "holds no run"),
         (dict(init="seven", dataset="synthetic_rgb"), r"takes images of 1 channel\(s\), and .* have 3"),
+        (
+            dict(init="seven", freeze="fc8"),
+            "config.freeze: it freezes fc8, which is reinitialized .config.init has 7",
+        ),
         (dict(init="seven", dataset="missing"), "has no such data set"),
     ],
 )

@@ -114,6 +114,10 @@ def test_parameters_and_heads_of_other_networks(network):
         ValueError, match=r"kernel of conv2 is \(5, 5, 2, 4\); expected \(5, 5, 4, …\), as in the variant"
     ):
         lpips(weight_files.random_params(), heads, a, b)  # with two towers
+    with pytest.raises(ValueError, match="parameters of the type tuple; expected a dict, as weights.params"):
+        lpips((params,), heads, a, b)
+    with pytest.raises(ValueError, match="heads='alex.pth'; expected arrays: load_lpips_heads"):
+        lpips(params, "alex.pth", a, b)
     for wrong in (heads[:4], heads[::-1], [head[None] for head in heads]):
         with pytest.raises(ValueError, match="heads of the shapes .*; expected"):
             lpips(params, wrong, a, b)

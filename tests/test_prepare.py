@@ -216,7 +216,7 @@ def test_what_is_skipped_is_named(image_folder, tmp_path, caplog):
     parts, label = find_parts("small", tmp_path, SHARD)
     assert label.names == ["a", "b"] and sum(part.size for part in parts["train"]) == 22
     assert caplog.messages == [
-        "skipped, not split/class/image: notes.txt, train/a/deeper, train/a/gone.png, train/empty, "
+        "skipped, no images at split/class/image: notes.txt, train/a/deeper, train/a/gone.png, train/empty, "
         "train/loose.png and 1 more"
     ]
 
@@ -322,7 +322,7 @@ def test_files_of_the_system_are_skipped_and_named_and_make_no_class(tmp_path, c
     assert caplog.messages == [
         "skipped, files of the operating system: desktop.ini, train/a/Thumbs.db, train/b/.DS_Store, "
         "train/empty/Thumbs.db",
-        "skipped, not split/class/image: train/empty",
+        "skipped, no images at split/class/image: train/empty",
     ]
 
 

@@ -48,7 +48,7 @@ def from_first_source(
       title: the data set's name in messages.
       sources: in order; a source that does not have the files raises OSError, HTTPException, ValueError or
         TimeoutExpired.
-      source_dir: `config.source_dir`, which is tried first; "" for none.
+      source_dir: `config.source_dir`, which no other source replaces; "" for none.
       read: returns the files from the path `source_dir`, and raises as a source does.
       advice: ends the message of the error.
 
@@ -57,14 +57,15 @@ def from_first_source(
     """
     if source_dir:
         path = user_path(source_dir, "config.source_dir")
-        sources = [(f"config.source_dir={source_dir}", lambda: read(path)), *sources]
+        sources = [(f"config.source_dir={source_dir}", lambda: read(path))]
     tried = []
     for name, files_of_source in sources:
         try:
             files = files_of_source()
         except (OSError, HTTPException, ValueError, subprocess.TimeoutExpired) as error:
             tried.append(f"{name}: {one_line(error, 500)}")
-            log.info("%s: no files from %s", title, tried[-1])
+            if len(sources) > 1:
+                log.info("%s: no files from %s", title, tried[-1])
         else:
             log.info("%s: files from %s", title, name)
             return files

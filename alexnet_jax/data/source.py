@@ -103,7 +103,10 @@ def open_builder(name: str, data_dir: str = "", source_dir: str = "") -> tfds.co
             f"config.data_dir={str(folder)!r}: it has no prepared data set {name!r}; name the folder that has it, or "
             f"prepare it once: {commands}"
         )
-    raise DataError(f"config.dataset={name!r}: TFDS has no such data set, and {folder} contains none")
+    prepared = sorted(path.name for path in folder.glob("*/") if not path.name.startswith((".", "_")))
+    raise DataError(
+        f"config.dataset={name!r}: TFDS has no such data set, and {folder} contains {', '.join(prepared) or 'none'}"
+    )
 
 
 def split_size(builder: tfds.core.DatasetBuilder, split: str) -> int:
@@ -116,7 +119,9 @@ def split_size(builder: tfds.core.DatasetBuilder, split: str) -> int:
         size = builder.info.splits[split].num_examples
     except (ValueError, KeyError, AssertionError):
         splits = ", ".join(f"{k} ({v.num_examples:,})" for k, v in builder.info.splits.items())
-        raise DataError(f"split {split!r} of {builder.name}: it has {splits}; write train[:1000] for a part") from None
+        raise DataError(
+            f"split {split!r} of {builder.name}: it has {splits}; name one of them, or a part, such as train[:90%]"
+        ) from None
     if not size:
         raise DataError(f"split {split!r} of {builder.name} is empty")
     return size

@@ -147,7 +147,7 @@ def folder_parts(
         else:
             skipped.add(file)
     if skipped:
-        log.info("skipped, not split/class/image: %s", _some(sorted(skipped)))
+        log.info("skipped, no images at split/class/image: %s", _some(sorted(skipped)))
     classes = sorted({path.split("/")[0] for images in paths.values() for path in images})
     train = {path.split("/")[0] for path in paths.get("train", ())}
     places = {(split, path.split("/")[0]) for split, images in paths.items() for path in images}
