@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import ml_collections
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -62,13 +63,18 @@ def _named(factor: str, present: bool) -> str:
     return factor if present else f"no {factor}"
 
 
+def config_of(study: Study, form: Form, **fields) -> ml_collections.ConfigDict:
+    """Return the config of a form, with other fields changed."""
+    augmented = dict.fromkeys(("random_crop", "flip", "lighting"), form.augmentation)
+    return study.config(dropout=0.5 * form.dropout, pool_window=form.window, **augmented, **fields)
+
+
 def run(study: Study) -> dict[str, Any]:
     """Return the runs of every form, each with its error on its training images."""
     forms = {str(form): [] for form in FORMS}
     for seed in study.seeds:
         for form in FORMS:
-            augmented = dict.fromkeys(("random_crop", "flip", "lighting"), form.augmentation)
-            config = study.config(dropout=0.5 * form.dropout, pool_window=form.window, **augmented)
+            config = config_of(study, form)
             config.log_every = study.budget.images // config.batch_size  # an epoch
             config.eval_every = EVAL_EPOCHS * config.log_every
             record = study.train(form.arm, config, seed)

@@ -21,7 +21,7 @@ from alexnet_jax.preprocess import measure as statistics_of
 from alexnet_jax.runtime.compilation_cache import use_compilation_cache
 from alexnet_jax.runtime.files import write_json
 from alexnet_jax.setup import build_model, build_preprocess
-from experiments import filters, lrn_four_layers, measure, relu_vs_tanh
+from experiments import filters, lrn_four_layers, measure, overfitting, relu_vs_tanh
 from experiments.seeds import Runs, Task
 from experiments.study import CLASSES, Budget, Study, kernel_std
 
@@ -141,26 +141,17 @@ def lrn(results: Results, of: Study, dataset: Dataset, test: data.Examples, seed
         )  # fmt: skip
 
 
-def overfitting(results: Results, of: Study, dataset: Dataset, test: data.Examples, seeds: Sequence[int]) -> None:
+def crossed(results: Results, of: Study, dataset: Dataset, test: data.Examples, seeds: Sequence[int]) -> None:
     """Train on 5,000 images with and without dropout, augmentation and overlapping pooling (3.4, 4.1, 4.2)."""
     train = dataset.load(f"train[:{min(5000, of.budget.images)}]")
     epochs = 100 if of.budget.images > 5000 else 2
-    for dropout in (0.5, 0.0):
-        for augmented in (True, False):
-            for window in (3, 2):
-                config = of.config(
-                    dropout=dropout, pool_window=window, random_crop=augmented, flip=augmented, lighting=augmented,
-                    drop_at_epochs=(0.64 * epochs, 0.86 * epochs),
-                )  # fmt: skip
-                name = (
-                    f"dropout {dropout}, {'crops, flips, PCA lighting' if augmented else 'no augmentation'}, z={window}"
-                )
-                runs = results.train(
-                    "overfitting", name, task_of(config, dataset, train), epochs, seeds, test, test_every=5, parts=1
-                )
-                record = results.records["experiments"]["overfitting"][name]
-                for run, error in zip(record["runs"], runs.errors(train), strict=True):
-                    run["train_top1_error"] = float(error)
+    for form in overfitting.FORMS:
+        config = overfitting.config_of(of, form, drop_at_epochs=(0.64 * epochs, 0.86 * epochs))
+        task, name = task_of(config, dataset, train), str(form)
+        runs = results.train("overfitting", name, task, epochs, seeds, test, test_every=5, parts=1)
+        record = results.records["experiments"]["overfitting"][name]
+        for run, error in zip(record["runs"], runs.errors(train), strict=True):
+            run["train_top1_error"] = float(error)
     results.write()
 
 
@@ -179,7 +170,7 @@ def first_filters(results: Results, of: Study, dataset: Dataset, test: data.Exam
     results.write()
 
 
-EXPERIMENTS = {"relu": relu, "lrn": lrn, "overfitting": overfitting, "filters": first_filters}
+EXPERIMENTS = {"relu": relu, "lrn": lrn, "overfitting": crossed, "filters": first_filters}
 
 
 def main() -> None:
