@@ -113,7 +113,8 @@ def check_images(network: Any, shape: tuple[int, ...]) -> None:
     if maps < 1:
         raise ValueError(
             f"images of {shape[1]}×{shape[2]}: too small for a stem of {kernel}×{kernel} and stride {stride}, and "
-            f"three poolings of pool_window={window}, stride 2; use larger images, a smaller stem or window"
+            f"three poolings of pool_window={window}, stride 2; use larger images (config.resize enlarges them), a "
+            "smaller stem or window"
         )
 
 

@@ -341,6 +341,8 @@ def test_the_longest_name_decides():
         (dict(learning_rates="fc9=1"), "no trained layer 'fc9'"),
         (dict(freeze="conv1", learning_rates="conv1=2"), "no trained layer 'conv1'; expected LAYER=FACTOR"),
         (dict(learning_rates="fc8=1,fc8=2"), "'fc8' is given twice"),
+        (dict(freeze="conv1"), "config.freeze='conv1': expected no frozen layer without config.init"),
+        (dict(init_sha256="ab"), "config.init_sha256='ab': expected the SHA-256 of config.init, which is not set"),
         (dict(init="missing.pth"), "config.init: missing.pth: No such file or directory; expected torch's .pth"),
         (dict(init=str(ROOT / "README.md")), "not a file of weights"),
         (dict(init=str(ROOT / "tests")), "holds no run"),
