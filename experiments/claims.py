@@ -123,5 +123,5 @@ def plot_differences(findings: Sequence[tuple[Claim, Finding]], labels: dict[str
     axes.set_yticks(range(len(findings)), [labels[claim.key] for claim, _ in findings])
     axes.set(ylim=(len(findings) - 0.5, -0.5), xlabel="difference of the test error (percentage points)")
     axes.grid(axis="y", visible=False)
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
     save_figure(figure, path)
