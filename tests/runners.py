@@ -55,6 +55,7 @@ def tiny_config(**fields):
     """The config of `TINY` with other steps, and some fields changed."""
     config = fashion_mnist.get_config()
     config.dataset, config.data_dir = "synthetic", str(synthetic_data.DATA_DIR)
+    config.ten_crop = False
     config.widths = (8, 16, 16, 16, 16, 32, 32)
     config.kernel_std = (0.28, 0.1, 0.12, 0.12, 0.12, 0.3, 0.25, 0.05)
     config.train_split, config.validation_split, config.test_split = "train[:1000]", "train[1000:1200]", "test[:200]"
