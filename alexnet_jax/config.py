@@ -51,7 +51,6 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         layer_rates(config.learning_rates, [layer for layer in layers if layer not in frozen])
     except ValueError as error:
         raise ConfigError(f"config.{error}") from None
-    require("freeze", not frozen or config.init, "no frozen layer without config.init: its kernels are random")
     require("init_sha256", not config.init_sha256 or config.init, "the SHA-256 of config.init, which is not set")
     require("dtype", config.dtype in ("float32", "bfloat16"), "float32 or bfloat16")
     for name in ("weight_decay", "bias_rate", "bias_decay", "lighting_exponent"):
