@@ -225,21 +225,21 @@ class AlexNet(nn.Module):
 
         `join`: the next layer gathers the towers, so one function for all these operations returns them as one array.
         """
-        fields = self._fields(name)
+        fields, variant = self._fields(name), VARIANTS[self.variant]
         if not fields["features"]:  # the layer is omitted
-            return self._apply_in_order(name, VARIANTS[self.variant].operations(name, omitted=True), x)
+            return self._apply_in_order(name, variant.operations(name, omitted=True), x)
         shape = dict(kernel_size=kernel_size, stride=stride, padding=padding, gather=gather)
-        ceil_mode, then = VARIANTS[self.variant].ceil_mode, VARIANTS[self.variant].operations(name)
-        fused = self._fused(then, join)
+        order = variant.operations(name)
+        fused = self._fused(order, join)
         x = Conv(
-            **fields, **shape, ceil_mode=ceil_mode, towers=self.towers, conv=self._ops.conv, epilogue=fused
+            **fields, **shape, ceil_mode=variant.ceil_mode, towers=self.towers, conv=self._ops.conv, epilogue=fused
         )(x)  # fmt: skip
         if fused:
             return x
         self._record(f"{name}{BEFORE}", x, "preactivations")
         self._record(name, x)
         with jax.named_scope(name):
-            return self._apply_in_order(name, then, x)
+            return self._apply_in_order(name, order, x)
 
     @nn.nowrap
     def _apply_in_order(self, name, order, towers):

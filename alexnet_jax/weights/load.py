@@ -72,8 +72,10 @@ def opened(path: Path, expected: str) -> Iterator[File]:
             yield file
     except WeightsError as error:
         raise WeightsError(f"{path}: {one_line(error, 500)}") from None
+    except FileNotFoundError as error:
+        raise WeightsError(f"{path}: {error.strerror}; expected {expected}") from None
     except OSError as error:
-        raise WeightsError(f"{path}: {error.strerror or one_line(error)}; expected {expected}") from None
+        raise WeightsError(f"{path}: {error.strerror or one_line(error)}") from None
     except CORRUPT as error:
         raise WeightsError(f"{path}: it is corrupt ({type(error).__name__}: {one_line(error)})") from None
 
