@@ -16,6 +16,28 @@ from alexnet_jax import local_response_norm, max_pool, paper_sgd
 CROP, BATCH_SIZE, LEARNING_RATE = 24, 128, 0.001
 
 
+class LocallyConnected(nn.Module):
+    """A 3×3 convolution, padded by 1, with a kernel of its own at each position: [B, H, W, I] to [B, H, W, features].
+
+    Equal to `flax.linen.ConvLocal`, whose gradient is 7 times slower on a CPU.
+    """
+
+    features: int
+    kernel_std: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        height, width, channels = x.shape[1:]
+        shape = (height, width, channels * 9, self.features)
+        kernel = self.param("kernel", nn.initializers.normal(self.kernel_std), shape)
+        bias = self.param("bias", nn.initializers.zeros, (height, width, self.features))
+        padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        taps = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
+        patches = jnp.stack(taps, -1).reshape(x.shape[:3] + shape[2:3])
+        return jnp.einsum("bhwi,hwio->bhwo", patches, kernel.astype(self.dtype)) + bias.astype(self.dtype)
+
+
 class FourLayers(nn.Module):
     """Section 3.3's four-layer network: float images [B, 24, 24, 3], 0 to 255 less the mean, to logits [B, classes].
 
@@ -41,10 +63,7 @@ class FourLayers(nn.Module):
             return max_pool(jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0))), window=3, stride=2)  # x ≥ 0
 
         def locally_connected(name, x):
-            layer = nn.ConvLocal(
-                32, (3, 3), padding=1, kernel_init=nn.initializers.normal(0.04), dtype=self.dtype, name=name
-            )
-            return nn.relu(layer(x))
+            return nn.relu(LocallyConnected(32, 0.04, self.dtype, name=name)(x))
 
         x = convolve("conv1", images.astype(self.dtype), 0.0001)  # 12×12×64
         x = convolve("conv2", x, 0.01)  # 6×6×64
