@@ -53,8 +53,8 @@ def start_of(config: ml_collections.ConfigDict, workdir: Path) -> Start:
     the crop and the resized crop, if the data set's images have the size that the network was trained on.
 
     Raises:
-      config.ConfigError: `config.init` is missing, cannot be read, or has another SHA-256 than `config.init_sha256`;
-        `config.mesh` does not fit the devices.
+      config.ConfigError: `config.init` is missing, cannot be read, is the working directory itself, or has another
+        SHA-256 than `config.init_sha256`; `config.mesh` does not fit the devices.
       weights.RunError: a corrupt file in the working directory.
       data.DataError: a data set that is missing.
     """
@@ -63,6 +63,11 @@ def start_of(config: ml_collections.ConfigDict, workdir: Path) -> Start:
     if (recorded := _recorded(config, workdir)) is not None:
         config = _updated(config, recorded)
         return Start(config, read_preprocess(workdir, config)[0].mean)
+    if Path(config.init).absolute() == workdir.absolute():
+        raise ConfigError(
+            f"config.init={config.init} is --workdir itself; expected another run: a run resumes without config.init, and "
+            "a new one needs a --workdir of its own"
+        )
     build_mesh(config)  # before a run is read, which starts the backend: a CPU is split into devices
     weights, sha256 = _read(config)
     model, preprocess = weights.model, weights.preprocess
@@ -131,7 +136,8 @@ def check_fits(run: Setup, weights: Weights) -> None:
             side, expected = image_shape[0], weights.preprocess.image_shape[0]
             raise ConfigError(
                 f"config.init: {name} is {list(found)}, and with inputs of {side}×{side} it is {list(shape)}; expected "
-                f"inputs of {expected}×{expected} (config.image_size or config.resize)"
+                f"inputs of {expected}×{expected}: --config.image_size={expected} crops to it, "
+                f"--config.resize={expected} resizes the crops"
             )
 
 

@@ -61,7 +61,7 @@ def layer_rates(text: str, layers: Sequence[str]) -> dict[str, float]:
         elif name in factors:
             problem = f"{name!r} is given twice"
         elif not 0 < factor < math.inf:
-            problem = f"{part!r} has no positive number"
+            problem = f"{part!r} has no positive number" + ("; to freeze layers, name them in freeze" if factor == 0 else "")
         if problem:
             raise ValueError(
                 f"learning_rates={text!r}: {problem}; expected LAYER=FACTOR, separated by commas, such as "

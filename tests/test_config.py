@@ -3,7 +3,7 @@
 import pytest
 from runners import tiny_config
 
-from alexnet_jax.config import ConfigError
+from alexnet_jax.config import ConfigError, check_data
 from alexnet_jax.data import DataError
 from alexnet_jax.flags import without_none
 from alexnet_jax.train import train_and_evaluate
@@ -40,6 +40,11 @@ def test_a_config_that_cannot_work_is_one_line(synthetic, tmp_path, fields, word
         train_and_evaluate(tiny_config(**fields), tmp_path / "run")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_data_set_of_one_class_is_refused():
+    with pytest.raises(ConfigError, match="config.dataset='synthetic': it has 1 class; expected at least 2"):
+        check_data(tiny_config(), (28, 28, 1), 1200, 1)
 
 
 def test_none_returns_a_field_to_the_variants_value():

@@ -155,7 +155,7 @@ def test_images_of_another_size_take_the_mean_color_and_the_sizes_of_the_config(
     assert (preprocess.crop, preprocess.resize, preprocess.scale) == (30, 28, opened.preprocess.scale)
     assert preprocess.mean.shape == (32, 32, 3)
     np.testing.assert_allclose(preprocess.mean, np.broadcast_to(mean.mean((0, 1)), (32, 32, 3)), rtol=1e-6)
-    with pytest.raises(ConfigError, match=r"fc6.kernel is .* inputs of 32×32 .* expected inputs of 28×28"):
+    with pytest.raises(ConfigError, match=r"fc6.kernel is .* inputs of 32×32 .* expected inputs of 28×28: .*resize=28"):
         train_and_evaluate(config_of(tmp_path / "rgb.safetensors", **sizes | {"resize": 32}), tmp_path / "other")
     assert not (tmp_path / "other").exists()  # the same command with another size is not refused
 
@@ -337,7 +337,8 @@ def test_the_longest_name_decides():
             "config.learning_rates='fc8': 'fc8' has no positive number; expected LAYER=FACTOR",
         ),
         (dict(learning_rates="fc8=-1"), "'fc8=-1' has no positive number"),
-        (dict(learning_rates="fc8=nan"), "'fc8=nan' has no positive number"),
+        (dict(learning_rates="fc8=nan"), "'fc8=nan' has no positive number; expected"),
+        (dict(learning_rates="fc8=0"), "'fc8=0' has no positive number; to freeze layers, name them in freeze"),
         (dict(learning_rates="fc9=1"), "no trained layer 'fc9'"),
         (dict(freeze="conv1", learning_rates="conv1=2"), "no trained layer 'conv1'; expected LAYER=FACTOR"),
         (dict(learning_rates="fc8=1,fc8=2"), "'fc8' is given twice"),
@@ -345,6 +346,7 @@ def test_the_longest_name_decides():
         (dict(init="missing.pth"), "config.init: missing.pth: No such file or directory; expected torch's .pth"),
         (dict(init=str(ROOT / "README.md")), "not a file of weights"),
         (dict(init=str(ROOT / "tests")), "holds no run"),
+        (dict(init="itself"), "config.init=.* is --workdir itself; expected another run: a run resumes without"),
         (dict(init="seven", dataset="synthetic_rgb"), r"takes images of 1 channel\(s\), and .* have 3"),
         (
             dict(init="seven", freeze="fc8"),
@@ -354,7 +356,8 @@ def test_the_longest_name_decides():
     ],
 )
 def test_a_bad_value_is_one_line(fields, message, file, synthetic_rgb, tmp_path):
-    fields = {k: str(file) if v == "seven" else v for k, v in fields.items()}
+    paths = {"seven": str(file), "itself": str(tmp_path / "run")}
+    fields = {k: paths.get(v, v) for k, v in fields.items()}
     with pytest.raises((ConfigError, DataError), match=message) as error:
         train_and_evaluate(tiny_config(**fields), tmp_path / "run")
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()

@@ -141,7 +141,7 @@ def test_heads_from_a_file(tmp_path, write):
     (lambda path: None, "No such file"),
     (lambda path: path.mkdir(), "not a file; expected alex.pth of the package lpips"),
     (lambda path: path.write_bytes(b""), "not a file of torch.save"),
-    (lambda path: path.write_text("heads"), "not a file of torch.save"),
+    (lambda path: path.write_text("heads"), "not the heads of LPIPS .not a file of torch.save.*; expected alex.pth"),
     (lambda path: weight_files.torch_zip(path, weight_files.random_params(towers=1)),
      "not the heads of LPIPS: lin0.model.1.weight is missing; expected alex.pth"),
     (lambda path: weight_files.torch_legacy(path, heads_of((64, 128, 256, 512, 512)), keys=dict),

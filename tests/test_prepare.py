@@ -326,6 +326,13 @@ def test_files_of_the_system_are_skipped_and_named_and_make_no_class(tmp_path, c
     ]
 
 
+def test_classes_that_another_split_lacks_are_named(tmp_path, caplog):
+    caplog.set_level("INFO")
+    images_in(*(tmp_path / place for place in ("train/a", "train/b", "train/c", "validation/b")))
+    find_parts("small", tmp_path, SHARD)
+    assert caplog.messages == ["validation: no images of a, c"]
+
+
 def test_a_class_that_has_no_images_to_train_is_refused_by_name(tmp_path):
     images_in(
         tmp_path / "train" / "a", tmp_path / "train" / "b", tmp_path / "test" / "a", tmp_path / "test" / "unknown"

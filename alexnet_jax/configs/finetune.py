@@ -11,6 +11,7 @@ from alexnet_jax.configs import default
 def get_config() -> ml_collections.ConfigDict:
     """Return the config."""
     c = default.get_config()
+    c.init = "FILE"  # the command names it
     c.dataset = "images_256"
     c.train_split = "train"
     c.validation_split = "validation"

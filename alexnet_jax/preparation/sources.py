@@ -124,8 +124,8 @@ def folder_parts(
 ) -> tuple[dict[str, list[Part]], tfds.features.ClassLabel | None]:
     """Return the parts of each split, up to `size` images each, and the classes, of files split/class/image.
 
-    A line is logged with what is skipped: files of the operating system, files in other places, and `others`. Other
-    hidden files are ignored.
+    A line is logged with what is skipped: files of the operating system, files in other places, and `others`. So is one
+    with the classes that a split lacks. Other hidden files are ignored.
 
     Args:
       files, others: paths relative to `folder`.
@@ -156,7 +156,10 @@ def folder_parts(
             f"{_some(unknown)}: no images of this class in train/, so that each would count as an error; add some, or "
             "move the folder elsewhere (python -m alexnet_jax.predict classifies unlabeled images)"
         )
-    for images in paths.values():
+    for split, images in sorted(paths.items()):
+        present = {path.split("/")[0] for path in images}
+        if train and (absent := [name for name in classes if name not in present]):
+            log.info("%s: no images of %s", split, _some(absent))
         images.sort(key=lambda path: hashlib.sha256(os.fsencode(path)).digest())
     parts: dict[str, list[Part]] = {
         split: [FolderPart(folder / split, [images[i] for i in piece], classes) for piece in _pieces(len(images), size)]

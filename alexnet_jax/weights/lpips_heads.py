@@ -33,7 +33,10 @@ def load_lpips_heads(path: str | Path) -> tuple[np.ndarray, ...]:
     with np.errstate(all="ignore"), opened(path, EXPECTED) as file:
         if hashlib.file_digest(file, "sha256").hexdigest() == VERSION_0_0:
             raise WeightsError(f"the heads of version 0.0; expected {EXPECTED}")
-        state_dict = load_state_dict(whole(file))
+        try:
+            state_dict = load_state_dict(whole(file))
+        except WeightsError as error:
+            raise WeightsError(f"not the heads of LPIPS ({error}); expected {EXPECTED}") from None
         if missing := [key for key in KEYS if key not in state_dict]:
             raise WeightsError(f"not the heads of LPIPS: {missing[0]} is missing; expected {EXPECTED}")
         arrays = arrays_of({key: state_dict[key] for key in KEYS})
