@@ -65,8 +65,8 @@ def start_of(config: ml_collections.ConfigDict, workdir: Path) -> Start:
         return Start(config, read_preprocess(workdir, config)[0].mean)
     if Path(config.init).absolute() == workdir.absolute():
         raise ConfigError(
-            f"config.init={config.init} is --workdir itself; expected another run: a run resumes without config.init, and "
-            "a new one needs a --workdir of its own"
+            f"config.init={config.init} is --workdir itself; expected another run: a run resumes without config.init, "
+            "and a new one needs a --workdir of its own"
         )
     build_mesh(config)  # before a run is read, which starts the backend: a CPU is split into devices
     weights, sha256 = _read(config)

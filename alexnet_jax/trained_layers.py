@@ -61,7 +61,8 @@ def layer_rates(text: str, layers: Sequence[str]) -> dict[str, float]:
         elif name in factors:
             problem = f"{name!r} is given twice"
         elif not 0 < factor < math.inf:
-            problem = f"{part!r} has no positive number" + ("; to freeze layers, name them in freeze" if factor == 0 else "")
+            advice = "; to freeze layers, name them in freeze" if factor == 0 else ""
+            problem = f"{part!r} has no positive number{advice}"
         if problem:
             raise ValueError(
                 f"learning_rates={text!r}: {problem}; expected LAYER=FACTOR, separated by commas, such as "

@@ -22,7 +22,7 @@ class Claim(NamedTuple):
     text: str
     paper: str  # the paper's figure
     effect: float  # the difference of the paper, with its sign; where it gives none, the one of `unit` to look for
-    equal: bool = False  # whether the claim is that the difference is smaller than `effect`
+    equal: bool = False  # whether the claim is that the difference, of either sign, is smaller than `effect`
     ratio: bool = False  # whether `effect` and the difference are logarithms of ratios
 
 
@@ -57,23 +57,35 @@ def effect(claim: Claim) -> str:
     return f"{'±' if claim.equal else ''}{claim.effect:{'' if claim.equal else '+'}g}".replace("-", "−")
 
 
+def p_value(claim: Claim, comparison: Comparison | PValue | None) -> float:
+    """Return the p-value of a claim: of no difference, or, if the claim is equality, of a difference of its effect."""
+    if comparison is None:
+        return 1.0
+    return _beyond(claim, comparison).p if claim.equal else comparison.p
+
+
+def _beyond(claim: Claim, comparison: Comparison) -> Comparison:
+    """Return by how much a difference, of either sign, is larger than the one that still counts as equality."""
+    return comparison._replace(difference=abs(comparison.difference) - abs(claim.effect))
+
+
 def verdict(claim: Claim, comparison: Comparison | PValue | None, p: float) -> str:
     """Return the verdict on a claim.
 
     "holds" and "contradicted" need p < ALPHA. Otherwise the difference is "smaller than stated", if its interval does
-    not contain the claim's effect, or "not decided". A claim of equality holds if the interval is within ± its effect.
+    not contain the claim's effect, or "not decided".
 
     Args:
-      p: the p-value of the comparison, adjusted for the number of rows.
+      p: the p-value of the claim, adjusted for the number of rows.
     """
     if comparison is None:
         return "not measured"
     if isinstance(comparison, PValue):
         return "holds" if p < ALPHA else "not decided"
     if claim.equal:
-        if abs(comparison.difference) + comparison.noise < abs(claim.effect):
-            return "holds"
-        return "contradicted" if p < ALPHA else "not decided"
+        if p >= ALPHA:
+            return "not decided"
+        return "holds" if _beyond(claim, comparison).difference < 0 else "contradicted"
     if p < ALPHA:
         return "holds" if comparison.difference * claim.effect > 0 else "contradicted"
     smaller = comparison.excludes(claim.effect) and (claim.effect - comparison.difference) * claim.effect > 0
@@ -86,7 +98,7 @@ def rows(findings: Sequence[tuple[Claim, Finding | None]]) -> list[tuple[str, ..
     The p-values are adjusted by Holm's method for the number of claims. The power is that of the smallest of Holm's
     thresholds, ALPHA ÷ the number of claims, so it is a lower bound.
     """
-    p_values = [f.comparison.p if f and f.comparison else 1.0 for _, f in findings]
+    p_values = [p_value(claim, finding and finding.comparison) for claim, finding in findings]
     table = []
     for (claim, finding), p in zip(findings, holm(p_values), strict=True):
         if finding is None:
@@ -97,7 +109,8 @@ def rows(findings: Sequence[tuple[Claim, Finding | None]]) -> list[tuple[str, ..
             table.append((claim.text, claim.paper, finding.text, str(comparison.n), "", verdict(claim, comparison, p)))
         else:
             measured = f"{finding.text}: {difference(claim, comparison)}"
-            power = f"{comparison.power(claim.effect, ALPHA / len(findings)):.2f} for {effect(claim)}"
+            power_of = comparison.power_of_equality if claim.equal else comparison.power
+            power = f"{power_of(claim.effect, ALPHA / len(findings)):.2f} for {effect(claim)}"
             table.append((claim.text, claim.paper, measured, str(comparison.n), power, verdict(claim, comparison, p)))
     return table
 

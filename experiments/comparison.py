@@ -42,6 +42,14 @@ class Comparison(NamedTuple):
         threshold = stats.t.ppf(1 - alpha / 2, self.degrees)
         return float(stats.nct.sf(threshold, self.degrees, abs(effect) / self.error))
 
+    def power_of_equality(self, effect: float, alpha: float = 1 - LEVEL) -> float:
+        """Return the probability that the interval of 1 − alpha is within ± effect if there is no difference."""
+        threshold = stats.t.ppf(1 - alpha / 2, self.degrees)
+        chances = (np.arange(1000) + 0.5) / 1000  # of the estimated errors, in units of the true one
+        errors = np.sqrt(stats.chi2.ppf(chances, self.degrees) / self.degrees)
+        margins = (abs(effect) / self.error - threshold * errors) if self.error else np.inf
+        return float(np.mean(np.maximum(0, 2 * stats.norm.cdf(margins) - 1)))
+
     def excludes(self, effect: float) -> bool:
         """Return whether the interval does not contain a difference of that size."""
         return abs(self.difference - effect) > self.noise

@@ -13,7 +13,7 @@ from scipy import stats
 
 from alexnet_jax.setup import build_model
 from experiments import ablations, depth, remarks, study, variants
-from experiments.claims import Claim, Finding, rows, verdict
+from experiments.claims import Claim, Finding, p_value, rows, verdict
 from experiments.comparison import Comparison, compare_paired, contrast, holm
 
 LOWER = Claim("key", "text", "−2 points", -2.0)
@@ -67,6 +67,9 @@ def test_holms_p_values():
     (LOWER, -0.1, 0.1, "smaller than stated"),
     (LOWER, -1.0, 1.0, "not decided"),
     (EQUAL, 0.1, 0.1, "holds"),
+    (EQUAL, -0.6, 0.1, "holds"),  # a difference, but a smaller one
+    (EQUAL, 0.9, 0.2, "not decided"),
+    (EQUAL, 1.3, 0.2, "not decided"),
     (EQUAL, 3.0, 0.1, "contradicted"),
     (EQUAL, -3.0, 0.1, "contradicted"),
     (EQUAL, 0.1, 0.8, "not decided"),
@@ -74,7 +77,22 @@ def test_holms_p_values():
 ])  # fmt: skip
 def test_verdicts(claim, difference, error, expected):
     comparison = Comparison(difference, error, 9, 10)
-    assert verdict(claim, comparison, comparison.p) == expected
+    assert verdict(claim, comparison, p_value(claim, comparison)) == expected
+
+
+def test_equality_is_tested_against_the_difference_that_it_excludes():
+    rng = np.random.default_rng(3)
+    values = rng.normal(0.2, 0.8, 10)
+    comparison = compare_paired(values, np.zeros(10))
+    assert p_value(EQUAL, comparison) == pytest.approx(stats.ttest_1samp(values, 1.0).pvalue)
+    negative = comparison._replace(difference=-comparison.difference)
+    assert p_value(EQUAL, negative) == pytest.approx(p_value(EQUAL, comparison))
+    samples = rng.normal(0, 0.8, (20_000, 10))
+    error = samples.std(axis=1, ddof=1) / math.sqrt(10)
+    found = np.mean(1 - np.abs(samples.mean(axis=1)) > stats.t.ppf(1 - 0.01 / 2, 9) * error)
+    power = Comparison(0.3, 0.8 / math.sqrt(10), 9, 10).power_of_equality(1.0, 0.01)
+    assert power == pytest.approx(found, abs=0.015)
+    assert Comparison(0.0, 0.0, 1, 2).power_of_equality(1.0) == 1.0
 
 
 def test_a_verdict_depends_on_the_number_of_claims():
@@ -166,6 +184,6 @@ def test_remarks_and_variants(tmp_path):
         .items()
     }  # fmt: skip
     actual = variants.judge(records)
-    verdicts = {c.key: verdict(c, actual[c.key].comparison, actual[c.key].comparison.p) for c in variants.CLAIMS}
+    verdicts = {c.key: verdict(c, x := actual[c.key].comparison, p_value(c, x)) for c in variants.CLAIMS}
     assert verdicts == {"source2012": "holds", "caffe": "contradicted"}
     variants.plot(records, tmp_path / "plot.png")
