@@ -128,7 +128,7 @@ def test_the_notebook_is_committed_with_its_outputs():
         for output in cell["outputs"]:
             assert output["output_type"] in ("stream", "display_data", "execute_result")
             assert output.get("name", "stdout") == "stdout", output
-            pictures += "image/png" in output.get("data", {})
+            pictures += not {"image/png", "image/jpeg"}.isdisjoint(output.get("data", {}))
         text = "".join("".join(output.get("text", [])) for output in cell["outputs"])
         assert not re.search(r"/home/|/tmp/|/work/|/root/|Warning|Traceback|left out", text), text
     assert pictures >= 18
