@@ -29,12 +29,12 @@ from experiments.claims import Claim, Finding
 from experiments.command import save_figure
 from experiments.comparison import compare_paired, percent, spread
 from experiments.seeds import Task
-from experiments.study import Budget, Study, main
+from experiments.study import QUICK, Budget, Study, main
 
 CLAIMS = (
     Claim("lrn_four_layers", "LRN lowers the test error of a four-layer network (3.3)", "13 → 11 % on CIFAR-10", -2.0),
 )  # fmt: skip
-BUDGETS = {"full": Budget(50_000, 300), "reduced": Budget(15_000, 20)}
+BUDGETS = {"full": Budget(50_000, 300), "reduced": Budget(15_000, 20), "quick": QUICK._replace(shrink=1)}
 SEEDS = 5
 FORMS = {"with LRN": True, "without LRN": False}
 COLORS = dict(zip(FORMS, (style.BLUE, style.ORANGE), strict=True))

@@ -188,7 +188,7 @@ def main(module: Any) -> None:
     parser.add_argument(
         "--seeds", type=int, default=module.SEEDS, help=f"runs of each network (default: {module.SEEDS})"
     )
-    budgets = {**module.BUDGETS, "quick": QUICK}
+    budgets = {**module.BUDGETS, "quick": module.BUDGETS.get("quick", QUICK)}
     texts = "; ".join(f"{label}: {budget}" for label, budget in budgets.items())
     parser.add_argument("--budget", choices=budgets, help=f"{texts} (default: reduced on a CPU, full elsewhere)")
     parser.add_argument("--quick", action="store_true", help="--budget=quick, to see that it works; no result")
