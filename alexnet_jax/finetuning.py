@@ -53,11 +53,17 @@ def start_of(config: ml_collections.ConfigDict, workdir: Path) -> Start:
     the crop and the resized crop, if the data set's images have the size that the network was trained on.
 
     Raises:
-      config.ConfigError: `config.init` is missing, cannot be read, is the working directory itself, or has another
-        SHA-256 than `config.init_sha256`; `config.mesh` does not fit the devices.
+      config.ConfigError: `config.init` is not set or missing, cannot be read, is the working directory itself, has
+        another SHA-256 than `config.init_sha256`, or takes images of other channels than the data set's; `config.mesh`
+        does not fit the devices.
       weights.RunError: a corrupt file in the working directory.
       data.DataError: a data set that is missing.
     """
+    if config.init is None:
+        raise ConfigError(
+            "config.init is not set; expected --config.init=FILE, the weights or the run to start from, or "
+            "--config.init= to start from random kernels"
+        )
     if not config.init:
         return Start(config)
     if (recorded := _recorded(config, workdir)) is not None:
@@ -73,7 +79,13 @@ def start_of(config: ml_collections.ConfigDict, workdir: Path) -> Start:
     model, preprocess = weights.model, weights.preprocess
     fields = {name: getattr(model, name) for name in NETWORK}
     fields |= {"stem": tuple(model.stem), "input_scale": float(preprocess.scale), "init_sha256": sha256}
-    if open_dataset(config).builder.info.features["image"].shape == preprocess.mean.shape:
+    images = open_dataset(config).builder.info.features["image"].shape
+    if images[-1] != preprocess.mean.shape[-1]:
+        raise ConfigError(
+            f"config.init: its network takes images of {preprocess.mean.shape[-1]} channel(s), and those of "
+            f"{config.dataset} have {images[-1]}; expected a network or a data set of the same number"
+        )
+    if images == preprocess.mean.shape:
         fields |= {name: getattr(preprocess, attribute) for name, attribute in SIZES.items()}
     changed = {k: v for k, v in fields.items() if v != config[k] and k != "init_sha256"}
     log.info("config.init=%s sets %s", config.init, ", ".join(f"{k}={v!r}" for k, v in changed.items()) or "no field")

@@ -52,7 +52,14 @@ def lpips(params: Any, heads: Sequence[jax.Array], a: jax.Array, b: jax.Array, s
     return _lpips(convolutions, list(heads), a, b, spatial)
 
 
+def _check_array(name: str, x: Any) -> None:
+    if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+        raise ValueError(f"lpips: {name} is of the type {type(x).__name__}; expected an array")
+
+
 def _check_images(a: Any, b: Any) -> None:
+    _check_array("a", a)
+    _check_array("b", b)
     shape = jnp.shape(a)
     if shape != jnp.shape(b):
         raise ValueError(f"lpips: images of the shapes {shape} and {jnp.shape(b)}; expected the same shape")
@@ -70,10 +77,18 @@ def _check_network(params: Any, heads: Sequence[Any]) -> None:
         raise ValueError(f"lpips: parameters of the type {type(params).__name__}; expected a dict, as weights.params")
     if isinstance(heads, str | Path):
         raise ValueError(f"lpips: heads={str(heads)!r}; expected arrays: load_lpips_heads({str(heads)!r})")
+    if not isinstance(heads, Sequence):
+        raise ValueError(f"lpips: heads of the type {type(heads).__name__}; expected five arrays: load_lpips_heads(…)")
+    for i, head in enumerate(heads):
+        _check_array(f"heads[{i}]", head)
     channels = 3
     for layer, side in zip(LAYERS, KERNELS, strict=True):
         if layer not in params:
             raise ValueError(f"lpips: the parameters have no {layer}; expected conv1 to conv5")
+        if not isinstance(params[layer], Mapping) or not {"kernel", "bias"} <= set(params[layer]):
+            raise ValueError(f'lpips: the parameters of {layer} are no dict of "kernel" and "bias", as weights.params')
+        for name in ("kernel", "bias"):
+            _check_array(f"the {name} of {layer}", params[layer][name])
         shape = jnp.shape(params[layer]["kernel"])
         if shape[:3] != (side, side, channels) or len(shape) != 4:
             raise ValueError(

@@ -18,7 +18,7 @@ from alexnet_jax.model import OUTPUTS
 from alexnet_jax.progress import title
 from alexnet_jax.runtime import distributed
 from alexnet_jax.runtime.files import write_json
-from alexnet_jax.runtime.workers import available_cores
+from alexnet_jax.runtime.workers import counted_cores
 from alexnet_jax.setup import Setup
 from alexnet_jax.summary import layer_summary
 from alexnet_jax.tables import table
@@ -128,5 +128,5 @@ def device_name(mesh: Mesh) -> str:
     if (count := jax.process_count()) > 1:
         layout += f", {count} processes"
     if device.platform == "cpu":
-        return f"CPU, {available_cores()} cores, mesh {layout}"
+        return f"CPU, {counted_cores()}, mesh {layout}"
     return f"{mesh.size} × {device.device_kind}, mesh {layout}"

@@ -103,7 +103,7 @@ def setup(config: ml_collections.ConfigDict, mean: jax.Array | np.ndarray | None
     num_steps = config.num_train_steps or max(1, round(config.num_epochs * steps_per_epoch))
     preprocess = build_preprocess(config, dataset, train_data.measure)
     if mean is not None:
-        preprocess = dataclasses.replace(preprocess, mean=_mean_image(mean, train_data.image_shape, dataset.full_name))
+        preprocess = dataclasses.replace(preprocess, mean=_mean_image(mean, train_data.image_shape))
     layers = layers_of(config.widths)
     return Setup(
         mesh=mesh,
@@ -187,15 +187,10 @@ def build_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransfor
     return scale_layers(optimizer, rates) if set(rates.values()) != {1.0} else optimizer
 
 
-def _mean_image(mean: jax.Array | np.ndarray, shape: tuple[int, ...], dataset: str) -> jax.Array | np.ndarray:
+def _mean_image(mean: jax.Array | np.ndarray, shape: tuple[int, ...]) -> jax.Array | np.ndarray:
     """Return a network's mean image, of its mean color if the images [H, W, C] have another size."""
     if mean.shape == shape:
         return mean
-    if mean.shape[-1] != shape[-1]:
-        raise ConfigError(
-            f"config.init: its network takes images of {mean.shape[-1]} channel(s), and those of {dataset} have "
-            f"{shape[-1]}; expected a network or a data set of the same number"
-        )
     color = np.mean(mean, axis=(0, 1), dtype=np.float64).astype(np.float32)
     if (mean != color).any():
         log.info("images of another size than those of config.init: its mean color replaces its mean image")

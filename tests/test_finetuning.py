@@ -22,6 +22,7 @@ from runners import CIFAR10, ROOT, assert_same_state, losses, saved_state, start
 
 from alexnet_jax import AlexNet, Stem, activations, paper_sgd, sharding
 from alexnet_jax.config import ConfigError
+from alexnet_jax.configs import finetune
 from alexnet_jax.data import load
 from alexnet_jax.data.source import DataError
 from alexnet_jax.evaluate import evaluate_workdirs
@@ -361,6 +362,13 @@ def test_a_bad_value_is_one_line(fields, message, file, synthetic_rgb, tmp_path)
     with pytest.raises((ConfigError, DataError), match=message) as error:
         train_and_evaluate(tiny_config(**fields), tmp_path / "run")
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_the_config_finetune_needs_a_file(tmp_path):
+    with pytest.raises(
+        ConfigError, match="config.init is not set; expected --config.init=FILE, the weights or the run"
+    ):
+        train_and_evaluate(finetune.get_config(), tmp_path / "run")
 
 
 @pytest.fixture(scope="module")

@@ -118,6 +118,15 @@ def test_parameters_and_heads_of_other_networks(network):
         lpips((params,), heads, a, b)
     with pytest.raises(ValueError, match="heads='alex.pth'; expected arrays: load_lpips_heads"):
         lpips(params, "alex.pth", a, b)
+    with pytest.raises(ValueError, match="heads of the type NoneType; expected five arrays"):
+        lpips(params, None, a, b)
+    with pytest.raises(ValueError, match=r"heads\[0\] is of the type list; expected an array"):
+        lpips(params, [head.tolist() for head in heads], a, b)
+    for wrong in ({"kernel": params["conv1"]["kernel"]}, params["conv1"]["kernel"]):
+        with pytest.raises(ValueError, match='conv1 are no dict of "kernel" and "bias"'):
+            lpips(params | {"conv1": wrong}, heads, a, b)
+    with pytest.raises(ValueError, match="a is of the type list; expected an array"):
+        lpips(params, heads, a.tolist(), b)
     for wrong in (heads[:4], heads[::-1], [head[None] for head in heads]):
         with pytest.raises(ValueError, match="heads of the shapes .*; expected"):
             lpips(params, wrong, a, b)

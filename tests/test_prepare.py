@@ -326,6 +326,11 @@ def test_files_of_the_system_are_skipped_and_named_and_make_no_class(tmp_path, c
     ]
 
 
+def test_a_folder_that_is_missing_is_named(tmp_path):
+    with pytest.raises(PrepareError, match=f"--data_dir={tmp_path}/none: no such folder; expected"):
+        prepare("small", tmp_path / "none", tmp_path / "out")
+
+
 def test_classes_that_another_split_lacks_are_named(tmp_path, caplog):
     caplog.set_level("INFO")
     images_in(*(tmp_path / place for place in ("train/a", "train/b", "train/c", "validation/b")))

@@ -4,6 +4,7 @@
 """
 
 import ml_collections
+from ml_collections import config_dict
 
 from alexnet_jax.configs import default
 
@@ -11,7 +12,7 @@ from alexnet_jax.configs import default
 def get_config() -> ml_collections.ConfigDict:
     """Return the config."""
     c = default.get_config()
-    c.init = "FILE"  # the command names it
+    c.init = config_dict.placeholder(str)  # the command has to name it
     c.dataset = "images_256"
     c.train_split = "train"
     c.validation_split = "validation"

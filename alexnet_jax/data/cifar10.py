@@ -27,7 +27,7 @@ IMAGE = (3, 32, 32)  # after a byte with the label
 
 def _check_size(size: int) -> None:
     if size != SIZE:
-        raise ValueError(f"{ARCHIVE} of {size:,} bytes; expected {SIZE:,}: it is truncated, or not the published file")
+        raise ValueError(f"{size:,} bytes, and {ARCHIVE} has {SIZE:,}: it is truncated, or not the published file")
 
 
 def _unpacked(content: bytes) -> Files:

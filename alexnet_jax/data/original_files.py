@@ -56,16 +56,19 @@ def from_first_source(
       NoSourceError: no source had them; the message lists what was tried.
     """
     if source_dir:
-        path = user_path(source_dir, "config.source_dir")
-        sources = [(f"config.source_dir={source_dir}", lambda: read(path))]
+        try:
+            return read(user_path(source_dir, "config.source_dir"))
+        except (OSError, ValueError) as error:
+            raise NoSourceError(
+                f"{title} cannot be read from config.source_dir={source_dir}: {one_line(error, 500)}. {advice}"
+            ) from None
     tried = []
     for name, files_of_source in sources:
         try:
             files = files_of_source()
         except (OSError, HTTPException, ValueError, subprocess.TimeoutExpired) as error:
             tried.append(f"{name}: {one_line(error, 500)}")
-            if len(sources) > 1:
-                log.info("%s: no files from %s", title, tried[-1])
+            log.info("%s: no files from %s", title, tried[-1])
         else:
             log.info("%s: files from %s", title, name)
             return files

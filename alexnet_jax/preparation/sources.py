@@ -176,6 +176,8 @@ def find_parts(dataset: str, data_dir: Path, size: int) -> tuple[dict[str, list[
     Raises:
       PrepareError: there is neither of the two, or it has no split `train`.
     """
+    if not data_dir.is_dir():
+        raise PrepareError(f"--data_dir={data_dir}: no such folder; expected the folder of images, or TFDS's")
     if any((data_dir / dataset).glob("**/dataset_info.json")):
         builder = open_builder(dataset, str(data_dir))
         info, folder = builder.info, Path(builder.data_path)

@@ -23,6 +23,12 @@ def available_cores() -> int:
     return max(1, math.ceil(min(cores, _cpu_quota(Path("/sys/fs/cgroup")))))
 
 
+def counted_cores() -> str:
+    """Return the number of these cores as text."""
+    cores = available_cores()
+    return f"{cores} core{'s' if cores > 1 else ''}"
+
+
 def _cpu_quota(cgroup: Path) -> float:
     """Return how many cores' time a container may use: of cgroup v2 or v1; infinite without a limit."""
     try:

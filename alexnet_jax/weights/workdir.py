@@ -71,7 +71,10 @@ def read_run(workdir: Path, data_dir: str = "") -> Checkpoint:
     sharding.all_devices()
     config = default.get_config().lock()
     try:
-        config.update(json.loads((workdir / CONFIG).read_text()))
+        values = json.loads((workdir / CONFIG).read_text())
+        if missing := [name for name in ("dataset", "stem", "widths") if name not in values]:
+            raise ValueError(f"it has no {missing[0]}")
+        config.update(values)
     except OSError:
         raise RunError(
             f"{workdir} holds no run (no {CONFIG}); name the workdir of a training, or a file of weights"
@@ -118,7 +121,5 @@ def read_preprocess(
             lighting = (arrays[LIGHTING[0]], arrays[LIGHTING[1]]) if LIGHTING[0] in arrays else None
             preprocess = Preprocess(mean=arrays["mean"], lighting=lighting, **preprocess_fields(config))
             return preprocess, tuple(arrays["class_names"].tolist())
-    except Exception as error:  # any exception of a corrupt file
-        raise RunError(
-            f"{path} is corrupt ({one_line(error)}); delete it to compute its contents from the data set again"
-        ) from None
+    except Exception:  # any exception of a corrupt file
+        raise RunError(f"{path} is corrupt; delete it to compute its contents from the data set again") from None
