@@ -42,20 +42,30 @@ def colorfulness(kernels: np.ndarray) -> np.ndarray:
     return 1 - gray / np.maximum(energy, 1e-30)
 
 
-def specialization(values: Sequence[float], permutations: int = 10_000) -> tuple[float, float]:
-    """Return the mean of tower 1 minus that of tower 0, and the probability p of such a difference by chance.
+def differences(kernels: np.ndarray) -> np.ndarray:
+    """Return the mean of tower 1 minus that of tower 0, whose kernels are the first half of the last axis."""
+    first, second = np.split(kernels, 2, axis=-1)
+    return second.mean(axis=-1) - first.mean(axis=-1)
+
+
+def by_chance(values: Sequence[float], permutations: int = 10_000) -> np.ndarray:
+    """Return the differences of random assignments of the kernels to the towers, [permutations]."""
+    return differences(np.random.default_rng(0).permuted(np.tile(values, (permutations, 1)), axis=1))
+
+
+def specialization(values: Sequence[float]) -> tuple[float, float]:
+    """Return the difference of the towers' means, and the probability p of such a difference by chance.
 
     Args:
       values: of each kernel, those of tower 0 first.
-      permutations: random assignments to compare with.
     """
-    values = np.asarray(values)
-    half = len(values) // 2
-    random = np.random.default_rng(0)
-    permuted = random.permuted(np.tile(values, (permutations, 1)), axis=1)
-    by_chance = permuted[:, half:].mean(axis=1) - permuted[:, :half].mean(axis=1)
-    difference = values[half:].mean() - values[:half].mean()
-    return float(difference), float((1 + np.sum(np.abs(by_chance) >= abs(difference) - 1e-12)) / (1 + permutations))
+    difference, random = differences(np.asarray(values)), by_chance(values)
+    return float(difference), float((1 + np.sum(np.abs(random) >= abs(difference) - 1e-12)) / (1 + len(random)))
+
+
+def detectable(values: Sequence[float]) -> float:
+    """Return the smallest difference whose p is below 0.05."""
+    return float(np.quantile(np.abs(by_chance(values)), 0.95))
 
 
 def run(study: Study) -> dict[str, Any]:
@@ -87,7 +97,11 @@ def judge(records: dict[str, Any]) -> dict[str, Finding]:
     runs = records["runs"]
     means = "; ".join("{:.2f} and {:.2f}".format(*(x.mean() for x in towers(r))) for r in runs)
     chances = ", ".join(f"{r['chance']:.2g}" for r in runs)
-    text = f"colorfulness of the two towers {means} (random: {RANDOM:.2f}); by chance: p = {chances}"
+    smallest = max(detectable(r["colorfulness"]) for r in runs)
+    text = (
+        f"colorfulness of the two towers {means} (random: {RANDOM:.2f}); by chance: p = {chances}; p is below 0.05 for "
+        f"differences above {smallest:.2f}"
+    )
     return {"specialized": Finding(text, PValue(max(r["chance"] for r in runs), len(runs)))}
 
 

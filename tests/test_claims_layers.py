@@ -39,6 +39,10 @@ def test_colorfulness_and_specialization():
     difference, chance = filters.specialization([0.1, 0.2, 0.15, 0.1, 0.12, 0.9, 0.8, 0.85, 0.95, 0.7])
     assert difference == pytest.approx(0.706) and chance == pytest.approx(2 / 252, abs=0.003)  # of 10 over 5, two
     assert filters.specialization(random[:32])[1] > 0.05
+    for shift in (0.0, 0.05, 0.1, 0.2):  # the difference that is detectable depends on the kernels
+        values = random[:32] + np.repeat([0.0, shift], 16)
+        difference, chance = filters.specialization(values)
+        assert (chance < 0.05) == (abs(difference) > filters.detectable(values))
 
 
 @pytest.mark.parametrize("chances,verdict", [
