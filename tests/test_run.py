@@ -80,10 +80,10 @@ def test_a_corrupt_checkpoint_is_named_and_left_alone(trained, tmp_path):
 
 
 @pytest.mark.parametrize("content,words", [
-    ("{", "not a config"), ('{"widht": 3}', "widht"), (None, "no checkpoint yet"),
+    ("{", "not a config"), ('{"widht": 3}', "widht"), ("{}", "it has no dataset"), (None, "no checkpoint yet"),
 ])  # fmt: skip
 def test_a_folder_that_holds_no_run_to_read(synthetic, tmp_path, content, words):
-    text = '{"train_split": "train[:50]"}' if content is None else content
+    text = tiny_config(train_split="train[:50]").to_json_best_effort() if content is None else content
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(run.RunError, match=words):
         run.open_run(tmp_path)

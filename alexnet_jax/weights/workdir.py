@@ -72,9 +72,9 @@ def read_run(workdir: Path, data_dir: str = "") -> Checkpoint:
     config = default.get_config().lock()
     try:
         values = json.loads((workdir / CONFIG).read_text())
+        config.update(values)
         if missing := [name for name in ("dataset", "stem", "widths") if name not in values]:
             raise ValueError(f"it has no {missing[0]}")
-        config.update(values)
     except OSError:
         raise RunError(
             f"{workdir} holds no run (no {CONFIG}); name the workdir of a training, or a file of weights"
