@@ -69,7 +69,7 @@ def start_of(config: ml_collections.ConfigDict, workdir: Path) -> Start:
     if (recorded := _recorded(config, workdir)) is not None:
         config = _updated(config, recorded)
         return Start(config, read_preprocess(workdir, config)[0].mean)
-    if Path(config.init).absolute() == workdir.absolute():
+    if Path(config.init).resolve() == workdir.resolve():
         raise ConfigError(
             f"config.init={config.init} is --workdir itself; expected another run: a run resumes without config.init, "
             "and a new one needs a --workdir of its own"

@@ -42,9 +42,9 @@ def colorfulness(kernels: np.ndarray) -> np.ndarray:
     return 1 - gray / np.maximum(energy, 1e-30)
 
 
-def differences(kernels: np.ndarray) -> np.ndarray:
-    """Return the mean of tower 1 minus that of tower 0, whose kernels are the first half of the last axis."""
-    first, second = np.split(kernels, 2, axis=-1)
+def differences(values: np.ndarray) -> np.ndarray:
+    """Return the mean of tower 1 minus that of tower 0, whose values are the first half of the last axis."""
+    first, second = np.split(values, 2, axis=-1)
     return second.mean(axis=-1) - first.mean(axis=-1)
 
 

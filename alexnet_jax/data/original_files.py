@@ -49,7 +49,7 @@ def from_first_source(
       sources: in order; a source that does not have the files raises OSError, HTTPException, ValueError or
         TimeoutExpired.
       source_dir: `config.source_dir`, which no other source replaces; "" for none.
-      read: returns the files from the path `source_dir`, and raises as a source does.
+      read: returns the files from the path `source_dir`, and raises OSError or ValueError.
       advice: ends the message of the error.
 
     Raises:
@@ -57,11 +57,13 @@ def from_first_source(
     """
     if source_dir:
         try:
-            return read(user_path(source_dir, "config.source_dir"))
+            files = read(user_path(source_dir, "config.source_dir"))
         except (OSError, ValueError) as error:
             raise NoSourceError(
                 f"{title} cannot be read from config.source_dir={source_dir}: {one_line(error, 500)}. {advice}"
             ) from None
+        log.info("%s: files from config.source_dir=%s", title, source_dir)
+        return files
     tried = []
     for name, files_of_source in sources:
         try:
