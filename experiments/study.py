@@ -2,6 +2,7 @@
 
 An experiment is a module with `CLAIMS`, `BUDGETS`, `SEEDS`, `run(study)`, which trains and returns records,
 `judge(records)`, which returns a `Finding` for each claim, and `plot(records, path)`. Its command is `main(module)`.
+`REPEATS` names what `SEEDS` counts, if it is not seeds.
 """
 
 import argparse
@@ -216,6 +217,11 @@ def main(module: Any) -> None:
         sys.exit(128 + stop.signal)
 
 
+def repeats(module: Any) -> str:
+    """Return what the seeds of an experiment count."""
+    return getattr(module, "REPEATS", "seeds")
+
+
 def default_budget() -> str:
     """Return the budget that this device can finish within hours."""
     return "reduced" if jax.default_backend() == "cpu" else "full"
@@ -236,7 +242,7 @@ def _write(module: Any, name: str, study: Study, records: dict[str, Any]) -> Non
     write_json(study.results / f"{name}.json", document)
     findings = module.judge(records)
     rows = claims.rows([(c, findings[c.key]) for c in module.CLAIMS if c.key in findings])
-    text = f"{study.label} budget: {study.budget}; {len(study.seeds)} seeds; {document['device']}\n\n"
+    text = f"{study.label} budget: {study.budget}; {len(study.seeds)} {repeats(module)}; {document['device']}\n\n"
     text += table(rows, claims.HEADER, markdown=True)
     write_text(study.results / f"{name}.md", text + "\n")
     module.plot(records, study.results / f"{name}.png")

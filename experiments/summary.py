@@ -24,6 +24,7 @@ from experiments import (
     variants,
 )
 from experiments.command import write_text
+from experiments.study import repeats
 
 MODULES = (
     relu_vs_tanh, ablations, lrn_four_layers, depth, overfitting, dropout_time, remarks, filters, retrieval, tower_time,
@@ -82,8 +83,8 @@ def table(results: Path = RESULTS) -> str:
             notes.append(
                 f"- `python -m experiments.{name} --workdir DIR --budget={document['budget']} "
                 f"--seeds={document['seeds']}`: {document['budget']} budget ({document['of_budget']}), "
-                f"{document['seeds']} seeds, {document['device']}, JAX {document['jax']}, commit {document['commit']}, "
-                f"{document['seconds'] / 60:.0f} min, {document['date']}"
+                f"{document['seeds']} {repeats(module)}, {document['device']}, JAX {document['jax']}, "
+                f"commit {document['commit']}, {document['seconds'] / 60:.0f} min, {document['date']}"
             )
             pictures.append(f"![{module.__doc__.split(':')[0]}](results/{name}.png)")
     rows = [(*row, experiment) for row, experiment in zip(claims.rows(pairs), experiments, strict=True)]

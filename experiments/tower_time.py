@@ -44,7 +44,7 @@ CLAIMS = (
 )  # fmt: skip
 BATCH = 128  # images of a step, as in the paper
 BUDGETS = {"full": Budget(100 * BATCH, 1), "reduced": Budget(20 * BATCH, 1)}  # of a round
-SEEDS = 60  # rounds; 10 had a power of 0.39
+SEEDS, REPEATS = 60, "rounds"  # 10 had a power of 0.39
 FORMS = {"towers": "two towers, two devices", "one_gpu": "one-GPU network, one device"}
 
 
