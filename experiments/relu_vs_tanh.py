@@ -43,7 +43,7 @@ RATES = {
     ("unit", "tanh"): (0.003, 0.01, 0.03),
 }
 # At most those of the budget.
-EPOCHS = {("paper", "relu"): 30, ("paper", "tanh"): 80, ("unit", "relu"): 30, ("unit", "tanh"): 30}
+EPOCHS = {("paper", "relu"): 20, ("paper", "tanh"): 80, ("unit", "relu"): 30, ("unit", "tanh"): 20}
 SEARCH_EPOCHS = 20.0  # for the choice of the learning rate
 LEVELS = (0.5, 0.4, 0.3, 0.25)  # of the training error
 TARGET = LEVELS[-1]
