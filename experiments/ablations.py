@@ -58,6 +58,10 @@ ABLATIONS = {
     ),
     "averages": (),
 }  # fmt: skip
+CAPTION = (
+    "Test error with the part minus without it, negative if the part helps, with intervals of 95 %. Diamonds: the "
+    "paper's figures. Gray: differences that count as equal."
+)
 PARTS = tuple(ABLATIONS)
 TEN_CROP = Claim(
     "ten_crop", "Ten-crop lowers the error against the center crop (4.1)", "−1.5 points (39.0 → 37.5 %)", -1.5

@@ -1,6 +1,7 @@
 """Claims of the paper, what was measured, and the verdicts."""
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +26,11 @@ class Claim(NamedTuple):
     equal: bool = False  # whether the claim is that the difference, of either sign, is smaller than `effect`
     ratio: bool = False  # whether `effect` and the difference are logarithms of ratios
 
+    @property
+    def stated(self) -> bool:
+        """Whether the effect is a figure of the paper."""
+        return re.search(r"\b\d", self.paper) is not None
+
 
 class PValue(NamedTuple):
     """A test without an estimate; what it finds has the claimed sign."""
@@ -47,7 +53,8 @@ def difference(claim: Claim, comparison: Comparison) -> str:
     low, middle, high = (
         math.exp(comparison.difference + x) for x in (-comparison.noise, 0.0, comparison.noise)
     )  # fmt: skip
-    return f"{middle:.2f} times ({low:.2f} to {high:.2f})"
+    bound = {1: "over ", 0: "", -1: "under "}[comparison.bound]
+    return f"{bound}{middle:.2f} times ({low:.2f} to {high:.2f})"
 
 
 def effect(claim: Claim) -> str:
@@ -73,7 +80,8 @@ def verdict(claim: Claim, comparison: Comparison | PValue | None, p: float) -> s
     """Return the verdict on a claim.
 
     "holds" and "contradicted" need p < ALPHA. Otherwise the difference is "smaller than stated", if its interval does
-    not contain the claim's effect, or "not decided".
+    not contain the claim's effect, or "not decided". A claim that holds with a difference whose interval does not
+    contain the paper's figure has that in its verdict.
 
     Args:
       p: the p-value of the claim, adjusted for the number of rows.
@@ -86,10 +94,15 @@ def verdict(claim: Claim, comparison: Comparison | PValue | None, p: float) -> s
         if p >= ALPHA:
             return "not decided"
         return "holds" if _beyond(claim, comparison).difference < 0 else "contradicted"
+    size = ""
+    if comparison.excludes(claim.effect) and not comparison.bound:
+        smaller = (claim.effect - comparison.difference) * claim.effect > 0
+        size = f"{'smaller' if smaller else 'larger'} than stated"
     if p < ALPHA:
-        return "holds" if comparison.difference * claim.effect > 0 else "contradicted"
-    smaller = comparison.excludes(claim.effect) and (claim.effect - comparison.difference) * claim.effect > 0
-    return "smaller than stated" if smaller else "not decided"
+        if comparison.difference * claim.effect < 0:
+            return "contradicted"
+        return f"holds, {size}" if size and claim.stated else "holds"
+    return size if size == "smaller than stated" else "not decided"
 
 
 def rows(findings: Sequence[tuple[Claim, Finding | None]]) -> list[tuple[str, ...]]:
@@ -117,7 +130,7 @@ def rows(findings: Sequence[tuple[Claim, Finding | None]]) -> list[tuple[str, ..
 
 @styled
 def plot_differences(findings: Sequence[tuple[Claim, Finding]], labels: dict[str, str], path: Path) -> None:
-    """Plot differences in percentage points with their intervals, sorted, and the paper's effect of each.
+    """Plot differences in percentage points with their intervals, sorted, and what each is compared with.
 
     Args:
       labels: of the claims' keys.
@@ -131,10 +144,16 @@ def plot_differences(findings: Sequence[tuple[Claim, Finding]], labels: dict[str
         axes.errorbar(
             comparison.difference, row, xerr=comparison.noise, fmt="o", color=BLUE, markersize=5, capsize=3, label=label
         )
-    stated = [(claim.effect, row) for row, (claim, _) in enumerate(findings) if claim.paper != "not in the paper"]
+    stated = [(claim.effect, row) for row, (claim, _) in enumerate(findings) if claim.stated]
     axes.plot(*zip(*stated, strict=True), "D", color=ORANGE, markersize=5, markerfacecolor="none", label="the paper")
+    for row, claim in enumerate(claim for claim, _ in findings):
+        if claim.equal:
+            ends, label = (-claim.effect, claim.effect), "counts as equal"
+            axes.plot(
+                ends, (row, row), color=GRAY, linewidth=8, alpha=0.3, solid_capstyle="butt", zorder=0, label=label
+            )
     axes.set_yticks(range(len(findings)), [labels[claim.key] for claim, _ in findings])
-    axes.set(ylim=(len(findings) - 0.5, -0.5), xlabel="difference of the test error (percentage points)")
+    axes.set(ylim=(len(findings) - 0.5, -0.5), xlabel="test error with the part minus without it (points)")
     axes.grid(axis="y", visible=False)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
     save_figure(figure, path)

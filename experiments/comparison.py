@@ -22,6 +22,7 @@ class Comparison(NamedTuple):
     error: float  # standard error of the difference
     degrees: float  # degrees of freedom of the error
     n: int  # seeds, or other independent units
+    bound: int = 0  # 1: the true difference may be larger, −1: it may be smaller
 
     @property
     def noise(self) -> float:
@@ -30,7 +31,12 @@ class Comparison(NamedTuple):
 
     @property
     def p(self) -> float:
-        """The probability of such a difference, or a larger one of either sign, if there is none."""
+        """The probability of such a difference, or a larger one of either sign, if there is none.
+
+        It is 1 for a bound that does not exclude that there is none: a lower bound below 0, or an upper one above it.
+        """
+        if self.bound * self.difference < 0:
+            return 1.0
         if not self.error:
             return 0.0 if self.difference else 1.0
         return float(2 * stats.t.sf(abs(self.difference) / self.error, self.degrees))

@@ -16,6 +16,10 @@ from experiments.comparison import contrast, percent, spread
 from experiments.study import Study, main
 
 BUDGETS, SEEDS = ablations.BUDGETS, 5
+CAPTION = (
+    "Test error with the layer minus without it, negative if the layer helps, with intervals of 95 %. Diamonds: the "
+    "paper's figure."
+)
 OMITTED = {"no conv2": 1, "no conv3": 2, "no conv4": 3, "no conv5": 4}  # positions in the config's widths
 CLAIMS = tuple(
     Claim(name.replace(" ", "_"), f"{name.removeprefix('no ')} lowers the error (7)", "about −2 points", -2.0)

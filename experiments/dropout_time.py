@@ -2,7 +2,8 @@
 
 The compact AlexNet on CIFAR-10 at a constant learning rate, validated every quarter of an epoch. A run has converged
 when its validation error is first within one point of its own lowest. Both are of the running mean over one epoch: the
-error on 2,000 images is noisy, and the lowest of many noisy values is too low.
+error on 2,000 images is noisy, and the lowest of many noisy values is too low. The images are few and not augmented, so
+that both forms converge within the budget of a CPU.
 """
 
 import math
@@ -20,11 +21,15 @@ from experiments.study import Budget, Study, main
 from experiments.style import BLUE, GRAY, ORANGE, WIDTH, plot_runs, styled
 
 CLAIMS = (
-    Claim("dropout_time", "Dropout roughly doubles the number of iterations required to converge (4.2)", "about twice",
-          math.log(2), ratio=True),
+    Claim("dropout_time", "Dropout roughly doubles the number of iterations required to converge (4.2)",
+          "about 2 times", math.log(2), ratio=True),
 )  # fmt: skip
-BUDGETS = {"full": Budget(45_000, 60), "reduced": Budget(15_000, 30)}
-SEEDS = 5
+BUDGETS = {"full": Budget(45_000, 60), "reduced": Budget(5000, 60, shrink=2)}
+SEEDS = 10
+CAPTION = (
+    "Validation error by epoch, running means over an epoch: means over the seeds, with bands from the lowest to "
+    "the highest run. Dotted lines: geometric means of the times to converge."
+)
 FORMS = {"dropout": 0.5, "no dropout": 0.0}
 PER_EPOCH = 4  # validations
 WITHIN = 0.01  # of the lowest error
@@ -36,7 +41,7 @@ def run(study: Study) -> dict[str, Any]:
     records = {form: [] for form in FORMS}
     for seed in study.seeds:
         for form, rate in FORMS.items():
-            config = study.config(dropout=rate, drop_at_epochs=())
+            config = study.config(dropout=rate, drop_at_epochs=(), random_crop=False, flip=False, lighting=False)
             steps = study.budget.images // config.batch_size  # of an epoch
             config.eval_every = max(1, steps // PER_EPOCH)
             records[form].append(study.train(form.replace(" ", "-"), config, seed))
@@ -62,16 +67,23 @@ def time_to_converge(epochs: list[float], errors: list[float]) -> tuple[float, b
 
 
 def judge(records: dict[str, Any]) -> dict[str, Finding]:
-    """Compare the logarithms of the epochs to convergence, with dropout minus without."""
-    texts, logs = {}, {}
+    """Compare the logarithms of the epochs to convergence, with dropout minus without.
+
+    If some runs of one form still improve at the end the ratio is a bound; if some of both do there is no comparison.
+    """
+    texts, logs, improving = {}, {}, {}
     for form in FORMS:
         times, late = zip(*(time_to_converge(records["epochs"], r["validation"]) for r in records[form]), strict=True)
         bound = f" (a lower bound in {sum(late)} of {len(late)} runs, which still improve)" if any(late) else ""
         lowest = [100 * running_means(r["validation"]).min() for r in records[form]]
         texts[form] = f"{spread(times)} epochs{bound}, lowest error {spread(lowest)} %"
-        logs[form] = [math.log(time) for time in times]
+        logs[form], improving[form] = [math.log(time) for time in times], any(late)
     text = f"with dropout {texts['dropout']}; without {texts['no dropout']}"
-    return {"dropout_time": Finding(text, compare_paired(logs["dropout"], logs["no dropout"]))}
+    if all(improving.values()):
+        return {"dropout_time": Finding(text, None)}
+    comparison = compare_paired(logs["dropout"], logs["no dropout"])
+    bound = improving["dropout"] - improving["no dropout"]
+    return {"dropout_time": Finding(text, comparison._replace(bound=bound))}
 
 
 @styled

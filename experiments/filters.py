@@ -32,6 +32,10 @@ FIELDS = dict(
 )  # fmt: skip
 CONV1_STD = 0.01  # a small random start, so that what is seen later was learned
 RANDOM = 2 / 3  # the mean colorfulness of random kernels
+CAPTION = (
+    "Left: the kernels of one run. Right: the colorfulness of each kernel of every run; gray kernels have 0. p is "
+    "the probability of such a difference of the two means if the kernels are assigned to towers at random."
+)
 COLORS = style.BLUE, style.ORANGE  # of the towers
 
 

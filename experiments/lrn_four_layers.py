@@ -35,7 +35,11 @@ CLAIMS = (
     Claim("lrn_four_layers", "LRN lowers the test error of a four-layer network (3.3)", "13 → 11 % on CIFAR-10", -2.0),
 )  # fmt: skip
 BUDGETS = {"full": Budget(50_000, 300), "reduced": Budget(15_000, 20), "quick": QUICK._replace(shrink=1)}
-SEEDS = 5
+SEEDS = 10
+CAPTION = (
+    "a: error in training by epoch, means over the seeds, with bands from the lowest to the highest run. b: test "
+    "error on ten crops; a line joins the runs of a seed, a dash is the mean."
+)
 FORMS = {"with LRN": True, "without LRN": False}
 COLORS = dict(zip(FORMS, (style.BLUE, style.ORANGE), strict=True))
 

@@ -29,6 +29,10 @@ CLAIMS = (
 )  # fmt: skip
 BUDGETS = ablations.BUDGETS
 SEEDS = 10
+CAPTION = (
+    "Five test images with the run of seed 0: their five most likely classes (red: the label), and the nearest "
+    "training images in fc7 and in pixels (orange: another label)."
+)
 COUNT, QUERIES = 6, 1000
 SHOWN, SHOWN_PIXELS = 5, 3  # in the picture: test images, and neighbors in pixels of each
 

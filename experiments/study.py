@@ -2,7 +2,7 @@
 
 An experiment is a module with `CLAIMS`, `BUDGETS`, `SEEDS`, `run(study)`, which trains and returns records,
 `judge(records)`, which returns a `Finding` for each claim, and `plot(records, path)`. Its command is `main(module)`.
-`REPEATS` names what `SEEDS` counts, if it is not seeds.
+`CAPTION` is that of the picture, and `REPEATS` names what `SEEDS` counts, if it is not seeds.
 """
 
 import argparse

@@ -86,7 +86,8 @@ def table(results: Path = RESULTS) -> str:
                 f"{document['seeds']} {repeats(module)}, {document['device']}, JAX {document['jax']}, "
                 f"commit {document['commit']}, {document['seconds'] / 60:.0f} min, {document['date']}"
             )
-            pictures.append(f"![{module.__doc__.split(':')[0]}](results/{name}.png)")
+            title = module.__doc__.split(":")[0]
+            pictures.append(f"![{title}](results/{name}.png)\n\n**{title}.** {module.CAPTION}")
     rows = [(*row, experiment) for row, experiment in zip(claims.rows(pairs), experiments, strict=True)]
     header = (*claims.HEADER, "experiment")
     parts = [tables.table(rows, header, markdown=True), "\n".join(notes or ["No experiment was run yet."]), *pictures]

@@ -17,6 +17,7 @@ from experiments.claims import Claim, Finding, p_value, rows, verdict
 from experiments.comparison import Comparison, compare_paired, contrast, holm
 
 LOWER = Claim("key", "text", "−2 points", -2.0)
+UNSTATED = Claim("key", "text", "no figure", -2.0)
 EQUAL = Claim("key", "text", "none", 1.0, equal=True)
 
 
@@ -44,7 +45,7 @@ def test_a_contrast_is_least_squares_with_a_term_for_each_form_and_seed():
     error = math.sqrt(squares[0] / degrees * of_forms @ np.linalg.inv(design.T @ design) @ of_forms)
     forms = dict(zip("abcd", values.tolist(), strict=True))
     actual = contrast(forms, {"a": 0.5, "b": 0.5, "c": -1.0})
-    np.testing.assert_allclose(actual, (weights @ solution[:4], error, degrees, 5))
+    np.testing.assert_allclose(actual, (weights @ solution[:4], error, degrees, 5, 0))
 
 
 def test_the_power_is_the_share_of_simulated_experiments_that_find_the_effect():
@@ -62,7 +63,10 @@ def test_holms_p_values():
 
 
 @pytest.mark.parametrize("claim,difference,error,expected", [
-    (LOWER, -3.0, 0.1, "holds"),
+    (LOWER, -3.0, 0.1, "holds, larger than stated"),
+    (LOWER, -2.1, 0.1, "holds"),
+    (LOWER, -1.0, 0.1, "holds, smaller than stated"),
+    (UNSTATED, -3.0, 0.1, "holds"),
     (LOWER, 3.0, 0.1, "contradicted"),
     (LOWER, -0.1, 0.1, "smaller than stated"),
     (LOWER, -1.0, 1.0, "not decided"),
@@ -78,6 +82,19 @@ def test_holms_p_values():
 def test_verdicts(claim, difference, error, expected):
     comparison = Comparison(difference, error, 9, 10)
     assert verdict(claim, comparison, p_value(claim, comparison)) == expected
+
+
+@pytest.mark.parametrize("difference,bound,p,expected", [
+    (2.0, 1, 0.0, "contradicted"),  # 2 or more
+    (2.0, -1, 1.0, "not decided"),  # 2 or less
+    (-2.0, -1, 0.0, "holds"),
+    (-2.0, 1, 1.0, "not decided"),
+    (-0.1, -1, 0.37, "not decided"),  # and perhaps as large as stated
+])  # fmt: skip
+def test_a_bound_decides_in_its_direction_alone(difference, bound, p, expected):
+    comparison = Comparison(difference, 0.1, 9, 10, bound)
+    assert comparison.p == pytest.approx(p, abs=0.03)
+    assert verdict(LOWER, comparison, comparison.p) == expected
 
 
 def test_equality_is_tested_against_the_difference_that_it_excludes():
@@ -107,7 +124,8 @@ def test_a_verdict_depends_on_the_number_of_claims():
 def test_a_ratio_is_printed_as_a_ratio():
     claim = Claim("key", "text", "6 times", math.log(6), ratio=True)
     ((*_, measured, n, power, decided),) = rows([(claim, Finding("a, b", Comparison(math.log(5), 0.01, 4, 5)))])
-    assert measured == "a, b: 5.00 times (4.86 to 5.14)" and (n, decided) == ("5", "holds") and "6 times" in power
+    assert measured == "a, b: 5.00 times (4.86 to 5.14)" and (n, decided) == ("5", "holds, smaller than stated")
+    assert "6 times" in power
 
 
 def runs(*errors, **more):

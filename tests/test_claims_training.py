@@ -11,6 +11,7 @@ import pytest
 from runners import CIFAR10, ROOT
 from scipy import stats
 
+from alexnet_jax.train import DivergedError
 from experiments import dropout_time, overfitting, relu_vs_tanh, study
 from experiments.claims import rows
 
@@ -60,8 +61,8 @@ def of_start(relu, tanh):
     ((6.0, 6.3, 5.7), (3.0, 3.0, 3.1), ("0.51 at 25 %",), "contradicted"),
     ((4.0, 4.0, 4.4), (50.0, 50.0, 50.0), ("12.11 at 40 %", "over 9.69 at 25 %", "tanh over 40 epochs, "), "holds"),
     ((4.0, 4.0, 4.4), (50.0, 20.0, 20.0), ("over 6.10 at 25 %", "tanh over 40 epochs in 1 of 3 runs"), "holds"),
-    ((20.0, 3.0, 3.0), (18.0, 18.0, 18.0), ("ReLU over 10 epochs in 1 of 3 runs",),
-     "not measured"),
+    ((20.0, 3.0, 3.0), (18.0, 18.0, 18.0), ("ReLU over 10 epochs in 1 of 3 runs", ": under "),
+     "not decided"),
     ((20.0, 20.0, 20.0), (50.0, 50.0, 50.0), ("– at 25 %",), "not measured"),
 ])  # fmt: skip
 def test_relu_against_tanh(relu, tanh, words, verdict, tmp_path):
@@ -72,14 +73,27 @@ def test_relu_against_tanh(relu, tanh, words, verdict, tmp_path):
     assert (tmp_path / "plot.png").read_bytes()[:4] == PNG
 
 
-def test_a_bound_that_does_not_exceed_relu_decides_nothing():
+def test_runs_that_do_not_reach_the_error_bound_the_ratio():
     records = of_start((8.0, 8.1, 8.2), (50.0, 50.0, 50.0))
+    assert relu_vs_tanh.judge_start(records).comparison.bound == 1  # 40 epochs and more, against 8 to 8.2
     for record in records["tanh"]:
-        record["curve"] = record["curve"][:10]
-    finding = relu_vs_tanh.judge_start(records)
-    assert finding.comparison is not None  # 10 epochs and more, against 8 to 8.2
-    records["relu"] = [line(x, 10) for x in (9.0, 9.9, 9.99)]
-    assert relu_vs_tanh.judge_start(records).comparison is None
+        record["curve"] = record["curve"][:7]
+    assert relu_vs_tanh.judge_start(records).comparison.p == 1.0  # 7 epochs and more
+    records = of_start((20.0, 20.0, 20.0), (8.0, 8.1, 8.2))
+    comparison = relu_vs_tanh.judge_start(records).comparison
+    assert comparison.bound == -1 and comparison.p < 0.01  # 8 to 8.2 epochs, against 10 and more
+
+
+def test_a_rate_that_diverges_with_a_later_seed_is_replaced(monkeypatch):
+    def train(study, arm, config, seed):
+        if arm == "paper-relu-0.003" and seed == 1:
+            raise DivergedError("step 7: the loss is nan")
+        return {"seed": seed, "curve": line(4.0, 10)["curve"] if "0.003" in arm else line(8.0, 10)["curve"]}
+
+    monkeypatch.setattr(study.Study, "train", train)
+    records = relu_vs_tanh.run(study.Study(Path("unused"), study.QUICK, "quick", 3, ""))
+    assert records["paper"]["rates"]["relu"] == 0.0003 and records["unit"]["rates"]["relu"] == 0.003
+    assert [run["seed"] for run in records["paper"]["relu"]] == [0, 1, 2]
 
 
 def test_the_ratio_is_that_of_the_paired_t_test():
@@ -135,6 +149,10 @@ def test_the_verdicts_on_overfitting(tmp_path):
                          ("augmentation_error", "holds"), ("pooling_gap", "contradicted")):  # fmt: skip
         measured, n, power, actual = row_of(overfitting, findings, key)
         assert (actual, n) == (verdict, "5"), measured
+        factor, measure = key.split("_")
+        expected = EFFECTS[factor][measure == "error"]  # without an interaction it is the same in the whole network
+        values = overfitting.errors(records) if measure == "error" else overfitting.gaps(records)
+        assert overfitting.effect_in_the_whole(values, factor).difference == pytest.approx(expected, abs=1.5)
         assert float(power.split()[0]) > 0.9
     none = overfitting.judge(overfitting_records(2.0, dict.fromkeys(EFFECTS, (0.0, 0.0))))
     assert row_of(overfitting, none, "pooling_gap")[-1] in ("not decided", "smaller than stated")
@@ -216,8 +234,13 @@ def test_runs_that_still_improve_bound_the_time():
     falling = {"validation": [1 - 0.01 * i for i in range(40)]}
     flat = {"validation": converging(5.0, 10)}
     records = {"epochs": epochs, "dropout": [falling, flat], "no dropout": [flat, flat]}
-    text = dropout_time.judge(records)["dropout_time"].text
-    assert "a lower bound in 1 of 2 runs" in text and text.count("lower bound") == 1
+    finding = dropout_time.judge(records)["dropout_time"]
+    assert "a lower bound in 1 of 2 runs" in finding.text and finding.text.count("lower bound") == 1
+    assert finding.comparison.bound == 1
+    swapped = dropout_time.judge(records | {"dropout": [flat, flat], "no dropout": [falling, flat]})
+    assert swapped["dropout_time"].comparison.bound == -1
+    neither = dropout_time.judge(records | {"no dropout": [falling, falling]})
+    assert row_of(dropout_time, neither, "dropout_time")[-1] == "not measured"
 
 
 def experiment(name, *flags):

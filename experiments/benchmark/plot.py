@@ -67,7 +67,7 @@ def _draw_speed(axes: Axes, part: Record, which: str, dtype: str) -> None:
 def _count_axis(axes: Axes, counts: Sequence[int]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(counts, map(str, counts))
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
 
 
 def _draw_growth(axes: Axes, part: Record) -> None:
