@@ -42,8 +42,8 @@ RATES = {
     ("unit", "relu"): (0.001, 0.003, 0.01, 0.03),
     ("unit", "tanh"): (0.003, 0.01, 0.03),
 }
-# At most those of the budget.
 CAPTION = "Error in training by epoch: means over the seeds, with bands from the lowest to the highest run."
+# At most those of the budget.
 EPOCHS = {("paper", "relu"): 20, ("paper", "tanh"): 80, ("unit", "relu"): 30, ("unit", "tanh"): 20}
 SEARCH_EPOCHS = 20.0  # for the choice of the learning rate
 LEVELS = (0.5, 0.4, 0.3, 0.25)  # of the training error
