@@ -64,7 +64,7 @@ def test_jax_export_takes_a_symbolic_batch():
     )
     for images in (x[:1], x):
         expected = reference.conv(images, w, 1, ((1, 1), (1, 1)))
-        np.testing.assert_allclose(convolution.call(images), expected, atol=1e-4)
+        assert np.abs(convolution.call(images) - expected).max() < 2e-5 * np.abs(expected).max()
 
 
 def test_bfloat16_stays_so_and_is_computed_in_float32():
