@@ -1,7 +1,7 @@
 """Overfitting, dropout × augmentation × overlapping pooling: python -m experiments.overfitting --workdir DIR
 
 The compact AlexNet on 5,000 images of CIFAR-10, with and without each of the three, in all eight combinations. An
-effect is the mean difference over the four combinations of the other two. Beside it is the one within the combination
+effect is the mean difference over the four combinations of the other two. Next to it is the one within the combination
 of all three, the paper's: they differ if the factors interact.
 """
 
