@@ -146,7 +146,7 @@ class Study:
         return {"seed": seed, **result, "curve": curve, "validation": validation, "folder": str(folder)}
 
     def measure(self, record: dict[str, Any], name: str, call: Callable[[Run], Any]) -> None:
-        """Add `call(run)` to the record of a run, under a name; stored in its working directory."""
+        """Add `call(run)` to the record of a run, under a name; stored with the run."""
         path = Path(record["folder"]) / "measured.json"
         measured = json.loads(path.read_text()) if path.exists() else {}
         if name not in measured:
@@ -155,7 +155,7 @@ class Study:
         record[name] = measured[name]
 
     def test_probabilities(self, record: dict[str, Any]) -> np.ndarray:
-        """Return the class probabilities of the test set on the center crop, [N, K]; stored in the run's working directory."""
+        """Return the class probabilities of the test set on the center crop, [N, K]; stored with the run."""
         path = Path(record["folder"]) / "test_probabilities.npy"
         if not path.exists():
             run = self.open(record)
